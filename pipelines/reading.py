@@ -1,0 +1,44 @@
+"""What the model says about a study, before it becomes a report: plain data, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class FieldReading:
+    """One categorical field (region, plane, contrast, laterality, covid19)."""
+
+    value: str  # the chosen value, or "undetermined"
+    probabilities: dict[str, float]  # calibrated, sums to 1 over the field's values
+
+
+@dataclass(frozen=True, slots=True)
+class FindingReading:
+    """One finding, with its evidence box."""
+
+    type: str  # a type of `reports.taxonomy`
+    bbox: tuple[float, float, float, float]  # x0, y0, x1, y1 in the image's own pixels (continuous, x1 and y1 exclusive)
+    slice_index: int  # index into `ImageStudy.pixels`
+    confidence: float  # calibrated probability that the finding is right
+    reported: bool  # True: the decoder put it in the report; False: a candidate that stays below the line
+    localisation: str  # "box" (detected) or "weak" (region of a class activation map)
+    location: str = ""  # words written by the decoder, e.g. "upper left"
+    extent: str = ""  # e.g. "small", "large"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """All that the model says about one study."""
+
+    kind: str  # "ct" | "defect"
+    kind_confidence: float
+    product_line: str | None  # for defects: "steel", "tile", "board"
+    fields: dict[str, FieldReading]  # CT only
+    findings: tuple[FindingReading, ...]  # by falling confidence; reported ones and candidates
+    impression: str  # the decoder's sentence(s), English
+    slices_read: tuple[int, ...] = (0,)  # which slices of a volume the model looked at
+    windows: tuple[str, ...] = ()  # CT display windows that the model looked through
+    quality_flags: tuple[str, ...] = ()
+    timing_s: dict[str, float] = field(default_factory=dict)  # "encode", "decode"
+    tokens: tuple[str, ...] = ()  # the decoder's output, for the audit trail

@@ -1,0 +1,145 @@
+"""The report object (pydantic). Its JSON Schema is published as `reports/report.schema.json`.
+
+Every renderer and exporter reads this one object; nothing else carries report content. A report never says
+"normal" for what was not assessed: what was not looked at stands in `not_assessed`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = "1.0"
+
+Confidence = Annotated[float, Field(ge=0, le=1)]
+
+
+class Record(BaseModel):
+    """Base of all parts: unknown keys are an error, values are fixed once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Code(Record):
+    """A coded concept (DICOM's triplet)."""
+
+    value: str
+    scheme: str = Field(description="coding scheme designator as DICOM writes it: SCT, RADLEX, UCUM")
+    meaning: str
+
+
+class SourceInput(Record):
+    """One input file or frame."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    media_type: str
+    page: int | None = None
+    sop_instance_uid: str | None = None
+
+
+class Source(Record):
+    inputs: Annotated[tuple[SourceInput, ...], Field(min_length=1)]
+    reference: SourceInput | None = Field(None, description="the golden sample that the image was compared with")
+    study_uid: str | None = None
+    series_uid: str | None = None
+    lot: str | None = None
+    part: str | None = None
+
+
+class FieldValue(Record):
+    """One categorical field with the calibrated probability of each value."""
+
+    value: str
+    confidence: Confidence
+    probabilities: dict[str, Confidence]
+
+
+class Technique(Record):
+    """How the image was made, as far as it can be known; `read_from` says where each came from."""
+
+    region: FieldValue | None = None
+    plane: FieldValue | None = None
+    contrast: FieldValue | None = None
+    slice_count: int | None = None
+    slices_read: tuple[int, ...] = ()
+    spacing_mm: tuple[float, float] | None = None
+    slice_spacing_mm: float | None = None
+    slice_thickness_mm: float | None = None
+    kernel: str | None = None
+    windows: tuple[str, ...] = ()
+    product_line: str | None = None
+    image_size_px: tuple[int, int] = Field(description="width, height")
+
+
+class Evidence(Record):
+    """Where on which image the finding is seen."""
+
+    input_index: int = Field(ge=0, description="index into source.inputs")
+    slice_index: int = Field(ge=0)
+    sop_instance_uid: str | None = None
+    bbox: tuple[float, float, float, float] = Field(description="x0, y0, x1, y1 in pixels of the image; x1, y1 exclusive")
+    bbox_mm: tuple[tuple[float, float, float], tuple[float, float, float]] | None = Field(
+        None, description="the box's first and last corner in patient coordinates (LPS, mm), CT only"
+    )
+    localisation: Literal["box", "weak"] = Field(description="box: detected; weak: region of a class activation map")
+
+
+class Measurement(Record):
+    name: str
+    value: float
+    unit: str = Field(description="UCUM")
+    method: str
+
+
+class Finding(Record):
+    id: str = Field(description="F1, F2, ... in the order of the report")
+    type: str
+    code: Code | None = None
+    description: str
+    location: str | None = None
+    laterality: str | None = None
+    evidence: tuple[Evidence, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    severity: Literal["critical", "major", "minor"] | None = None
+    confidence: Confidence
+
+
+class NotAssessed(Record):
+    what: str
+    reason: str
+
+
+class ModelInfo(Record):
+    name: str
+    version: str
+    weights_sha256: str
+    config_sha256: str
+    device: str
+
+
+class Report(Record):
+    """One draft report about one study or photo."""
+
+    schema_version: Literal["1.0"] = SCHEMA_VERSION
+    id: str
+    kind: Literal["ct", "defect"]
+    status: Literal["preliminary"] = "preliminary"
+    created: datetime
+    title: str
+    source: Source
+    technique: Technique
+    fields: dict[str, FieldValue] = Field(default_factory=dict, description="fields that are not technique: laterality, covid19")
+    findings: tuple[Finding, ...] = ()
+    measurements: tuple[Measurement, ...] = Field((), description="of the whole image or study")
+    impression: str
+    disposition: Literal["accept", "rework", "reject", "hold"] | None = None
+    disposition_rule: str | None = Field(None, description="the rule that gave severity and disposition")
+    not_assessed: tuple[NotAssessed, ...] = ()
+    quality_flags: tuple[str, ...] = ()
+    supersedes: str | None = None
+    model: ModelInfo
+    timing_s: dict[str, float] = Field(default_factory=dict)
+    disclaimer: str = "Draft made by software for review by a qualified person. Not for diagnosis."

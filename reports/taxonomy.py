@@ -1,0 +1,81 @@
+"""The closed terms of a report: product lines, finding types, CT fields. The one place where they are listed.
+
+Codes are SNOMED CT where the concept exists (checked by hand against the international edition's browser names);
+industrial defects have no international code system and carry none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+KINDS: Final = ("ct", "defect")
+
+
+@dataclass(frozen=True, slots=True)
+class ProductLine:
+    """One line of inspected products."""
+
+    name: str
+    title: str
+    types: tuple[str, ...]
+
+
+PRODUCT_LINES: Final = (
+    ProductLine(
+        "steel",
+        "hot-rolled steel strip",
+        ("crazing", "inclusion", "patches", "pitted-surface", "rolled-in-scale", "scratches"),
+    ),
+    ProductLine("tile", "ferrite magnetic tile", ("blowhole", "break", "crack", "fray", "uneven")),
+    ProductLine("board", "bare printed circuit board", ("open", "short", "mousebite", "spur", "copper", "pin-hole")),
+)
+LINES: Final = tuple(line.name for line in PRODUCT_LINES)
+DEFECT_TYPES: Final = tuple(t for line in PRODUCT_LINES for t in line.types)
+LINE_OF_TYPE: Final = {t: line.name for line in PRODUCT_LINES for t in line.types}
+
+CT_TYPES: Final = (
+    "mass-or-lesion",
+    "wall-thickening",
+    "obstruction-or-dilatation",
+    "calcification",
+    "opacity",
+    "cyst",
+    "inflammation",
+    "thrombus-or-embolus",
+    "adenopathy",
+    "nodule",
+    "abscess-or-collection",
+    "hernia",
+    "fracture",
+    "effusion",
+    "hemorrhage",
+    "aneurysm-or-dissection",
+    "atelectasis",
+    "stone",
+    "laceration-or-injury",
+    "free-air",
+    "emphysema-or-bulla",
+)
+
+CT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
+    "region": ("abdomen", "chest", "head-and-neck", "pelvis-and-urinary", "musculoskeletal"),
+    "plane": ("axial", "coronal", "sagittal"),
+    "contrast": ("none", "iv", "iv-and-oral", "oral"),
+    "laterality": ("unspecified", "right", "left", "bilateral"),
+    "covid19": ("false", "true"),
+}
+UNDETERMINED: Final = "undetermined"
+
+
+def title(term: str) -> str:
+    """A term as people write it: `mass-or-lesion` -> `mass or lesion`."""
+    return "pin-hole" if term == "pin-hole" else term.replace("-", " ")
+
+
+def line(name: str) -> ProductLine:
+    """The product line called `name`; raises KeyError."""
+    for candidate in PRODUCT_LINES:
+        if candidate.name == name:
+            return candidate
+    raise KeyError(name)
