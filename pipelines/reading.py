@@ -6,6 +6,17 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model read the study: enough to find the same weights and configuration again."""
+
+    name: str
+    version: str
+    weights_sha256: str  # of the weights file's bytes, lower-case hex
+    config_sha256: str  # of the configuration file's bytes
+    device: str  # "cpu", "cuda:0": where it ran; two devices are the same model
+
+
+@dataclass(frozen=True, slots=True)
 class FieldReading:
     """One categorical field (region, plane, contrast, laterality, covid19)."""
 
