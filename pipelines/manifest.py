@@ -1,0 +1,274 @@
+"""Manifests: the JSON-lines files that name the images of a data set, their split and their labels.
+
+Training and evaluation read their data through `read_manifest`, which either returns every case or names every
+fault with its line. Only the standard library and Pillow's header reading are used, so that it runs on a bare machine.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from PIL import Image
+
+from reports.taxonomy import CT_FIELDS, CT_TYPES, LINE_OF_TYPE, LINES, PRODUCT_LINES
+
+Box = tuple[float, float, float, float]
+
+_LINE_OF_PRODUCT: Final = {line.title: line.name for line in PRODUCT_LINES} | {name: name for name in LINES}
+_FILE_KEYS: Final = ("image", "template", "mask")
+_READ_KEYS: Final = {"id", "split", "group", "product", "findings", *_FILE_KEYS, *CT_FIELDS}
+_QUOTED: Final = 10  # faults quoted in an exception's text; `ManifestError.faults` has them all
+
+
+@dataclass(frozen=True, slots=True)
+class BoxLabel:
+    """One labelled finding with its place."""
+
+    type: str  # a type of `reports.taxonomy`
+    bbox: Box  # x0, y0, x1, y1 in the image's pixels; x1, y1 exclusive
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of a manifest. What a line does not say is absent here, never guessed."""
+
+    id: str
+    image: Path
+    split: str | None
+    group: str  # images that belong together (one patient, one part); the id where the line names no group
+    kind: Literal["ct", "defect"] | None  # None: the line has no label that tells
+    product_line: str | None  # "steel", "tile", "board"
+    finding_types: tuple[str, ...] | None  # distinct, sorted; () is labelled as free of findings, None is not labelled
+    boxes: tuple[BoxLabel, ...]  # of the findings that have one
+    fields: dict[str, str]  # the known ones of `reports.taxonomy.CT_FIELDS`
+    template: Path | None  # golden sample: the same view with no defect
+    mask: Path | None
+    extra: dict[str, Any] = field(default_factory=dict)  # all other keys of the line, as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with a manifest. `line` counts from 1; 0 is the file as a whole."""
+
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}" if self.line else self.message
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be used; `faults` has all that is wrong with it."""
+
+    code = "manifest-fault"
+
+    def __init__(self, path: Path, faults: list[Fault]) -> None:
+        self.faults = tuple(faults)
+        quoted = [str(fault) for fault in faults[:_QUOTED]]
+        if len(faults) > _QUOTED:
+            quoted.append(f"and {len(faults) - _QUOTED} more")
+        super().__init__(f"{path}: " + "; ".join(quoted))
+
+
+class ManifestWarning(UserWarning):
+    """A manifest that can be used, but whose figures need care."""
+
+
+def read_manifest(path: Path, *, split: str | None = None) -> list[Case]:
+    """All cases of the manifest at `path` (of one `split` if given), in the order of its lines.
+
+    Paths in a line are relative to the manifest's folder. Boxes may leave the image by up to 1 px (rounding in the
+    tool that drew them) and are clipped to it. The size comes from the image's header where Pillow knows the format,
+    else from the line's `width` and `height`; without either a box is only checked to be one.
+
+    Raises `ManifestError` with every fault of the file, also of lines outside `split`. Warns (`ManifestWarning`) when
+    a group has cases in several splits: that is no fault, since published splits do it (DeepPCB's boards).
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        raise ManifestError(path, [Fault(0, f"{reason}; give a file of JSON lines")]) from None
+
+    cases: list[Case] = []
+    faults: list[Fault] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        case, problems = _read_line(line, path.parent)
+        if case is not None:
+            if (seen := line_of_id.setdefault(case.id, number)) != number:
+                problems.append(f"id is already used on line {seen}; ids must be unique")
+            cases.append(case)
+        faults += [Fault(number, problem) for problem in problems]
+
+    if not faults and not cases:
+        faults.append(Fault(0, "has no lines; give at least one case"))
+    splits = sorted({case.split for case in cases if case.split is not None})
+    if not faults and split is not None and split not in splits:
+        faults.append(Fault(0, f"has no case in split {split!r}; its splits are: {', '.join(splits) or 'none'}"))
+    if faults:
+        raise ManifestError(path, faults)
+    if leaks := groups_in_several_splits(cases):
+        warnings.warn(
+            f"{path}: {leaks} group(s) have cases in several splits: figures on such a split flatter the model",
+            ManifestWarning,
+            stacklevel=2,
+        )
+    return [case for case in cases if split is None or case.split == split]
+
+
+def groups_in_several_splits(cases: Iterable[Case]) -> int:
+    """How many groups have cases in more than one split."""
+    splits_of: dict[str, set[str | None]] = {}
+    for case in cases:
+        splits_of.setdefault(case.group, set()).add(case.split)
+    return sum(len(splits) > 1 for splits in splits_of.values())
+
+
+def _read_line(line: str, folder: Path) -> tuple[Case | None, list[str]]:
+    """The case of one line (None when it has no usable id) and what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return None, [f"is not JSON ({getattr(error, 'msg', 'nested too deeply')})"]
+    if not isinstance(record, dict):
+        return None, ["is not a JSON object"]
+
+    problems: list[str] = []
+    texts = {key: _text(record, key, problems) for key in ("id", "split", "group", "product", *_FILE_KEYS)}
+    for key in ("id", "image"):
+        if record.get(key) is None:
+            problems.append(f"has no {key!r}")
+    files = {key: _file(folder, key, texts[key], problems) for key in _FILE_KEYS}
+    fields = _fields(record, problems)
+    size = _image_size(files["image"], record) if record.get("findings") else None
+    types, boxes = _findings(record.get("findings"), size, problems)
+
+    lines = {LINE_OF_TYPE[name] for name in types or () if name in LINE_OF_TYPE}
+    if product := texts["product"]:
+        if product in _LINE_OF_PRODUCT:
+            lines.add(_LINE_OF_PRODUCT[product])
+        else:
+            problems.append(f"product {product!r} is unknown; known are: {', '.join(_LINE_OF_PRODUCT)}")
+    is_ct = bool(fields) or any(name in CT_TYPES for name in types or ())
+    if len(lines) + is_ct > 1:
+        problems.append(f"labels of different kinds in one case: {', '.join(sorted(lines) + ['ct'] * is_ct)}")
+
+    if not texts["id"]:
+        return None, problems
+    case = Case(
+        id=texts["id"],
+        image=files["image"] or folder,
+        split=texts["split"],
+        group=texts["group"] or texts["id"],
+        kind="ct" if is_ct else "defect" if lines else None,
+        product_line=min(lines, default=None),
+        finding_types=types,
+        boxes=boxes,
+        fields=fields,
+        template=files["template"],
+        mask=files["mask"],
+        extra={key: value for key, value in record.items() if key not in _READ_KEYS},
+    )
+    return case, problems
+
+
+def _text(record: Mapping[str, Any], key: str, problems: list[str]) -> str | None:
+    value = record.get(key)
+    if value is None or (isinstance(value, str) and value):
+        return value
+    problems.append(f"{key!r} must be text that is not empty")
+    return None
+
+
+def _file(folder: Path, key: str, name: str | None, problems: list[str]) -> Path | None:
+    if name is None:
+        return None
+    try:
+        found = (folder / name).is_file()
+    except OSError:  # such as a name longer than the file system takes
+        found = False
+    if not found:
+        problems.append(f"{key} {name!r} is not a file; paths are relative to the manifest's folder")
+    return folder / name
+
+
+def _fields(record: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for key, allowed in CT_FIELDS.items():
+        value = record.get(key)
+        if value is None or value == "unknown":
+            continue
+        word = str(value).lower() if isinstance(value, bool) else value
+        if word in allowed:
+            fields[key] = word
+        else:
+            problems.append(f"{key} {value!r} is unknown; known are: {', '.join(allowed)}, unknown")
+    return fields
+
+
+def _findings(
+    findings: object, size: tuple[int, int] | None, problems: list[str]
+) -> tuple[tuple[str, ...] | None, tuple[BoxLabel, ...]]:
+    """Distinct types and boxes of a line's `findings`: CT types as words, or `{"type", "bbox"}` for any type."""
+    if findings is None:
+        return None, ()
+    if not isinstance(findings, list):
+        problems.append("'findings' must be a list, or null where the image is not labelled")
+        return None, ()
+    types: set[str] = set()
+    boxes: list[BoxLabel] = []
+    for position, finding in enumerate(findings, start=1):
+        name = finding.get("type") if isinstance(finding, dict) else finding
+        if not isinstance(name, str) or (name not in LINE_OF_TYPE and name not in CT_TYPES):
+            problems.append(
+                f"finding {position} has the unknown type {name!r}; types are listed in reports/taxonomy.py"
+            )
+            continue
+        types.add(name)
+        given = finding.get("bbox") if isinstance(finding, dict) else None
+        if given is None:
+            if name in LINE_OF_TYPE:
+                problems.append(f"finding {position} ({name}) has no bbox; defects need one")
+        elif (box := _box(given, size)) is None:
+            within = f" within {size[0]} x {size[1]} px" if size else ""
+            problems.append(f"finding {position} ({name}) has bbox {given!r}; it must be [x0, y0, x1, y1]{within}")
+        else:
+            boxes.append(BoxLabel(name, box))
+    return tuple(sorted(types)), tuple(boxes)
+
+
+def _box(given: object, size: tuple[int, int] | None) -> Box | None:
+    """The box, clipped to the image; None when it is no box or leaves the image by more than 1 px."""
+    if not isinstance(given, list) or len(given) != 4:
+        return None
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not abs(v) < 1e9 for v in given):
+        return None
+    x0, y0, x1, y1 = map(float, given)
+    if size is not None:
+        width, height = size
+        if min(x0, y0) < -1 or x1 > width + 1 or y1 > height + 1:
+            return None
+        x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def _image_size(image: Path | None, record: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height from the header alone; None when neither the file nor the line tells."""
+    if image is not None:
+        try:
+            with Image.open(image) as header:
+                return header.size
+        except (OSError, ValueError, Image.DecompressionBombError):
+            pass  # not Pillow's to read (DICOM), or broken: whoever loads the image says so
+    width, height = record.get("width"), record.get("height")
+    if isinstance(width, int) and isinstance(height, int):
+        return width, height
+    return None
