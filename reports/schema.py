@@ -2,24 +2,30 @@
 
 Every renderer and exporter reads this one object; nothing else carries report content. A report never says
 "normal" for what was not assessed: what was not looked at stands in `not_assessed`.
+After a change, `python -m reports.schema` writes the published schema anew.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Literal
+import json
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION: Final = "1.0"
+SCHEMA_PATH: Final = Path(__file__).with_name("report.schema.json")
 
 Confidence = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+ReportId = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+Point = tuple[float, float, float]
 
 
 class Record(BaseModel):
     """Base of all parts: unknown keys are an error, values are fixed once made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Code(Record):
@@ -34,7 +40,7 @@ class SourceInput(Record):
     """One input file or frame."""
 
     name: str
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Sha256
     media_type: str
     page: int | None = None
     sop_instance_uid: str | None = None
@@ -58,7 +64,7 @@ class FieldValue(Record):
 
 
 class Technique(Record):
-    """How the image was made, as far as it can be known; `read_from` says where each came from."""
+    """How the image was made, as far as it can be known."""
 
     region: FieldValue | None = None
     plane: FieldValue | None = None
@@ -70,8 +76,13 @@ class Technique(Record):
     slice_thickness_mm: float | None = None
     kernel: str | None = None
     windows: tuple[str, ...] = ()
+    contrast_agent: str | None = Field(None, description="what the file's header says")
+    body_part: str | None = Field(None, description="what the file's header says")
     product_line: str | None = None
     image_size_px: tuple[int, int] = Field(description="width, height")
+    read_from: dict[str, Literal["model", "header", "geometry"]] = Field(
+        default_factory=dict, description="where each field comes from, by its name; what is not named was counted"
+    )
 
 
 class Evidence(Record):
@@ -80,9 +91,12 @@ class Evidence(Record):
     input_index: int = Field(ge=0, description="index into source.inputs")
     slice_index: int = Field(ge=0)
     sop_instance_uid: str | None = None
-    bbox: tuple[float, float, float, float] = Field(description="x0, y0, x1, y1 in pixels of the image; x1, y1 exclusive")
-    bbox_mm: tuple[tuple[float, float, float], tuple[float, float, float]] | None = Field(
-        None, description="the box's first and last corner in patient coordinates (LPS, mm), CT only"
+    bbox: tuple[float, float, float, float] = Field(
+        description="x0, y0, x1, y1 in pixels of the image, from its upper left corner; x1, y1 exclusive"
+    )
+    bbox_mm: tuple[Point, Point] | None = Field(
+        None,
+        description="the box's first and last corner (outer pixel edges) in patient coordinates (LPS, mm), CT only",
     )
     localisation: Literal["box", "weak"] = Field(description="box: detected; weak: region of a class activation map")
 
@@ -115,8 +129,8 @@ class NotAssessed(Record):
 class ModelInfo(Record):
     name: str
     version: str
-    weights_sha256: str
-    config_sha256: str
+    weights_sha256: Sha256
+    config_sha256: Sha256
     device: str
 
 
@@ -124,14 +138,16 @@ class Report(Record):
     """One draft report about one study or photo."""
 
     schema_version: Literal["1.0"] = SCHEMA_VERSION
-    id: str
+    id: ReportId
     kind: Literal["ct", "defect"]
     status: Literal["preliminary"] = "preliminary"
-    created: datetime
+    created: AwareDatetime
     title: str
     source: Source
     technique: Technique
-    fields: dict[str, FieldValue] = Field(default_factory=dict, description="fields that are not technique: laterality, covid19")
+    fields: dict[str, FieldValue] = Field(
+        default_factory=dict, description="fields that are not technique: laterality, covid19"
+    )
     findings: tuple[Finding, ...] = ()
     measurements: tuple[Measurement, ...] = Field((), description="of the whole image or study")
     impression: str
@@ -139,7 +155,18 @@ class Report(Record):
     disposition_rule: str | None = Field(None, description="the rule that gave severity and disposition")
     not_assessed: tuple[NotAssessed, ...] = ()
     quality_flags: tuple[str, ...] = ()
-    supersedes: str | None = None
+    supersedes: ReportId | None = None
     model: ModelInfo
     timing_s: dict[str, float] = Field(default_factory=dict)
     disclaimer: str = "Draft made by software for review by a qualified person. Not for diagnosis."
+
+
+def json_schema() -> str:
+    """The published JSON Schema of a report, as text."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Report.model_json_schema()
+    return json.dumps(schema, indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    SCHEMA_PATH.write_text(json_schema(), encoding="utf-8")
+    print(f"wrote {SCHEMA_PATH}")

@@ -1,0 +1,116 @@
+"""The pictures that renderers need beside the report, and the three things they do with them: shrink, cut out, encode.
+
+A `Picture` keeps the image's own pixel grid, so that evidence boxes need no conversion; only what is encoded for a page
+is made smaller.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels; x1, y1 exclusive
+
+PNG_UP_TO_PIXELS: Final = 800_000  # above, lossless pictures make the page too heavy to mail
+THUMBNAIL_SIDE: Final = 256
+BOX_COLOUR: Final = (255, 176, 0)  # amber: seen on black, on white and by colour-blind readers
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture as a person sees it."""
+
+    pixels: np.ndarray  # uint8 [H, W] grey or [H, W, 3] RGB, as large as the image itself
+    shown_as: str = ""  # how values became grey, e.g. "soft tissue window, 40 ± 200 HU"
+    pixel_aspect: float = 1.0  # a pixel's height over its width; not 1 for some reformatted CT
+
+    def __post_init__(self) -> None:
+        grey_or_rgb = self.pixels.ndim == 2 or (self.pixels.ndim == 3 and self.pixels.shape[2] == 3)
+        if self.pixels.dtype != np.uint8 or not grey_or_rgb:
+            raise ValueError(f"a picture is uint8 [H, W] or [H, W, 3], not {self.pixels.dtype} {self.pixels.shape}")
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ReportImages:
+    """The pictures of one report: every slice that carries evidence, and at least one slice."""
+
+    slices: Mapping[int, Picture] = field(default_factory=dict)  # by slice index
+    reference: Picture | None = None  # the golden sample
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPicture:
+    """A picture ready for an `<img>`: where it lies in the original's pixels, and its data."""
+
+    data_uri: str
+    box: Box  # the part of the original that it shows
+    display_ratio: float  # width over height on screen
+
+
+def encode_picture(picture: Picture, *, longest_side: int, box: Box | None = None) -> EncodedPicture:
+    """A picture, or the part inside `box`, as a data URI with at most `longest_side` pixels a side."""
+    x0, y0, x1, y1 = (0, 0, picture.width, picture.height) if box is None else whole_pixels(box, picture)
+    image = Image.fromarray(np.ascontiguousarray(picture.pixels[y0:y1, x0:x1]))
+    image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    small = image.width * image.height <= PNG_UP_TO_PIXELS
+    buffer = io.BytesIO()
+    if small:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=92)
+    media_type = "image/png" if small else "image/jpeg"
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return EncodedPicture(
+        data_uri=f"data:{media_type};base64,{data}",
+        box=(x0, y0, x1, y1),
+        display_ratio=(x1 - x0) / ((y1 - y0) * picture.pixel_aspect),
+    )
+
+
+def whole_pixels(box: Box, picture: Picture) -> tuple[int, int, int, int]:
+    """`box` grown to whole pixels and kept inside the picture; at least one pixel whatever the box."""
+    width, height = picture.width, picture.height
+    x0 = min(max(int(min(max(box[0], 0), width)), 0), width - 1)
+    y0 = min(max(int(min(max(box[1], 0), height)), 0), height - 1)
+    x1 = min(max(int(np.ceil(min(max(box[2], 0), width))), x0 + 1), width)
+    y1 = min(max(int(np.ceil(min(max(box[3], 0), height))), y0 + 1), height)
+    return x0, y0, x1, y1
+
+
+def around(box: Box, picture: Picture) -> Box:
+    """The neighbourhood in which a person looks at `box`: a square 2.5 times its longer side, inside the picture."""
+    x0, y0, x1, y1 = whole_pixels(box, picture)
+    side = min(max(2.5 * max(x1 - x0, y1 - y0), 40.0), picture.width, picture.height)
+    left = min(max((x0 + x1 - side) / 2, 0.0), picture.width - side)
+    top = min(max((y0 + y1 - side) / 2, 0.0), picture.height - side)
+    return left, top, left + side, top + side
+
+
+def thumbnail(picture: Picture, boxes: Sequence[Box]) -> bytes:
+    """A small JPEG of the picture with its boxes drawn on it."""
+    scale = THUMBNAIL_SIDE / max(picture.width, picture.height * picture.pixel_aspect)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * picture.pixel_aspect * scale)))
+    image = Image.fromarray(picture.pixels).convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    draw = ImageDraw.Draw(image)
+    for box in boxes:
+        x0, y0, x1, y1 = whole_pixels(box, picture)
+        sx, sy = size[0] / picture.width, size[1] / picture.height
+        corners = (x0 * sx, y0 * sy, max(x1 * sx - 1, x0 * sx), max(y1 * sy - 1, y0 * sy))
+        draw.rectangle(corners, outline=BOX_COLOUR, width=2)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return buffer.getvalue()
