@@ -1,4 +1,4 @@
-"""Deterministic measurements of evidence boxes and of whole images. Every measurement names its method and its unit (UCUM).
+"""Deterministic measurements of evidence boxes and of whole images, each with its method and its unit (UCUM).
 
 A box is not an outline: what is measured is the box, and the method says so.
 """
@@ -21,7 +21,7 @@ _BOX: Final = "the evidence box"
 
 
 def clip(bbox: Box, width: int, height: int) -> Box:
-    """The part of `bbox` inside a `width` x `height` image; corners in rising order, at least a hundredth of a pixel."""
+    """The part of `bbox` inside a `width` x `height` image; corners in rising order, never empty."""
     x0, x1 = sorted((min(max(bbox[0], 0.0), width), min(max(bbox[2], 0.0), width)))
     y0, y1 = sorted((min(max(bbox[1], 0.0), height), min(max(bbox[3], 0.0), height)))
     x0, y0 = min(x0, width - 0.01), min(y0, height - 0.01)
@@ -31,7 +31,7 @@ def clip(bbox: Box, width: int, height: int) -> Box:
 def box_on_picture(
     bbox: Box, width: int, height: int, spacing_mm: tuple[float, float] | None, *, weak: bool
 ) -> tuple[Measurement, ...]:
-    """Size of a box on a photo: pixels, share of the image, and millimetres where `spacing_mm` (row, column) is known."""
+    """Size of a box on a photo: pixels, share of the image, and mm where `spacing_mm` (row, column) is known."""
     what = _WEAK if weak else _BOX
     wide, high = bbox[2] - bbox[0], bbox[3] - bbox[1]
     found = [

@@ -125,7 +125,7 @@ def load_rules(path: Path = DEFAULT_RULES) -> Rules:
         raise RulesError(f"{path}: {faults}. Its conditions are explained at the top of {DEFAULT_RULES}.") from error
     for kind, listed in (("severity", rules.severity), ("disposition", rules.disposition)):
         if not listed or not listed[-1].unconditional:
-            raise RulesError(f"{path}: the last [[{kind}]] rule has a condition. Add one without, so that all is decided.")
+            raise RulesError(f"{path}: the last [[{kind}]] rule has a condition. Add one that has none.")
     unknown = {t for rule in rules.severity for t in rule.types or ()} - set(DEFECT_TYPES)
     if unknown:
         known = ", ".join(DEFECT_TYPES)

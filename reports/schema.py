@@ -48,7 +48,9 @@ class SourceInput(Record):
 
 class Source(Record):
     inputs: Annotated[tuple[SourceInput, ...], Field(min_length=1)]
-    reference: SourceInput | None = Field(None, description="the golden sample that the image was compared with")
+    reference: SourceInput | None = Field(
+        default=None, description="the golden sample that the image was compared with"
+    )
     study_uid: str | None = None
     series_uid: str | None = None
     lot: str | None = None
@@ -76,8 +78,8 @@ class Technique(Record):
     slice_thickness_mm: float | None = None
     kernel: str | None = None
     windows: tuple[str, ...] = ()
-    contrast_agent: str | None = Field(None, description="what the file's header says")
-    body_part: str | None = Field(None, description="what the file's header says")
+    contrast_agent: str | None = Field(default=None, description="what the file's header says")
+    body_part: str | None = Field(default=None, description="what the file's header says")
     product_line: str | None = None
     image_size_px: tuple[int, int] = Field(description="width, height")
     read_from: dict[str, Literal["model", "header", "geometry"]] = Field(
@@ -95,7 +97,7 @@ class Evidence(Record):
         description="x0, y0, x1, y1 in pixels of the image, from its upper left corner; x1, y1 exclusive"
     )
     bbox_mm: tuple[Point, Point] | None = Field(
-        None,
+        default=None,
         description="the box's first and last corner (outer pixel edges) in patient coordinates (LPS, mm), CT only",
     )
     localisation: Literal["box", "weak"] = Field(description="box: detected; weak: region of a class activation map")
@@ -149,10 +151,10 @@ class Report(Record):
         default_factory=dict, description="fields that are not technique: laterality, covid19"
     )
     findings: tuple[Finding, ...] = ()
-    measurements: tuple[Measurement, ...] = Field((), description="of the whole image or study")
+    measurements: tuple[Measurement, ...] = Field(default=(), description="of the whole image or study")
     impression: str
     disposition: Literal["accept", "rework", "reject", "hold"] | None = None
-    disposition_rule: str | None = Field(None, description="the rule that gave severity and disposition")
+    disposition_rule: str | None = Field(default=None, description="the rule that gave severity and disposition")
     not_assessed: tuple[NotAssessed, ...] = ()
     quality_flags: tuple[str, ...] = ()
     supersedes: ReportId | None = None

@@ -65,8 +65,8 @@ class FormatError(RuntimeError):
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Writes a file under a temporary name in the same folder, syncs it and renames it.
 
-    Whatever happens, `path` is the old file, the new one, or absent: never half of one.  Raises OSError (a full disk, no
-    right to write); the temporary file is then gone.
+    Whatever happens, `path` is the old file, the new one, or absent: never half of one.  Raises OSError (a full disk,
+    no right to write); the temporary file is then gone.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:

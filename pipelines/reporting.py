@@ -1,0 +1,459 @@
+"""A study and its reading become a report: findings with evidence, measurements and rules, and what was not assessed.
+
+Everything here is deterministic; what the model said is taken over, never added to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Final, Literal, cast
+
+import numpy as np
+
+from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
+from pipelines.study import Geometry, ImageStudy, SourceFile
+from reports import measurements, taxonomy
+from reports.codes import code_of
+from reports.images import Picture, ReportImages
+from reports.measurements import Box
+from reports.rules import Defect, Rules, load_rules
+from reports.schema import (
+    Evidence,
+    FieldValue,
+    Finding,
+    Measurement,
+    ModelInfo,
+    NotAssessed,
+    Point,
+    Report,
+    Source,
+    SourceInput,
+    Technique,
+)
+
+SOFT_TISSUE: Final = (40.0, 400.0)  # display windows: centre, width in HU
+LUNG: Final = (-600.0, 1500.0)
+KIND_UNCERTAIN_BELOW: Final = 0.75
+OBLIQUE_BELOW: Final = 0.8  # cosine between slice normal and nearest body axis: below, the plane has no plain name
+
+# Types whose bare name does not read as a noun in a sentence.
+_NOUNS: Final = {
+    "open": "open circuit",
+    "short": "short circuit",
+    "copper": "spurious copper",
+    "uneven": "uneven surface",
+    "inflammation": "inflammatory change",
+    "fray": "frayed edge",
+}
+
+
+def report_id(study_key: str, reference_key: str | None, model: ModelIdentity, kind: str) -> str:
+    """The identity of a report, 16 hex digits: the same content, reference, model and asked-for kind give the same id.
+
+    `kind` is what the user asked for ("auto", "ct", "defect"), so that the id is known before the model has run.  The
+    device is not part of it.
+    """
+    parts = [study_key, reference_key, model.name, model.version, model.weights_sha256, model.config_sha256, kind]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def build_report(
+    study: ImageStudy,
+    reading: Reading,
+    model: ModelIdentity,
+    *,
+    kind: str = "auto",
+    reference: ImageStudy | None = None,
+    rules: Rules | None = None,
+    timing: dict[str, float] | None = None,
+) -> Report:
+    """The report on one study.  `kind` is what the user asked for, as in `Reader.read`; `timing` is in seconds."""
+    reported = [finding for finding in reading.findings if finding.reported]
+    flags = _quality_flags(study, reading, reference)
+    technique = _technique(study, reading)
+    findings = tuple(_finding(n, finding, study, reading, len(reported)) for n, finding in enumerate(reported, 1))
+    disposition, rule = None, None
+    if reading.kind == "defect":
+        rules = rules or load_rules()
+        defects = [_defect(finding, study) for finding in findings]
+        severities = [rules.severity_of(defect) for defect in defects]
+        findings = tuple(
+            f.model_copy(update={"severity": severity}) for f, severity in zip(findings, severities, strict=True)
+        )
+        disposition, rule = rules.decide(list(zip(defects, severities, strict=True)), flags)
+    return Report(
+        id=report_id(study.key, reference.key if reference else None, model, kind),
+        kind=cast(Literal["ct", "defect"], reading.kind),
+        created=datetime.now(UTC).replace(microsecond=0),
+        title=f"{_subject(reading, technique)} · {_text(study.name)}",
+        source=Source(
+            inputs=tuple(_input(source) for source in _inputs(study)),
+            reference=_input(reference.sources[0]) if reference else None,
+            study_uid=study.study_uid,
+            series_uid=study.series_uid,
+        ),
+        technique=technique,
+        fields={
+            name: _field_value(value)
+            for name, value in reading.fields.items()
+            if name == "laterality" or (name == "covid19" and _is_chest(technique))
+        },
+        findings=findings,
+        measurements=_whole(study, reading.kind, findings),
+        impression=_impression(reading, reported),
+        disposition=disposition,
+        disposition_rule=rule,
+        not_assessed=tuple(_not_assessed(study, reading, technique, reference)),
+        quality_flags=flags,
+        model=ModelInfo(
+            name=model.name,
+            version=model.version,
+            weights_sha256=model.weights_sha256,
+            config_sha256=model.config_sha256,
+            device=model.device,
+        ),
+        timing_s=reading.timing_s | (timing or {}),
+    )
+
+
+def report_images(study: ImageStudy, report: Report, *, reference: ImageStudy | None = None) -> ReportImages:
+    """The pictures of a report: each slice with evidence, or the middle one of those read; 8 bit, full size."""
+    shown = sorted({e.slice_index for finding in report.findings for e in finding.evidence})
+    read = report.technique.slices_read or (0,)
+    window = study.window or (LUNG if _is_chest(report.technique) else SOFT_TISSUE)
+    return ReportImages(
+        slices={index: _picture(study, index, window) for index in shown or [read[len(read) // 2]]},
+        reference=_picture(reference, 0, reference.window or SOFT_TISSUE) if reference else None,
+    )
+
+
+# Findings
+
+
+def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: Reading, count: int) -> Finding:
+    height, width = study.pixels.shape[1:3]
+    bbox = measurements.clip(finding.bbox, width, height)
+    location = finding.location.strip() or _position(bbox, width, height)
+    source = study.sources[finding.slice_index]
+    evidence = Evidence(
+        input_index=_inputs(study).index(source),
+        slice_index=finding.slice_index,
+        sop_instance_uid=source.sop_instance_uid,
+        bbox=bbox,
+        bbox_mm=box_in_patient(bbox, finding.slice_index, study.geometry) if reading.kind == "ct" else None,
+        localisation="box" if finding.localisation == "box" else "weak",
+    )
+    return Finding(
+        id=f"F{number}",
+        type=finding.type,
+        code=code_of(finding.type) if reading.kind == "ct" else None,
+        description=_description(finding, location, study, reading.kind),
+        location=location,
+        laterality=_laterality(reading) if count == 1 else None,
+        evidence=(evidence,),
+        measurements=_measure(bbox, finding, study, reading.kind),
+        confidence=_unit(finding.confidence),
+    )
+
+
+def _description(finding: FindingReading, location: str, study: ImageStudy, kind: str) -> str:
+    noun = _NOUNS.get(finding.type, taxonomy.title(finding.type))
+    words = f"{finding.extent.strip()} {noun}".strip() if kind == "defect" else noun
+    if kind == "ct" and finding.extent.strip():
+        words += f", {finding.extent.strip()},"
+    words += f" in the {location} of the image" if location in _POSITIONS else f", {location}"
+    if len(study.pixels) > 1:
+        words += f", slice {finding.slice_index + 1} of {len(study.pixels)}"
+    words = words[0].upper() + words[1:] + "."
+    if finding.localisation != "box":
+        words += " The mark shows the region that the model attended to, not an outline."
+    return words
+
+
+_ROWS: Final = ("upper", "middle", "lower")
+_COLUMNS: Final = ("left", "centre", "right")
+_POSITIONS: Final = frozenset(
+    {"centre", "left", "right", "top", "bottom", "upper part", "lower part"}
+    | {f"{row} {column}" for row in _ROWS for column in _COLUMNS}
+)
+
+
+def _position(bbox: Box, width: int, height: int) -> str:
+    """Where the box's centre lies on the picture, in thirds.  Sides are the picture's: nothing about the body."""
+    column = _COLUMNS[min(int((bbox[0] + bbox[2]) / 2 / width * 3), 2)]
+    row = _ROWS[min(int((bbox[1] + bbox[3]) / 2 / height * 3), 2)]
+    return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
+
+
+def _laterality(reading: Reading) -> str | None:
+    """The side that the model read for the whole image; it speaks of a finding only when there is just one."""
+    side = reading.fields.get("laterality")
+    return side.value if side and side.value not in (taxonomy.UNDETERMINED, "unspecified") else None
+
+
+def _measure(bbox: Box, finding: FindingReading, study: ImageStudy, kind: str) -> tuple[Measurement, ...]:
+    height, width = study.pixels.shape[1:3]
+    spacing = study.geometry.spacing_mm
+    weak = finding.localisation != "box"
+    if kind == "defect":
+        return measurements.box_on_picture(bbox, width, height, spacing, weak=weak)
+    sides = measurements.box_sides_mm(bbox, spacing, weak=weak) if spacing else ()
+    if study.units == "HU":
+        return (*sides, *measurements.box_hounsfield(bbox, study.pixels[finding.slice_index], weak=weak))
+    return sides
+
+
+def _defect(finding: Finding, study: ImageStudy) -> Defect:
+    height, width = study.pixels.shape[1:3]
+    x0, y0, x1, y1 = finding.evidence[0].bbox
+    return Defect(
+        type=finding.type,
+        area_percent=100 * (x1 - x0) * (y1 - y0) / (width * height),
+        length_percent=100 * max(x1 - x0, y1 - y0) / max(width, height),
+        confidence=finding.confidence,
+    )
+
+
+def box_in_patient(bbox: Box, slice_index: int, geometry: Geometry) -> tuple[Point, Point] | None:
+    """First and last corner of a pixel box in patient coordinates (LPS, mm), or None without full geometry.
+
+    Source: DICOM PS3.3 C.7.6.2.1.1, equation C.7.6.2.1-1.  Its indices name pixel centres, a box its outer edges: hence
+    the half pixel.
+    """
+    if not (geometry.spacing_mm and geometry.orientation and geometry.positions_mm):
+        return None
+    between_rows, between_columns = geometry.spacing_mm
+    along_row = np.asarray(geometry.orientation[:3]) * between_columns
+    along_column = np.asarray(geometry.orientation[3:]) * between_rows
+    origin = np.asarray(geometry.positions_mm[slice_index])
+
+    def corner(x: float, y: float) -> Point:
+        a, b, c = origin + along_row * (x - 0.5) + along_column * (y - 0.5)
+        return round(float(a), 4), round(float(b), 4), round(float(c), 4)
+
+    return corner(bbox[0], bbox[1]), corner(bbox[2], bbox[3])
+
+
+# The study as a whole
+
+
+def _technique(study: ImageStudy, reading: Reading) -> Technique:
+    height, width = study.pixels.shape[1:3]
+    size = (int(width), int(height))
+    geometry = study.geometry
+    if reading.kind == "defect":
+        return Technique(
+            image_size_px=size,
+            spacing_mm=geometry.spacing_mm,
+            product_line=reading.product_line,
+            read_from={"product_line": "model"} if reading.product_line else {},
+        )
+    read_from: dict[str, Literal["model", "header", "geometry"]] = {
+        name: "model" for name in ("region", "plane", "contrast") if name in reading.fields
+    }
+    fields = {name: _field_value(reading.fields[name]) for name in read_from}
+    if plane := _plane(geometry):  # geometry beats a guess
+        fields["plane"] = FieldValue(value=plane, confidence=1, probabilities={plane: 1})
+        read_from["plane"] = "geometry"
+    header = {
+        "spacing_mm": geometry.spacing_mm,
+        "slice_spacing_mm": geometry.slice_spacing_mm,
+        "slice_thickness_mm": geometry.slice_thickness_mm,
+        "kernel": _text(study.kernel),
+        "contrast_agent": _text(study.contrast_agent),
+        "body_part": _text(study.body_part),
+    }
+    read_from |= {name: "header" for name, value in header.items() if value is not None}
+    return Technique.model_validate(
+        header
+        | fields
+        | {
+            "slice_count": len(study.pixels),
+            "slices_read": reading.slices_read,
+            "windows": reading.windows,
+            "image_size_px": size,
+            "read_from": read_from,
+        }
+    )
+
+
+def _plane(geometry: Geometry) -> str | None:
+    if not geometry.orientation:
+        return None
+    normal = np.abs(np.cross(geometry.orientation[:3], geometry.orientation[3:]))
+    axis = int(normal.argmax())
+    return ("sagittal", "coronal", "axial")[axis] if normal[axis] >= OBLIQUE_BELOW else None
+
+
+def _subject(reading: Reading, technique: Technique) -> str:
+    if reading.kind == "defect":
+        return f"Inspection of {_line_title(reading)}"
+    known = [
+        taxonomy.title(field.value)
+        for field in (technique.region, technique.plane)
+        if field and field.value != taxonomy.UNDETERMINED
+    ]
+    return ", ".join(["CT", *known])
+
+
+def _line_title(reading: Reading) -> str:
+    return taxonomy.line(reading.product_line).title if reading.product_line else "an unknown product"
+
+
+def _impression(reading: Reading, reported: Sequence[FindingReading]) -> str:
+    if reported:
+        if words := _text(reading.impression.strip()):
+            return words
+        names = dict.fromkeys(_NOUNS.get(f.type, taxonomy.title(f.type)) for f in reported)
+        return f"{len(reported)} finding{'s' if len(reported) > 1 else ''}: {', '.join(names)}."
+    if reading.kind == "ct":
+        return "No finding of the assessed types was reported. Other findings are not excluded."
+    return f"No defect of the assessed types was found. Assessed as {_line_title(reading)}."
+
+
+def _whole(study: ImageStudy, kind: str, findings: Sequence[Finding]) -> tuple[Measurement, ...]:
+    height, width = study.pixels.shape[1:3]
+    if kind == "defect":
+        count = Measurement(name="defects reported", value=len(findings), unit="1", method="count of findings")
+        boxes = [e.bbox for finding in findings for e in finding.evidence]
+        return (count, measurements.covered_share(boxes, width, height))
+    found = list(measurements.hounsfield_range(study.pixels)) if study.units == "HU" else []
+    if (between := study.geometry.slice_spacing_mm) and len(study.pixels) > 1:
+        length = len(study.pixels) * between
+        found.append(Measurement(name="scanned length", value=length, unit="mm", method="slices times their spacing"))
+    return tuple(found)
+
+
+def _quality_flags(study: ImageStudy, reading: Reading, reference: ImageStudy | None) -> tuple[str, ...]:
+    flags = [*study.quality_flags, *reading.quality_flags]
+    if reading.kind_confidence < KIND_UNCERTAIN_BELOW:
+        flags.append("kind-uncertain")
+    if reading.kind == "defect":
+        if reading.product_line is None:
+            flags.append("product-line-undetermined")
+        if reading.product_line == "board" and reference is None:
+            flags.append("no-reference")
+        if reference is not None and reference.pixels.shape[1:3] != study.pixels.shape[1:3]:
+            flags.append("reference-size-differs")
+    return tuple(dict.fromkeys(flags))
+
+
+def _not_assessed(
+    study: ImageStudy, reading: Reading, technique: Technique, reference: ImageStudy | None
+) -> Iterable[NotAssessed]:
+    if reading.kind == "defect":
+        yield from _defects_not_assessed(reading, reference)
+    else:
+        yield from _ct_not_assessed(study, reading, technique)
+    if not study.geometry.spacing_mm:
+        yield NotAssessed(what="sizes in millimetres", reason="the file does not say how large a pixel is")
+
+
+def _defects_not_assessed(reading: Reading, reference: ImageStudy | None) -> Iterable[NotAssessed]:
+    others = [line for line in taxonomy.PRODUCT_LINES if line.name != reading.product_line]
+    for line in others:
+        types = ", ".join(taxonomy.title(t) for t in line.types)
+        yield NotAssessed(what=f"defects of {line.title}: {types}", reason="the picture was read as another product")
+    yield NotAssessed(what="any other type of defect", reason="the model knows the listed types only")
+    if reading.product_line == "board" and reference is None:
+        yield NotAssessed(
+            what="comparison with a golden sample", reason="none was given; give one with --reference for bare boards"
+        )
+
+
+def _ct_not_assessed(study: ImageStudy, reading: Reading, technique: Technique) -> Iterable[NotAssessed]:
+    types = ", ".join(taxonomy.title(t) for t in taxonomy.CT_TYPES)
+    yield NotAssessed(what=f"anything but: {types}", reason="the model knows these finding types only")
+    yield NotAssessed(what="absence of disease", reason="a finding that is not reported is not excluded")
+    yield NotAssessed(what="earlier studies and clinical history", reason="the model sees this study's pixels only")
+    for name, field in reading.fields.items():
+        decided_by_geometry = technique.read_from.get(name) == "geometry"
+        if field.value == taxonomy.UNDETERMINED and not decided_by_geometry:
+            yield NotAssessed(what=name, reason=f"the model could not tell{_best_guess(field)}")
+    if "covid19" in reading.fields and not _is_chest(technique):
+        yield NotAssessed(what="COVID-19 pattern", reason="the image was not read as a chest CT")
+    if unread := sorted(set(range(len(study.pixels))) - set(reading.slices_read)):
+        count = f"{len(unread)} of {len(study.pixels)} slices"
+        yield NotAssessed(what=f"{count}: {_ranges(unread)}", reason="the model reads a sample of the slices")
+    if study.units != "HU":
+        yield NotAssessed(what="attenuation in HU", reason="the file holds display values, not Hounsfield units")
+
+
+def _best_guess(field: FieldReading) -> str:
+    if not field.probabilities:
+        return ""
+    value, probability = max(field.probabilities.items(), key=lambda item: item[1])
+    return f"; best guess {taxonomy.title(value)}, {probability:.0%}"
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """0-based indices as people count: [0, 1, 2, 5] -> "1–3, 6"."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], index]
+        else:
+            runs.append([index])
+    return ", ".join("–".join(str(end + 1) for end in run) for run in runs)
+
+
+# Small parts
+
+
+def _is_chest(technique: Technique) -> bool:
+    return technique.region is not None and technique.region.value == "chest"
+
+
+def _field_value(field: FieldReading) -> FieldValue:
+    probabilities = {value: _unit(p) for value, p in field.probabilities.items()}
+    sure = probabilities.get(field.value, max(probabilities.values(), default=0.0))
+    return FieldValue(value=field.value, confidence=sure, probabilities=probabilities)
+
+
+def _unit(probability: float) -> float:
+    """Rounding in float32 can leave [0, 1] by a hair."""
+    return min(max(float(probability), 0.0), 1.0)
+
+
+def _inputs(study: ImageStudy) -> tuple[SourceFile, ...]:
+    """The study's files, each once: all frames of one file name the same one."""
+    return tuple(dict.fromkeys(study.sources))
+
+
+def _input(source: SourceFile) -> SourceInput:
+    return SourceInput(
+        name=_text(source.path) or "",
+        sha256=source.sha256,
+        media_type=source.media_type,
+        page=source.page,
+        sop_instance_uid=source.sop_instance_uid,
+    )
+
+
+def _text(words: str | None) -> str | None:
+    """File names and headers may hold bytes that are no text (lone surrogates); a report is valid UTF-8."""
+    return None if words is None else words.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _picture(study: ImageStudy, index: int, window: tuple[float, float]) -> Picture:
+    values = study.pixels[index]
+    spacing = study.geometry.spacing_mm
+    aspect = spacing[0] / spacing[1] if spacing else 1.0
+    if study.units == "HU":
+        centre, width = window
+        name = {SOFT_TISSUE: "soft tissue window, ", LUNG: "lung window, "}.get(window, "the file's own window, ")
+        return Picture(apply_window(values, centre, width), f"{name}centre {centre:g}, width {width:g} HU", aspect)
+    if values.dtype == np.uint8:
+        return Picture(values, pixel_aspect=aspect)
+    low, high = float(values.min()), float(values.max())
+    scaled = np.rint((values - low) * (255 / max(high - low, 1.0))).astype(np.uint8)
+    return Picture(scaled, f"values {low:g} to {high:g} shown as black to white", aspect)
+
+
+def apply_window(values: np.ndarray, centre: float, width: float) -> np.ndarray:
+    """Hounsfield units as uint8 grey through a display window.  Source: DICOM PS3.3 C.11.2.1.2.1 (linear)."""
+    grey = (np.nan_to_num(values.astype(np.float32)) - (centre - 0.5)) / max(width - 1, 1e-3) + 0.5
+    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
