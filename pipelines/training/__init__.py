@@ -1,0 +1,1 @@
+"""From manifests to weights. `python -m pipelines.training --help`, or `scanscribe train`."""

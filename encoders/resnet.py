@@ -1,0 +1,58 @@
+"""ResNet-18-D, with timm's parameter names, for the reading path.
+
+Training builds the backbone through timm. Importing timm (and with it torchvision and torch's compiler) costs a cold
+process about five seconds, so that reading builds the same network from these few lines; a test holds the two equal.
+Source: He et al., "Bag of Tricks for Image Classification" (arXiv 1812.01187), as timm's `resnet18d` builds it.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; a strided shortcut averages before its 1x1 convolution."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample: nn.Module | None = None
+        if stride > 1 or inputs != width:
+            pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+            self.downsample = nn.Sequential(pool, nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        shortcut = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        y = F.relu(self.bn1(self.conv1(x_BCHW)))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+class ResNet18D(nn.Module):
+    """`[B, 3, H, W]` -> features of strides 8, 16 and 32: `[B, 128|256|512, H/s, W/s]`."""
+
+    channels = (128, 256, 512)
+
+    def __init__(self) -> None:
+        super().__init__()
+        stem: list[nn.Module] = []
+        for inputs, width, stride in ((3, 32, 2), (32, 32, 1)):
+            stem += [nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        self.conv1 = nn.Sequential(*stem, nn.Conv2d(32, 64, 3, 1, 1, bias=False))
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(BasicBlock(inputs, width, stride), BasicBlock(width, width, 1))
+            for inputs, width, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+        )
+
+    def forward(self, x_B3HW: Tensor) -> list[Tensor]:
+        x = F.relu(self.bn1(self.conv1(x_B3HW)))
+        x = self.layer1(F.max_pool2d(x, 3, 2, 1))
+        features = []
+        for layer in (self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            features.append(x)
+        return features

@@ -1,0 +1,91 @@
+"""Dense evidence -> a few items: the best boxes of each type, and the regions of CT class maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encoders.evidence import EncoderOutput, decode_boxes
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Evidence items of a batch, by falling score. B pictures, K items each; `score` is 0 where there is none."""
+
+    boxes: Tensor  # [B, K, 4] pixels of the network's input
+    types: Tensor  # [B, K] long: index of a box type, or of a map type
+    scores: Tensor  # [B, K] probability, uncalibrated
+
+
+def box_iou(a_N4: Tensor, b_M4: Tensor) -> Tensor:
+    """IoU of every pair, `[..., N, M]`."""
+    low = torch.maximum(a_N4[..., :, None, :2], b_M4[..., None, :, :2])
+    high = torch.minimum(a_N4[..., :, None, 2:], b_M4[..., None, :, 2:])
+    inter = (high - low).clamp(min=0).prod(-1)
+    area_a = (a_N4[..., 2:] - a_N4[..., :2]).prod(-1)
+    area_b = (b_M4[..., 2:] - b_M4[..., :2]).prod(-1)
+    return inter / (area_a[..., :, None] + area_b[..., None, :] - inter).clamp(min=1e-7)
+
+
+@torch.no_grad()
+def select_boxes(
+    output: EncoderOutput, *, keep: int = 100, overlap: float = 0.6, candidates: int = 400, threshold: float = 0.005
+) -> Items:
+    """Greedy non-maximum suppression within each type.
+
+    Written here and not taken from torchvision because importing torchvision costs a cold process three seconds; a test
+    holds the two equal.
+    """
+    assert output.types_BAT is not None and output.distances_BA4R is not None
+    assert output.points_A2 is not None and output.strides_A is not None
+    scores_BAT = output.types_BAT.float().sigmoid()
+    batch, anchors, types = scores_BAT.shape
+    candidates = min(candidates, anchors * types)
+    scores_BC, flat = scores_BAT.flatten(1).topk(candidates, 1)
+    type_BC, anchor_BC = flat % types, flat // types
+    expanded = anchor_BC[..., None, None].expand(-1, -1, *output.distances_BA4R.shape[2:])
+    distances = output.distances_BA4R.gather(1, expanded)
+    points = output.points_A2[anchor_BC]
+    boxes_BC4 = torch.cat(
+        [
+            decode_boxes(distances[b : b + 1], points[b], output.strides_A[anchor_BC[b]])
+            for b in range(batch)
+        ]
+    )
+    clash_BCC = (box_iou(boxes_BC4, boxes_BC4) > overlap) & (type_BC[:, :, None] == type_BC[:, None, :])
+    clash_BCC = clash_BCC.triu(1)
+    alive_BC = scores_BC > threshold
+    for i in range(candidates):
+        alive_BC = alive_BC & ~(clash_BCC[:, i] & alive_BC[:, i : i + 1])
+    scores_BK, order = (scores_BC * alive_BC).topk(min(keep, candidates), 1)
+    boxes_BK4 = boxes_BC4.gather(1, order[..., None].expand(-1, -1, 4))
+    return Items(boxes_BK4, type_BC.gather(1, order), scores_BK)
+
+
+@torch.no_grad()
+def select_regions(maps_BTHW: Tensor, side: tuple[int, int], *, keep: int = 8, level: float = 0.5) -> Items:
+    """The likeliest map types, each with the box around the part of its map above `level` of its range.
+
+    `side` is the height and width of the network's input. The boxes are weak evidence: a class activation map shows
+    what the logit rests on, not an outline.
+    """
+    probability_BT = maps_BTHW.mean((2, 3)).float().sigmoid()
+    scores_BK, types_BK = probability_BT.topk(keep, 1)
+    _, _, rows, columns = maps_BTHW.shape
+    chosen = maps_BTHW.float().gather(1, types_BK[..., None, None].expand(-1, -1, rows, columns))
+    fine = F.interpolate(chosen, scale_factor=4, mode="bilinear", align_corners=False)
+    low, high = fine.amin((2, 3), keepdim=True), fine.amax((2, 3), keepdim=True)
+    hot = fine >= low + level * (high - low)
+
+    def span(line: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        cell = length / line.shape[-1]
+        first = line.float().argmax(-1) * cell
+        last = length - line.flip(-1).float().argmax(-1) * cell
+        return first, last
+
+    x0, x1 = span(hot.any(2), side[1])
+    y0, y1 = span(hot.any(3), side[0])
+    return Items(torch.stack((x0, y0, x1, y1), -1), types_BK, scores_BK)

@@ -1,0 +1,16 @@
+"""Backbones by timm's names, as feature pyramids of strides 8, 16 and 32."""
+
+from __future__ import annotations
+
+import timm
+from torch import nn
+
+
+def timm_features(name: str, *, pretrained: bool = False) -> nn.Module:
+    """The backbone called `name`, with its level widths in `.channels`.
+
+    `pretrained` asks timm for weights: it needs a network or timm's local cache, so that nothing here sets it.
+    """
+    net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(2, 3, 4))
+    net.channels = tuple(net.feature_info.channels())
+    return net

@@ -1,0 +1,138 @@
+"""What every recipe shares: the run's folder, its log, the schedule, the averaged weights and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite; the message names the last good checkpoint."""
+
+    code = "diverged"
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The recipe called `name` (or the TOML file at that path), with `key=value` overrides of its top level.
+
+    Raises ValueError that names what there is.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        raise ValueError(f"no recipe {name!r}; there are: {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}")
+    recipe = tomllib.loads(path.read_text())
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in recipe:
+            raise ValueError(f"recipe {name!r} has no {key!r}; it has: {', '.join(recipe)}")
+        recipe[key] = tomllib.loads(f"v = {value}")["v"]
+    return recipe
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to 1%."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and single vectors do not."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+class Average:
+    """An exponential moving average of a model's weights and buffers, kept on the device."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self.mine = [a for a, _ in pairs if a.is_floating_point()]
+        self.theirs = [b for a, b in pairs if a.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.mine, self.theirs, 1 - self.decay)
+
+
+def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """`step` as a CUDA graph, and the tensor that each replay fills with its result.
+
+    The warm-up really runs the step: set the learning rate to 0 before.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
+class Run:
+    """A run's folder: `recipe.json`, `log.jsonl` and `checkpoint.pt`."""
+
+    def __init__(self, out: Path, recipe: dict[str, Any]) -> None:
+        self.out, self.recipe = out, recipe
+        self.started = time.perf_counter()
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.json").write_text(json.dumps(recipe, indent=1))
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def log(self, **values: float | int | str) -> None:
+        """Appends a line to the log and prints it."""
+        record = {"seconds": round(time.perf_counter() - self.started, 1), **values}
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
+
+    def save(self, step: int, parts: dict[str, Any]) -> None:
+        """Writes the checkpoint whole or not at all."""
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save({"step": step, "recipe": self.recipe, **{k: v.state_dict() for k, v in parts.items()}}, temporary)
+        os.replace(temporary, self.checkpoint)
+
+    def resume(self, parts: dict[str, Any], device: torch.device) -> int:
+        """Loads the checkpoint into `parts` and returns the step to go on from; 0 when there is none.
+
+        Raises ValueError when the checkpoint was written by another recipe.
+        """
+        if not self.checkpoint.exists():
+            return 0
+        state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        if state["recipe"] != self.recipe:
+            raise ValueError(f"{self.checkpoint} was written by another recipe; give another --out or remove it")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return int(state["step"])
+
+    def check(self, loss: Tensor, step: int) -> float:
+        """The loss as a number; raises `DivergedError` when it is not one."""
+        value = float(loss)
+        if not math.isfinite(value):
+            kept = self.checkpoint if self.checkpoint.exists() else "none was written"
+            raise DivergedError(
+                f"the loss is {value} at step {step}; last good checkpoint: {kept}. Lower learning_rate and go on with --resume."
+            )
+        return value

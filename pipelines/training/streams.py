@@ -1,0 +1,124 @@
+"""Training data as streams: each data set a stack of uint8 pictures on the device, with padded labels.
+
+A stream's pictures are scaled so that their longest side is the size at which its kind is inspected (board pictures
+appear a second time at glance size), and sit in the top left corner of a common canvas. Everything fits the memory of
+one GPU, so that a step reads no file.
+Shapes: N cases, S canvas side, M labelled boxes (padded).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipelines.inputs import GLANCE, LONGEST_SIDE, grey8, resize
+from pipelines.manifest import Case, read_manifest
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES
+
+MAX_BOXES = 20
+LINE_VALUES = (*LINES, "ct")
+# Auxiliary fields help the encoder and are not read in reports.
+NODULES = ("none", "benign", "malignant")
+FIELDS: dict[str, tuple[str, ...]] = {"line": LINE_VALUES, **CT_FIELDS, "lung_nodule": NODULES}
+
+
+@dataclass(slots=True)
+class Stream:
+    """One data set (one split) on a device."""
+
+    name: str
+    line: str  # "steel", "tile", "board" or "ct"
+    pictures: Tensor  # [N, 1 or 2, S, S] uint8: image, golden sample
+    sizes: Tensor  # [N, 2] float: width, height of the picture in the canvas
+    boxes: Tensor  # [N, MAX_BOXES, 4] float, canvas pixels
+    labels: Tensor  # [N, MAX_BOXES] long
+    valid: Tensor  # [N, MAX_BOXES] bool
+    fields: Tensor  # [N, len(FIELDS)] long, -1 where unknown
+    types: Tensor  # [N, len(CT_TYPES)] float, -1 where unknown
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def to(self, device: torch.device) -> Stream:
+        tensors = (self.pictures, self.sizes, self.boxes, self.labels, self.valid, self.fields, self.types)
+        return Stream(self.name, self.line, *(t.to(device) for t in tensors))
+
+
+def _read(case: Case, longest: int) -> tuple[list[np.ndarray], float]:
+    pictures = []
+    scale = 1.0
+    for path in (case.image, case.template):
+        if path is not None:
+            with Image.open(path) as image:
+                mode = image.mode
+                grey = np.asarray(image.convert("L" if mode in ("1", "L", "P") else "RGB"))
+            grey = grey8(grey)
+            scale = longest / max(grey.shape)
+            pictures.append(resize(grey, longest))
+    return pictures, scale
+
+
+def load_stream(name: str, cases: list[Case], *, longest: int | None = None) -> Stream:
+    """Reads the pictures of `cases`; `longest` overrides the size at which the kind is inspected.
+
+    Raises ValueError when the cases are of more than one product line.
+    """
+    lines = {case.product_line or "ct" for case in cases}
+    if len(lines) != 1:
+        raise ValueError(f"{name}: a training manifest holds one product line, this one has {sorted(lines)}")
+    line = lines.pop()
+    side = longest or LONGEST_SIDE[line]
+    with ThreadPoolExecutor() as pool:
+        read = list(pool.map(lambda case: _read(case, side), cases))
+    layers = max(len(pictures) for pictures, _ in read)
+    pictures = np.zeros((len(cases), layers, side, side), np.uint8)
+    sizes = np.zeros((len(cases), 2), np.float32)
+    boxes = np.zeros((len(cases), MAX_BOXES, 4), np.float32)
+    labels = np.zeros((len(cases), MAX_BOXES), np.int64)
+    valid = np.zeros((len(cases), MAX_BOXES), bool)
+    fields = np.full((len(cases), len(FIELDS)), -1, np.int64)
+    types = np.full((len(cases), len(CT_TYPES)), -1.0, np.float32)
+    for i, (case, (layer, scale)) in enumerate(zip(cases, read, strict=True)):
+        height, width = layer[0].shape
+        for j, picture in enumerate(layer):
+            pictures[i, j, :height, :width] = picture
+        sizes[i] = width, height
+        for j, box in enumerate(case.boxes[:MAX_BOXES]):
+            boxes[i, j] = np.asarray(box.bbox, np.float32) * scale
+            labels[i, j] = DEFECT_TYPES.index(box.type)
+            valid[i, j] = True
+        known = {"line": line, **case.fields}
+        if "lung_nodule" in case.extra:
+            known["lung_nodule"] = case.extra["lung_nodule"]
+        for j, (field, values) in enumerate(FIELDS.items()):
+            if field in known:
+                fields[i, j] = values.index(known[field])
+        if line == "ct" and case.finding_types is not None:
+            types[i] = [float(t in case.finding_types) for t in CT_TYPES]
+    name += "" if longest is None else f"@{side}"
+    return Stream(name, line, *map(torch.from_numpy, (pictures, sizes, boxes, labels, valid, fields, types)))
+
+
+def load_streams(data: Path, split: str) -> list[Stream]:
+    """Every data set below `data` that has cases of `split`; boards also at glance size.
+
+    Raises `ManifestError` when a manifest has faults, ValueError when there is nothing to read.
+    """
+    streams: list[Stream] = []
+    for manifest in sorted(data.glob("*/manifest.jsonl")):
+        cases = [case for case in read_manifest(manifest) if case.split == split]
+        if not cases:
+            continue
+        stream = load_stream(manifest.parent.name, cases)
+        streams.append(stream)
+        if LONGEST_SIDE[stream.line] > 2 * GLANCE:
+            streams.append(load_stream(manifest.parent.name, cases, longest=GLANCE))
+    if not streams:
+        raise ValueError(f"no */manifest.jsonl with a {split!r} split below {data}")
+    return streams
