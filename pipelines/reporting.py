@@ -291,12 +291,12 @@ def _plane(geometry: Geometry) -> str | None:
 def _subject(reading: Reading, technique: Technique) -> str:
     if reading.kind == "defect":
         return f"Inspection of {_line_title(reading)}"
-    known = [
-        taxonomy.title(field.value)
+    region, plane = (
+        taxonomy.title(field.value) if field and field.value != taxonomy.UNDETERMINED else ""
         for field in (technique.region, technique.plane)
-        if field and field.value != taxonomy.UNDETERMINED
-    ]
-    return ", ".join(["CT", *known])
+    )
+    subject = f"{region[:1].upper()}{region[1:]} CT" if region else "CT"
+    return f"{subject}, {plane}" if plane else subject
 
 
 def _line_title(reading: Reading) -> str:
@@ -445,7 +445,8 @@ def _picture(study: ImageStudy, index: int, window: tuple[float, float]) -> Pict
     if study.units == "HU":
         centre, width = window
         name = {SOFT_TISSUE: "soft tissue window, ", LUNG: "lung window, "}.get(window, "the file's own window, ")
-        return Picture(apply_window(values, centre, width), f"{name}centre {centre:g}, width {width:g} HU", aspect)
+        shown_as = f"{name}centre {centre:g}, width {width:g} HU".replace("-", "−")
+        return Picture(apply_window(values, centre, width), shown_as, aspect)
     if values.dtype == np.uint8:
         return Picture(values, pixel_aspect=aspect)
     low, high = float(values.min()), float(values.max())

@@ -16,7 +16,7 @@ from reports.schema import Measurement
 Box = tuple[float, float, float, float]
 PIXEL: Final = "{pixel}"
 HOUNSFIELD: Final = "[hnsf'U]"
-_WEAK: Final = "the region that the model attended to (class activation), which is not an outline of the finding"
+_WEAK: Final = "the marked region (class activation, no outline of the finding)"
 _BOX: Final = "the evidence box"
 
 
@@ -56,8 +56,8 @@ def box_sides_mm(bbox: Box, spacing_mm: tuple[float, float], *, weak: bool) -> t
     what = _WEAK if weak else _BOX
     sides = sorted(((bbox[2] - bbox[0]) * spacing_mm[1], (bbox[3] - bbox[1]) * spacing_mm[0]), reverse=True)
     return (
-        Measurement(name="long side", value=sides[0], unit="mm", method=f"long side of {what} times pixel spacing"),
-        Measurement(name="short side", value=sides[1], unit="mm", method=f"short side of {what} times pixel spacing"),
+        Measurement(name="long side", value=sides[0], unit="mm", method=f"long side of {what}, by pixel spacing"),
+        Measurement(name="short side", value=sides[1], unit="mm", method=f"short side of {what}, by pixel spacing"),
     )
 
 
@@ -68,7 +68,7 @@ def box_hounsfield(bbox: Box, slice_HW: np.ndarray, *, weak: bool) -> tuple[Meas
     x0, x1 = _centres(bbox[0], bbox[2], width)
     y0, y1 = _centres(bbox[1], bbox[3], height)
     inside = slice_HW[y0:y1, x0:x1].astype(np.float64)
-    method = f"over all {inside.size} pixels of {what}"
+    method = f"over all pixels of {what}"
     return (
         Measurement(name="mean attenuation", value=float(inside.mean()), unit=HOUNSFIELD, method=f"mean {method}"),
         Measurement(
@@ -88,7 +88,7 @@ def _centres(low: float, high: float, size: int) -> tuple[int, int]:
 
 def hounsfield_range(volume_SHW: np.ndarray) -> tuple[Measurement, Measurement]:
     """Lowest and highest HU of all slices, whether the model looked at them or not."""
-    method = f"over all pixels of {len(volume_SHW)} slice{'s' if len(volume_SHW) > 1 else ''}"
+    method = "over all pixels of all slices"
     return (
         Measurement(name="lowest attenuation", value=float(volume_SHW.min()), unit=HOUNSFIELD, method=method),
         Measurement(name="highest attenuation", value=float(volume_SHW.max()), unit=HOUNSFIELD, method=method),

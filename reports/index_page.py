@@ -1,0 +1,56 @@
+"""The HTML index of a run: a row a report with its thumbnail, filters and counts, and what was refused with its remedy.
+
+Everything is in the page from the start; a little script of its own (allowed by its hash) only hides rows.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from os.path import relpath
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from reports.html import environment
+from reports.writing import atomic_write
+
+INDEX: Final = "index.html"
+KINDS: Final = {"ct": "CT", "defect": "Inspection"}
+DISPOSITIONS: Final = ("reject", "hold", "rework", "accept")  # the most urgent first
+
+
+def write_index(out: Path, lines: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes `OUT/index.html` over the records of `index.jsonl` and `rejected.jsonl`; returns its path.
+
+    Paths in the records are relative to `out`.  Raises OSError.
+    """
+    env = environment()
+    script = env.get_template("index.js").render()
+    html = env.get_template("index.html.j2").render(
+        lines=lines,
+        rejected=rejected,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        kinds=_counted((line["kind"] for line in lines), KINDS),
+        kind_titles=KINDS,
+        dispositions=_counted((line["disposition"] for line in lines if line.get("disposition")), DISPOSITIONS),
+        types=sorted(Counter(t for line in lines for t in line["types"]).items()),
+        href=lambda path: _href(out, path),
+    )
+    path = out / INDEX
+    atomic_write(path, html.encode("utf-8", "replace"))
+    return path
+
+
+def _counted(values: Any, order: Any) -> list[tuple[str, int]]:
+    counts = Counter(values)
+    return [(value, counts[value]) for value in order if counts[value]]
+
+
+def _href(out: Path, path: str) -> str:
+    """A link from the index to a file of the run; quoted, so that no name can be read as a scheme or a host."""
+    relative = relpath(path, out) if Path(path).is_absolute() else path
+    return "./" + quote(Path(relative).as_posix(), errors="replace")
