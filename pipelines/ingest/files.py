@@ -1,0 +1,227 @@
+"""Which files there are and what each one is, told by its first bytes: folders, zip archives, single files.
+
+Nothing is extracted to disk and nothing is passed over in silence: every path that is met becomes a `Found`, a
+`Rejection` or a `PassedOver` with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import stat
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Final, Literal, cast
+
+from pipelines.ingest.refusals import Refusal, rejected, rejection
+from pipelines.study import Rejection
+
+MAX_FILE_BYTES: Final = 4 << 30  # a file is read into memory as a whole
+MAX_ARCHIVE_MEMBERS: Final = 200_000
+MAX_ARCHIVE_BYTES: Final = 64 << 30  # all members together, unpacked
+MAX_ARCHIVE_RATIO: Final = 200  # unpacked to packed; only asked of archives that unpack to more than a GiB
+
+# Companions of images that people keep beside them. Met in a folder or archive they are passed over; named by the
+# user, or holding an image after all, they are treated like any other file.
+SIDECAR_SUFFIXES: Final = (".csv", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".py", ".toml", ".txt", ".xml")
+SIDECAR_NAMES: Final = ("DICOMDIR", "LICENSE", "README")
+LITTER_NAMES: Final = ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+Format = Literal["dicom", "picture", "zip"]
+HEAD_BYTES: Final = 132
+
+_TIFFS: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PICTURES: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"GIF87a", b"GIF89a", *_TIFFS)
+_KNOWN_BUT_UNREAD: Final = (
+    (b"%PDF", "a PDF document"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"7z\xbc\xaf", "a 7-Zip archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"8BPS", "a Photoshop file"),
+    (b"\0\0\0\x0cjP  ", "a bare JPEG 2000 file"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """A file on disk, or a member of a zip archive on disk. Small and picklable."""
+
+    path: Path
+    member: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What people and reports call it: `folder/file.png` or `archive.zip!folder/file.png`."""
+        path = os.fsencode(self.path).decode("utf-8", "replace")
+        return path if self.member is None else f"{path}!{self.member}"
+
+    @property
+    def parent(self) -> str:
+        return self.name[: -len(self.basename)].rstrip("/")
+
+    @property
+    def basename(self) -> str:
+        return self.name.replace("!", "/").rsplit("/", 1)[-1]
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The file as a seekable stream. Raises OSError, BadZipFile, or Refusal for a locked or exotic member."""
+        if self.member is None:
+            with open(self.path, "rb") as stream:
+                yield stream
+            return
+        try:
+            member = _archive(self.path).open(self.member)
+        except (RuntimeError, NotImplementedError) as error:
+            raise Refusal("damaged-archive", "The member is locked or packed in a way that cannot be read.") from error
+        with member:
+            yield cast(BinaryIO, member)
+
+    def read(self) -> bytes:
+        """All bytes. Raises as `open` does, and Refusal for an empty or much too large file."""
+        with self.open() as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+        if not data:
+            raise Refusal("empty-file", "The file is empty (0 bytes).")
+        if len(data) > MAX_FILE_BYTES:
+            raise Refusal("too-large", f"The file is larger than {MAX_FILE_BYTES >> 30} GiB.")
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file that looks like something ingest can read."""
+
+    ref: FileRef
+    format: Format
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A file that is plainly not an input, with the reason why it was left alone."""
+
+    path: str
+    reason: str
+
+
+def discover(inputs: Iterable[Path]) -> Iterator[Found | Rejection | PassedOver]:
+    """Every file under `inputs` in a fixed order: inputs as given, folders and archives by name. Never raises.
+
+    Links are followed; a file or folder that is reached twice is met once, which also ends loops of links.
+    """
+    seen: set[tuple[int, int]] = set()
+    for path in inputs:
+        yield from _walk(path, seen, named=True)
+
+
+def _walk(path: Path, seen: set[tuple[int, int]], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
+    ref = FileRef(path)
+    if not named and (litter := _litter(path.name)):
+        yield PassedOver(ref.name, litter)
+        return
+    try:
+        info = path.stat()
+        if (info.st_dev, info.st_ino) in seen:
+            return
+        seen.add((info.st_dev, info.st_ino))
+        if stat.S_ISDIR(info.st_mode):
+            entries = sorted(os.listdir(path))
+            if named and not entries:
+                raise Refusal("empty-folder", "The folder is empty.")
+            for entry in entries:
+                yield from _walk(path / entry, seen, named=False)
+            return
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe or a device could wait for ever
+            raise Refusal("not-a-file", "It is a device, a pipe or a socket.")
+        found = _recognise(ref, named=named)
+        if isinstance(found, Found) and found.format == "zip":
+            yield from _members(path)
+        else:
+            yield found
+    except (Refusal, OSError, ValueError, zipfile.BadZipFile) as error:  # ValueError: a NUL byte in the path
+        yield rejected(ref.name, error)
+
+
+def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
+    archive = _archive(path)
+    members = sorted({info.filename: info for info in archive.infolist() if not info.is_dir()}.items())
+    if not members:
+        raise Refusal("empty-folder", "The archive is empty.")
+    if "[Content_Types].xml" in archive.namelist():
+        raise Refusal("unsupported-format", "It is an office document.")
+    if len(members) > MAX_ARCHIVE_MEMBERS:
+        raise Refusal("archive-bomb", f"The archive has more than {MAX_ARCHIVE_MEMBERS:,} members.")
+    unpacked = sum(info.file_size for _, info in members)
+    packed = max(path.stat().st_size, 1)
+    if unpacked > MAX_ARCHIVE_BYTES or (unpacked > 1 << 30 and unpacked / packed > MAX_ARCHIVE_RATIO):
+        raise Refusal("archive-bomb", f"The archive would unpack to {unpacked / packed:,.0f} times its size.")
+    if all(info.flag_bits & 1 for _, info in members):
+        raise Refusal("password-locked", "The archive is locked with a password.")
+    for name, info in members:
+        ref = FileRef(path, name)
+        litter = next(filter(None, map(_litter, PurePosixPath(name).parts)), None)
+        if litter:
+            yield PassedOver(ref.name, litter)
+        elif info.flag_bits & 1:
+            yield rejection(ref.name, "password-locked", "The member of the archive is locked with a password.")
+        else:
+            try:
+                found = _recognise(ref, named=False)
+                if isinstance(found, Found) and found.format == "zip":
+                    raise Refusal("nested-archive", "It is an archive inside an archive.")
+                yield found
+            except Exception as error:  # zipfile answers damaged members with errors of many types
+                yield rejected(ref.name, error)
+
+
+def _recognise(ref: FileRef, *, named: bool) -> Found | PassedOver:
+    """What the file is by content; raises Refusal where it is nothing that can be read."""
+    with ref.open() as stream:
+        head = stream.read(HEAD_BYTES)
+    suffix = PurePosixPath(ref.basename).suffix.lower()
+    sidecar = not named and (suffix in SIDECAR_SUFFIXES or ref.basename.upper() in SIDECAR_NAMES)
+    if (found := sniff(head)) and not (sidecar and ref.basename.upper() == "DICOMDIR"):
+        return Found(ref, found)
+    if sidecar:
+        return PassedOver(ref.name, "a companion file, not an image")
+    if not head:
+        raise Refusal("empty-file", "The file is empty (0 bytes).")
+    for magic, title in _KNOWN_BUT_UNREAD:
+        if head.startswith(magic):
+            raise Refusal("unsupported-format", f"It is {title}, which is not read.")
+    raise Refusal("not-an-image", "The content is not that of any image format that is read, whatever the file's name.")
+
+
+def sniff(head: bytes) -> Format | None:
+    """The format that the first `HEAD_BYTES` bytes of a file show, or None."""
+    if head[128:132] == b"DICM":
+        return "dicom"
+    if head.startswith(_PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return "picture"
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    # A DICOM data set with no preamble opens with a tag of group 0002 or 0008 (PS3.10 section 7.1, PS3.5 section 7.1).
+    if len(head) >= 8 and struct.unpack_from("<HH", head) in {(g, e) for g in (2, 8) for e in range(0x19)}:
+        return "dicom"
+    return None
+
+
+def _litter(name: str) -> str | None:
+    if name in LITTER_NAMES:
+        return "left by the operating system"
+    return "hidden" if name.startswith(".") else None
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    info = path.stat()
+    return _open_archive(path, info.st_mtime_ns, info.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _open_archive(path: Path, mtime_ns: int, size: int) -> zipfile.ZipFile:
+    """Kept open, because reading the directory of a large archive anew for each of its members is quadratic."""
+    return zipfile.ZipFile(path)
