@@ -1,0 +1,214 @@
+"""The output folder of a run: which reports are done (`index.jsonl`) and which inputs were refused (`rejected.jsonl`).
+
+Both files are append-only while a run works, so that an interruption costs at most the line that was being written;
+opening the folder again repairs that. One run at a time writes into a folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from pipelines.study import Rejection
+from reports.writing import atomic_write
+
+INDEX: Final = "index.jsonl"
+REJECTED: Final = "rejected.jsonl"
+
+
+class OutputError(Exception):
+    """The output folder cannot be used. The message says what mends it; it may be logged, so it names no path."""
+
+    code = "output-folder"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One line of `index.jsonl`: a report all of whose files are in place."""
+
+    id: str
+    request: str  # SHA-256 over content, golden sample, model and kind: by it a later run knows what is done
+    kind: str  # "ct" | "defect"
+    title: str
+    inputs: tuple[Mapping[str, str], ...]  # path, sha256
+    findings: int
+    types: tuple[str, ...]
+    disposition: str | None
+    confidence: float | None  # of the surest finding; None when there is none
+    formats: Mapping[str, str]  # format -> path, relative to the folder
+    model: str  # name and version
+    seconds: float
+    thumbnail: str | None = None  # path, relative to the folder
+    errors: Mapping[str, str] = field(default_factory=dict)  # format -> why it could not be written
+    status: str = "done"
+
+
+_FIELDS: Final = {f.name for f in fields(IndexEntry)}
+
+
+class RunFolder:
+    """An output folder opened for one run; a context manager that holds the folder's lock.
+
+    Raises OutputError when the folder cannot be made or written, or another run is writing to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise OutputError(
+                f"The output folder cannot be used ({error.strerror}): name one that can be written with --out."
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise OutputError(
+                "Another run is writing to the output folder: wait until it ends, or name another one with --out."
+            ) from None
+        self._earlier: dict[Rejection, None] = {}  # of this run's inputs, before this run
+        self._entries = {entry.id: entry for entry in _entries(path / INDEX)}
+        self._by_request = {entry.request: entry for entry in self._entries.values() if entry.request}
+        self._rejections = dict.fromkeys(_rejections(path / REJECTED))
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    @property
+    def entries(self) -> tuple[IndexEntry, ...]:
+        """Every report in the folder, in the order in which they were written."""
+        return tuple(self._entries.values())
+
+    @property
+    def rejections(self) -> tuple[Rejection, ...]:
+        """Every input that was refused and has not succeeded since."""
+        return tuple(self._rejections)
+
+    def finished(self, request: str, formats: Sequence[str]) -> IndexEntry | None:
+        """The entry of the report that was made on `request`, with all of `formats` in place, else None."""
+        entry = self._by_request.get(request)
+        if entry is None or any(name not in entry.formats for name in formats):
+            return None
+        return entry if all((self.path / file).is_file() for file in entry.formats.values()) else None
+
+    def add(self, entry: IndexEntry) -> None:
+        """Record a report. Call it when all of its files are in place."""
+        again = entry.id in self._entries
+        self._entries[entry.id] = entry
+        if entry.request:
+            self._by_request[entry.request] = entry
+        if again:
+            _write_lines(self.path / INDEX, self._entries.values())
+        else:
+            _append_line(self.path / INDEX, entry)
+
+    def start(self, inputs: Iterable[Path], rejections: Iterable[Rejection]) -> None:
+        """Begin a run over `inputs`: what was refused of them earlier is forgotten, `rejections` are recorded."""
+        mine = tuple(os.path.abspath(path) for path in inputs)
+        within = tuple(f"{path.rstrip('/')}{separator}" for path in mine for separator in "/!")
+        self._earlier = {r: None for r in self._rejections if f"{os.path.abspath(r.path)}/".startswith(within)}
+        others = [r for r in self._rejections if r not in self._earlier]
+        self._rejections = dict.fromkeys((*others, *rejections))
+        _write_lines(self.path / REJECTED, self._rejections)
+
+    def reject(self, rejection: Rejection) -> None:
+        """Record a refused input."""
+        if rejection not in self._rejections:
+            self._rejections[rejection] = None
+            _append_line(self.path / REJECTED, rejection)
+
+    def write_html_index(self) -> Path:
+        """Write `index.html` over all reports and refused inputs of the folder; returns its path."""
+        from reports.index_page import write_index  # jinja2 is not needed before
+
+        try:
+            return write_index(self.path, [asdict(e) for e in self.entries], [asdict(r) for r in self.rejections])
+        except OSError as error:
+            raise cannot_write(error) from None
+
+    def reject_again(self, paths: Collection[str]) -> list[Rejection]:
+        """Record what an earlier run refused of these files; returns it."""
+        again = [rejection for rejection in self._earlier if rejection.path in paths]
+        for rejection in again:
+            self.reject(rejection)
+        return again
+
+
+def _entries(path: Path) -> list[IndexEntry]:
+    lines = [line for line in _read_lines(path) if set(line) == _FIELDS]
+    return [IndexEntry(**{**line, "inputs": tuple(line["inputs"]), "types": tuple(line["types"])}) for line in lines]
+
+
+def _rejections(path: Path) -> list[Rejection]:
+    return [Rejection(**line) for line in _read_lines(path) if set(line) == {"path", "code", "reason", "remedy"}]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines. A line that an interruption tore is dropped from the file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(
+            f"The output folder's {path.name} cannot be read ({error.strerror}): name another folder with --out."
+        ) from None
+    good: list[tuple[str, dict[str, Any]]] = []
+    for line in text.split("\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            good.append((line, value))
+    whole = "".join(f"{line}\n" for line, _ in good)
+    if whole != text:
+        _write(path, whole)
+    return [value for _, value in good]
+
+
+def _append_line(path: Path, record: IndexEntry | Rejection) -> None:
+    try:
+        with path.open("ab") as file:
+            file.write(f"{_line(record)}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(error) from None
+
+
+def _write_lines(path: Path, records: Iterable[IndexEntry | Rejection]) -> None:
+    _write(path, "".join(f"{_line(record)}\n" for record in records))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        atomic_write(path, text)
+    except OSError as error:
+        raise cannot_write(error) from None
+
+
+def _line(record: IndexEntry | Rejection) -> str:
+    line = json.dumps(asdict(record), ensure_ascii=False)
+    return line if line.isprintable() else json.dumps(asdict(record))  # control and undecodable characters are escaped
+
+
+def cannot_write(error: OSError) -> OutputError:
+    """What to tell a person when the disk fails in the middle of a run."""
+    return OutputError(
+        f"The output folder cannot be written ({error.strerror}): free some space or name another one with --out; "
+        "the same command then goes on where it stopped."
+    )

@@ -1,0 +1,271 @@
+"""The one-off run: what it leaves on disk for good and bad input, a failing model, an interruption, a second run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.run import Job, Progress, UsageError, execute
+from pipelines.run_folder import IndexEntry, OutputError, RunFolder
+from pipelines.study import Rejection
+from tests.tiny_reader import CURSED, TinyReader
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> TinyReader:
+    reader = TinyReader()
+    monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: reader)
+    return reader
+
+
+def picture(path: Path, seed: int = 0, first: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 200, (40, 60), np.uint8)
+    pixels[0, 0] = first
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_folder_becomes_reports_an_index_and_a_list_of_refused_inputs(tmp_path: Path, reader: TinyReader) -> None:
+    for name in ("a.png", "deep/b.png"):
+        picture(tmp_path / "in" / name, seed=len(name))
+    (tmp_path / "in" / "broken.png").write_bytes((tmp_path / "in" / "a.png").read_bytes()[:200])
+    out = tmp_path / "out"
+    seen: list[Progress] = []
+
+    summary = execute(Job((tmp_path / "in",), out), seen.append)
+
+    assert len(summary.reported) == 2
+    assert not summary.complete
+    entries = lines(out / "index.jsonl")
+    assert [Path(entry["inputs"][0]["path"]).name for entry in entries] == ["a.png", "b.png"]
+    for entry in entries:
+        assert entry["status"] == "done"
+        assert entry["findings"] == 1
+        assert set(entry["formats"]) == {"json", "html"}
+        for file in entry["formats"].values():
+            assert (out / file).stat().st_size > 100
+        assert json.loads((out / entry["id"] / "report.json").read_text())["id"] == entry["id"]
+    [refused] = lines(out / "rejected.jsonl")
+    assert refused["path"].endswith("broken.png")
+    assert refused["code"]
+    assert refused["reason"]
+    assert refused["remedy"]
+    assert summary.index.read_text().count("broken.png") >= 1
+    assert seen[-1].stage == "report"
+    assert seen[-1].done == seen[-1].total
+
+
+def test_a_second_run_reads_nothing_again(tmp_path: Path, reader: TinyReader) -> None:
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "empty.png").touch()
+    job = Job((tmp_path / "in",), tmp_path / "out")
+    first = execute(job)
+    before = (tmp_path / "out" / "index.jsonl").read_bytes()
+
+    second = execute(job)
+
+    assert reader.read_names == ["a.png"]
+    assert not second.reported
+    assert second.already_reported == first.reported
+    assert second.rejected == first.rejected
+    assert (tmp_path / "out" / "index.jsonl").read_bytes() == before
+    assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 1
+
+
+def test_a_report_is_made_again_when_a_file_is_missing_or_a_format_model_or_kind_is_new(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "a.png")
+    job = Job((tmp_path / "a.png",), tmp_path / "out", formats=("json",))
+    [entry] = execute(job).reported
+    assert len(execute(Job(job.inputs, job.out, formats=("json", "html"))).reported) == 1
+    (job.out / entry.formats["json"]).unlink()
+    assert len(execute(job).reported) == 1
+    assert len(lines(job.out / "index.jsonl")) == 1
+    assert len(execute(Job(job.inputs, job.out, kind="defect")).reported) == 1
+    monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: TinyReader("2"))
+    assert len(execute(job).reported) == 1
+    assert len({line["id"] for line in lines(job.out / "index.jsonl")}) == 3
+
+
+def test_the_same_content_twice_is_reported_once(tmp_path: Path, reader: TinyReader) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / "in" / name)
+    summary = execute(Job((tmp_path / "in",), tmp_path / "out"))
+    assert len(summary.reported) == 1
+    assert len(summary.already_reported) == 2
+
+
+def test_a_failing_model_costs_that_input_only_and_quotes_nothing_of_it(tmp_path: Path, reader: TinyReader) -> None:
+    picture(tmp_path / "in" / "a.png", seed=1)
+    picture(tmp_path / "in" / "b-Jane-Doe.png", seed=2, first=CURSED)
+    picture(tmp_path / "in" / "c.png", seed=3)
+
+    summary = execute(Job((tmp_path / "in",), tmp_path / "out"))
+
+    assert len(summary.reported) == 2
+    [refused] = summary.rejected
+    assert refused.code == "model-failed"
+    assert "RuntimeError" in refused.reason
+    assert "tiny_reader.py" in refused.reason
+    assert "Jane" not in refused.reason
+
+
+def test_an_input_that_is_mended_leaves_the_list_of_refused_ones(tmp_path: Path, reader: TinyReader) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").touch()
+    (tmp_path / "other.png").touch()
+    out = tmp_path / "out"
+    execute(Job((tmp_path / "other.png",), out))
+    execute(Job((tmp_path / "in",), out))
+    assert len(lines(out / "rejected.jsonl")) == 2
+    picture(tmp_path / "in" / "a.png")
+
+    assert execute(Job((tmp_path / "in",), out)).complete
+    assert [Path(line["path"]).name for line in lines(out / "rejected.jsonl")] == ["other.png"]
+
+
+def test_golden_samples_are_compared_with_and_not_reported(tmp_path: Path, reader: TinyReader) -> None:
+    for name, seed in (("a.png", 1), ("b.png", 2)):
+        picture(tmp_path / "in" / name, seed)
+        picture(tmp_path / "in" / "golden" / name, seed + 10)
+    single = tmp_path / "in" / "golden" / "a.png"
+
+    by_name = execute(Job((tmp_path / "in",), tmp_path / "out", reference=tmp_path / "in" / "golden"))
+    for entry in by_name.reported:
+        report = json.loads((tmp_path / "out" / entry.formats["json"]).read_text())
+        assert Path(report["source"]["reference"]["name"]).name == Path(entry.inputs[0]["path"]).name
+    assert len(by_name.reported) == 2
+
+    one_for_all = execute(Job((tmp_path / "in",), tmp_path / "out2", reference=single))
+    names = [Path(entry.inputs[0]["path"]).relative_to(tmp_path).as_posix() for entry in one_for_all.reported]
+    assert names == ["in/a.png", "in/b.png", "in/golden/b.png"]
+
+
+def test_what_a_run_wrote_is_no_input_of_the_next(tmp_path: Path, reader: TinyReader) -> None:
+    picture(tmp_path / "a.png")
+    job = Job((tmp_path,), tmp_path / "out")
+    execute(job)
+    assert execute(job).already_reported
+    assert len(lines(job.out / "index.jsonl")) == 1
+    assert not lines(job.out / "rejected.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"inputs": ()}, "at least one"),
+        ({"inputs": (Path("/nowhere/x.png"),)}, "/nowhere/x.png"),
+        ({"formats": ("jsno",)}, "jsno"),
+        ({"formats": ()}, "json"),
+        ({"kind": "mri"}, "mri"),
+        ({"reference": Path("/nowhere")}, "/nowhere"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_is_written(
+    tmp_path: Path, reader: TinyReader, change: dict, word: str
+) -> None:
+    job = {"inputs": (picture(tmp_path / "a.png"),), "out": tmp_path / "out"} | change
+    with pytest.raises(UsageError, match=word):
+        execute(Job(**job))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_has_one_run_at_a_time(tmp_path: Path, reader: TinyReader) -> None:
+    with RunFolder(tmp_path / "out"), pytest.raises(OutputError, match="Another run"):
+        execute(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="--out"):
+        execute(Job((tmp_path / "a.png",), tmp_path / "file"))
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipelines.run.write_report", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        execute(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
+
+
+ENTRY = IndexEntry("0" * 16, "1" * 64, "ct", "CT · a\u2028b", ({"path": "a", "sha256": "2" * 64},), 0, (), None, None, {}, "m 1", 1.0)  # fmt: skip  # noqa: E501
+
+
+@given(cut=st.integers(1, 400), garbage=st.binary(max_size=20))
+def test_a_torn_last_line_is_repaired_and_the_lines_before_it_stay(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, garbage: bytes
+) -> None:
+    out = tmp_path_factory.mktemp("out")
+    with RunFolder(out) as folder:
+        folder.add(ENTRY)
+        folder.reject(Rejection("b\udcff.png", "empty-file", "It is empty.", "Copy it again."))
+    whole = (out / "index.jsonl").read_bytes()
+    (out / "index.jsonl").write_bytes(whole + whole.replace(b"0" * 16, b"f" * 16)[: min(cut, len(whole) - 2)] + garbage)
+
+    with RunFolder(out) as folder:
+        assert folder.entries == (ENTRY,)
+        assert folder.rejections[0].path == "b\udcff.png"
+        folder.add(ENTRY)
+    assert (out / "index.jsonl").read_bytes() == whole
+
+
+SLOW_RUN = """
+import sys, time
+from pathlib import Path
+import pipelines.run
+from tests.tiny_reader import TinyReader
+
+class Slow(TinyReader):
+    def read(self, study, **options):
+        time.sleep(0.1)
+        return super().read(study, **options)
+
+pipelines.run.load_reader = lambda model, device: READER
+READER = Slow()
+pipelines.run.execute(pipelines.run.Job((Path(sys.argv[1]),), Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_whole_files_and_the_next_run_finishes(
+    tmp_path: Path, reader: TinyReader, blow: signal.Signals
+) -> None:
+    for number in range(12):
+        picture(tmp_path / "in" / f"{number:02}.png", seed=number)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_RUN, str(tmp_path / "in"), str(out)],
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[1],
+    )
+    index = out / "index.jsonl"
+    while not index.exists() or len(index.read_bytes().splitlines()) < 3:
+        time.sleep(0.01)
+    process.send_signal(blow)
+    process.wait()
+
+    for file in out.glob("*/report.json"):
+        json.loads(file.read_text())
+    done = len(lines(index))
+    assert 3 <= done < 12
+    summary = execute(Job((tmp_path / "in",), out))
+    assert len(summary.already_reported) == done
+    assert len(lines(index)) == len(summary.reported) + done == 12
+    assert not list(out.rglob("*.tmp"))
