@@ -1,0 +1,1 @@
+"""Prefect flows around `pipelines.run`. Only this room imports prefect."""

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
@@ -29,20 +29,29 @@ class ServerError(Exception):
 
 
 def state_folder() -> Path:
-    """Where ScanScribe keeps what outlives a run: `SCANSCRIBE_HOME`, else `~/.local/share/scanscribe`. Made if absent."""
+    """What outlives a run: `SCANSCRIBE_HOME`, else `~/.local/share/scanscribe` (made if absent)."""
     folder = Path(os.environ.get("SCANSCRIBE_HOME") or "~/.local/share/scanscribe").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ServerError(
-            f"The state folder {folder} cannot be made ({error.strerror}): set SCANSCRIBE_HOME to a folder that can be written."
+            f"The state folder {folder} cannot be made ({error.strerror}): "
+            "set SCANSCRIBE_HOME to a folder that can be written."
         ) from None
     return folder.resolve()
 
 
+def import_prefect() -> ModuleType:
+    """prefect, quiet and local. It reads its settings when it is imported, so import it here first."""
+    os.environ.update(prefect_environment())
+    import prefect.settings
+
+    return prefect
+
+
 def prefect_environment() -> dict[str, str]:
-    """The settings that keep Prefect local and quiet; must stand in the environment before prefect is imported."""
-    return {
+    """The settings that keep Prefect local and quiet, as environment variables; those that the user set stay."""
+    ours = {
         "PREFECT_HOME": str(state_folder() / "prefect"),
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -51,6 +60,7 @@ def prefect_environment() -> dict[str, str]:
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
     }
+    return {name: os.environ.get(name, value) for name, value in ours.items()}
 
 
 class LocalServer:
@@ -59,6 +69,7 @@ class LocalServer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._url = os.environ.get("PREFECT_API_URL", "")
+        self._log = Path()
 
     def __enter__(self) -> LocalServer:
         if self._url:
@@ -66,7 +77,8 @@ class LocalServer:
         environment = {**os.environ, **prefect_environment()}
         home = Path(environment["PREFECT_HOME"])
         home.mkdir(parents=True, exist_ok=True)
-        with (home / "server.log").open("wb") as log:
+        self._log = home / "server.log"
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "flows.server"],
                 stdin=subprocess.PIPE,  # the server stops when this closes, even if this process is killed
@@ -80,13 +92,13 @@ class LocalServer:
     def url(self) -> str:
         """The API's address, e.g. `http://127.0.0.1:41234/api`. Raises ServerError when it does not come up."""
         if not self._url:
-            assert self._process is not None and self._process.stdout is not None
+            assert self._process is not None
+            assert self._process.stdout is not None
             ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT_S)
             port = self._process.stdout.readline().strip().decode() if ready else ""
             if not port:
-                log = state_folder() / "prefect" / "server.log"
                 raise ServerError(
-                    f"The local Prefect server did not start; its log is {log}. Mend what it names, or use "
+                    f"The local Prefect server did not start; its log is {self._log}. Mend what it names, or use "
                     "`scanscribe report`, which needs no server, or set PREFECT_API_URL to a server that runs."
                 )
             self._url = f"http://127.0.0.1:{port}/api"
