@@ -199,7 +199,7 @@ def picture(folder: Path, path: Path, line: str, kind: str, boxes: list[Box]) ->
 
 SLICES, SIZE, SPACING, STEP = 12, 256, 1.4, 5.0  # mm between pixels, mm between slices
 FIRST = (-178.5, -178.5, -130.0)  # centre of the first pixel of the lowest slice, LPS mm
-NODULE, NODULE_RADIUS = (-84.0, -22.0, -102.5), 6.0
+NODULE, NODULE_RADIUS = (-84.0, -22.0, -100.0), 6.0
 HU = {"air": -1000, "fat": -100, "muscle": 40, "lung": -850, "bone": 400, "nodule": 40}
 
 
