@@ -13,7 +13,6 @@ from pipelines.evaluation.predictions import Prediction, read_predictions, to_js
 from pipelines.evaluation.scoring import score
 from pipelines.manifest import Case, groups_in_several_splits, read_manifest
 from pipelines.study import ImageStudy, Rejection
-from reports.writing import atomic_write
 
 if TYPE_CHECKING:
     from pipelines.reader import Reader
@@ -40,16 +39,14 @@ def evaluate(
     Raises `ManifestError`, what the model store raises for a model that cannot be used, and OSError.
     """
     every, cases = read_manifest(manifest), read_manifest(manifest, split=split)
-    for path in (out, predictions):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(out, predictions)
 
     from pipelines.reader import Reader  # torch: not for those who only score
 
     reader = Reader.load(model, device)
     answers = list(_predict(cases, reader, progress))
     if predictions is not None:
-        atomic_write(predictions, to_json_lines(answers))
+        _write(predictions, to_json_lines(answers))
     return _summary(manifest, split, every, cases, answers, asdict(reader.info), out)
 
 
@@ -59,6 +56,7 @@ def rescore(manifest: Path, predictions: Path, *, split: str | None = None, out:
     Raises `ManifestError`, `PredictionsError` and OSError.
     """
     every, cases = read_manifest(manifest), read_manifest(manifest, split=split)
+    _make_folders(out)
     wanted = {case.id for case in cases}
     answers = [answer for answer in read_predictions(predictions) if answer.id in wanted]
     return _summary(manifest, split, every, cases, answers, None, out)
@@ -115,5 +113,18 @@ def _summary(
         **score(cases, answers, train=train),
     }
     if out is not None:
-        atomic_write(out, json.dumps(summary, indent=2) + "\n")
+        _write(out, json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _make_folders(*files: Path | None) -> None:
+    """Before the work, not after it: a place that cannot be written should cost no evaluation."""
+    for path in files:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    from reports.writing import atomic_write  # pydantic: scoring does without, as on a bare training machine
+
+    atomic_write(path, text)

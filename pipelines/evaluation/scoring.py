@@ -35,6 +35,7 @@ from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, KINDS, LINES, UN
 
 DEFECT_FREE: Final = "defect-free"
 MIN_POSITIVES: Final = 5  # a finding type with fewer positive cases has no AUROC worth averaging
+MIN_GROUPS: Final = 5  # with fewer, resampling groups says nothing about how far a figure can be trusted
 MATCH_IOU: Final = 0.5  # a detection that overlaps a label of its type this much is right, for F1 and calibration
 
 
@@ -68,7 +69,7 @@ def score(
     """Figures of `predictions` for `cases`: `{"metrics": {name: {value, ci95, baseline, n}}, "per_type": {type: {}}}`.
 
     Majority baselines are learned on the cases of `train` that carry the label, else on `cases` themselves. `ci95` is
-    the percentile interval of a bootstrap over groups, null when there is one group or the figure is mostly undefined.
+    the percentile interval of a bootstrap over groups, null with fewer than 5 groups or where it is mostly undefined.
     Raises `PredictionsError` when a case has no prediction or more than one.
     """
     answers = {prediction.id: prediction for prediction in predictions}
@@ -92,7 +93,7 @@ def score(
     ]
     ones = np.ones(len(cases))
     groups = [case.group for case in cases]
-    samples = list(resample_groups(groups, resamples, seed)) if len(set(groups)) > 1 else []
+    samples = list(resample_groups(groups, resamples, seed)) if len(set(groups)) >= MIN_GROUPS else []
     return {
         "metrics": {figure.name: _computed(figure, ones, samples) for figure in figures},
         "per_type": {**_per_defect_type(matches, ones), **_per_ct_type(pairs, ones)},
@@ -328,4 +329,4 @@ def _share(value: str, truth: Sequence[str]) -> float:
 
 def _number(value: float) -> float | None:
     """JSON has no NaN: an undefined figure is null."""
-    return None if math.isnan(value) else round(float(value), 6)
+    return None if math.isnan(value) else float(value)
