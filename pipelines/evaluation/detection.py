@@ -29,7 +29,7 @@ _RECALLS: Final = np.linspace(0.0, 1.0, 101)  # COCO's 101-point interpolation
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """The D detections of one type over all N images, by falling confidence, at each of T overlap thresholds."""
+    """The D detections of one type over all N images, by falling confidence, at each of the T thresholds in `IOUS`."""
 
     image: NDArray[np.int64]  # [D] index of the detection's image
     confidence: Floats  # [D]
@@ -37,23 +37,19 @@ class Matches:
     labels: Floats  # [N] labelled boxes of this type in each image
 
 
-def match(
-    labels: Sequence[Sequence[BoxLabel]],
-    found: Sequence[Sequence[PredictedFinding]],
-    ious: Sequence[float] = IOUS,
-) -> dict[str, Matches]:
-    """COCO's greedy matching (best confidence first, within a type) of image n's `found[n]` with its `labels[n]`."""
+def match(labels: Sequence[Sequence[BoxLabel]], found: Sequence[Sequence[PredictedFinding]]) -> dict[str, Matches]:
+    """COCO's greedy matching, within a type and best confidence first, of image n's `found[n]` with its `labels[n]`."""
     types = sorted({i.type for of_image in labels for i in of_image} | {i.type for of_image in found for i in of_image})
     if not types:
         return {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(_coco(labels, types), _coco(found, types), iouType="bbox")
-        evaluation.params.iouThrs = np.array(ious)
+        evaluation.params.iouThrs = np.array(IOUS)
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [MAX_DETECTIONS]
         evaluation.evaluate()
     return {
-        name: _matches(evaluation.evalImgs[index * len(labels) : (index + 1) * len(labels)], len(ious))
+        name: _matches(evaluation.evalImgs[index * len(labels) : (index + 1) * len(labels)])
         for index, name in enumerate(types)
     }
 
@@ -138,7 +134,7 @@ def _coco(items: Sequence[Sequence[BoxLabel | PredictedFinding]], types: Sequenc
     return coco
 
 
-def _matches(images: Sequence[dict[str, Any] | None], thresholds: int) -> Matches:
+def _matches(images: Sequence[dict[str, Any] | None]) -> Matches:
     """One type's `evalImgs` (None: the image has neither labels nor detections of it), sorted as COCO sorts them."""
     present = [(index, image) for index, image in enumerate(images) if image is not None]
     labels = np.zeros(len(images))
@@ -147,5 +143,5 @@ def _matches(images: Sequence[dict[str, Any] | None], thresholds: int) -> Matche
     confidence = np.concatenate([np.asarray(image["dtScores"], float) for _, image in present] or [np.empty(0)])
     order = np.argsort(-confidence, kind="mergesort")
     index_D = np.repeat([index for index, _ in present], [len(image["dtScores"]) for _, image in present])
-    hits = [np.asarray(image["dtMatches"]) > 0 for _, image in present] or [np.empty((thresholds, 0), bool)]
+    hits = [np.asarray(image["dtMatches"]) > 0 for _, image in present] or [np.empty((len(IOUS), 0), bool)]
     return Matches(index_D.astype(np.int64)[order], confidence[order], np.concatenate(hits, axis=1)[:, order], labels)

@@ -50,7 +50,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure before it is computed. `baseline` is what the best answer that ignores the image reaches."""
+    """One figure before it is computed. `baseline` is what an answer that ignores the image reaches."""
 
     name: str
     statistic: Statistic
