@@ -122,7 +122,7 @@ def board(folder: Path) -> list[dict[str, Any]]:
     pen.line([(352, 424), (357, 438), (352, 455), (358, 472)], fill=0, width=6)  # short: a bridge between two tracks
     pen.ellipse((516, 230, 525, 238), fill=255)  # pin-hole: a void inside a pad
     findings = [("open", (197, 92, 223, 128)), ("short", (343, 420, 367, 476)), ("pin-hole", (508, 222, 533, 246))]
-    template = save(folder / "board" / "board_template.png", etch(random, golden), binary=True)
+    template = save(folder / "golden" / "board.png", etch(random, golden), binary=True)
     path = save(folder / "board" / "board.png", etch(random, faulty), binary=True)
     facts = picture(folder, path, "board", "", [])
     facts["reference"] = template.relative_to(folder).as_posix()

@@ -1,8 +1,6 @@
 """Prints the sample inputs, one path a line: those in this folder and the CT slice that pydicom itself installs.
 
-The board is left out, since it is only read well beside its golden sample (`--reference board/board_template.png`).
-
-    scanscribe report $(python examples/paths.py) --out reports
+    scanscribe report $(python examples/paths.py) --reference examples/golden --out reports
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ EXAMPLES = Path(__file__).parent
 def paths() -> list[Path]:
     """The samples in the order of `expected.json`, the deliberately broken ones included."""
     samples = json.loads((EXAMPLES / "expected.json").read_text(encoding="utf-8"))["samples"]
-    return [_locate(sample) for sample in samples if "reference" not in sample]
+    return [_locate(sample) for sample in samples]
 
 
 def _locate(sample: dict[str, str]) -> Path:
