@@ -17,6 +17,7 @@ from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Readi
 from pipelines.study import Geometry, ImageStudy, SourceFile
 from reports import measurements, taxonomy
 from reports.codes import code_of
+from reports.grammar import zone_of
 from reports.images import Picture, ReportImages
 from reports.measurements import Box
 from reports.rules import Defect, Rules, load_rules
@@ -38,6 +39,8 @@ SOFT_TISSUE: Final = (40.0, 400.0)  # display windows: centre, width in HU
 LUNG: Final = (-600.0, 1500.0)
 KIND_UNCERTAIN_BELOW: Final = 0.75
 OBLIQUE_BELOW: Final = 0.8  # cosine between slice normal and nearest body axis: below, the plane has no plain name
+
+_FIELD_TITLES: Final = {"region": "body region", "contrast": "contrast medium", "covid19": "COVID-19 pattern"}
 
 # Types whose bare name does not read as a noun in a sentence.
 _NOUNS: Final = {
@@ -136,7 +139,7 @@ def report_images(study: ImageStudy, report: Report, *, reference: ImageStudy | 
 def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: Reading, count: int) -> Finding:
     height, width = study.pixels.shape[1:3]
     bbox = measurements.clip(finding.bbox, width, height)
-    location = finding.location.strip() or _position(bbox, width, height)
+    location = finding.location.strip() or zone_of(bbox, width, height)
     source = study.sources[finding.slice_index]
     evidence = Evidence(
         input_index=_inputs(study).index(source),
@@ -150,7 +153,7 @@ def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: R
         id=f"F{number}",
         type=finding.type,
         code=code_of(finding.type) if reading.kind == "ct" else None,
-        description=_description(finding, location, study, reading.kind),
+        description=_description(finding, location, study),
         location=location,
         laterality=_laterality(reading) if count == 1 else None,
         evidence=(evidence,),
@@ -159,33 +162,17 @@ def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: R
     )
 
 
-def _description(finding: FindingReading, location: str, study: ImageStudy, kind: str) -> str:
+def _description(finding: FindingReading, location: str, study: ImageStudy) -> str:
     noun = _NOUNS.get(finding.type, taxonomy.title(finding.type))
-    words = f"{finding.extent.strip()} {noun}".strip() if kind == "defect" else noun
-    if kind == "ct" and finding.extent.strip():
-        words += f", {finding.extent.strip()},"
-    words += f" in the {location} of the image" if location in _POSITIONS else f", {location}"
+    extent = "medium-sized" if finding.extent == "medium" else finding.extent.strip()
+    place = "throughout the image" if location == "throughout" else f"in the {location} of the image"
+    words = f"{extent} {noun} {place}".strip()
     if len(study.pixels) > 1:
         words += f", slice {finding.slice_index + 1} of {len(study.pixels)}"
     words = words[0].upper() + words[1:] + "."
     if finding.localisation != "box":
         words += " The mark shows the region that the model attended to, not an outline."
     return words
-
-
-_ROWS: Final = ("upper", "middle", "lower")
-_COLUMNS: Final = ("left", "centre", "right")
-_POSITIONS: Final = frozenset(
-    {"centre", "left", "right", "top", "bottom", "upper part", "lower part"}
-    | {f"{row} {column}" for row in _ROWS for column in _COLUMNS}
-)
-
-
-def _position(bbox: Box, width: int, height: int) -> str:
-    """Where the box's centre lies on the picture, in thirds.  Sides are the picture's: nothing about the body."""
-    column = _COLUMNS[min(int((bbox[0] + bbox[2]) / 2 / width * 3), 2)]
-    row = _ROWS[min(int((bbox[1] + bbox[3]) / 2 / height * 3), 2)]
-    return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
 
 
 def _laterality(reading: Reading) -> str | None:
@@ -372,12 +359,16 @@ def _ct_not_assessed(study: ImageStudy, reading: Reading, technique: Technique) 
     for name, field in reading.fields.items():
         decided_by_geometry = technique.read_from.get(name) == "geometry"
         if field.value == taxonomy.UNDETERMINED and not decided_by_geometry:
-            yield NotAssessed(what=name, reason=f"the model could not tell{_best_guess(field)}")
+            reason = f"the model could not tell{_best_guess(field)}"
+            yield NotAssessed(what=_FIELD_TITLES.get(name, name), reason=reason)
     if "covid19" in reading.fields and not _is_chest(technique):
-        yield NotAssessed(what="COVID-19 pattern", reason="the image was not read as a chest CT")
+        yield NotAssessed(what=_FIELD_TITLES["covid19"], reason="the image was not read as a chest CT")
     if unread := sorted(set(range(len(study.pixels))) - set(reading.slices_read)):
         count = f"{len(unread)} of {len(study.pixels)} slices"
         yield NotAssessed(what=f"{count}: {_ranges(unread)}", reason="the model reads a sample of the slices")
+    if study.rejected_sources:
+        count = f"{len(study.rejected_sources)} file{'s' if len(study.rejected_sources) > 1 else ''} of the series"
+        yield NotAssessed(what=count, reason="could not be read; rejected.jsonl says why")
     if study.units != "HU":
         yield NotAssessed(what="attenuation in HU", reason="the file holds display values, not Hounsfield units")
 

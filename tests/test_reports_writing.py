@@ -1,0 +1,86 @@
+"""Files appear whole or not at all; formats are registered; the published schema is up to date."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from report_strategies import images_for, plain_report, reports
+
+from reports import writing
+from reports.images import ReportImages
+from reports.schema import SCHEMA_PATH, Report, json_schema
+from reports.writing import FormatError, UnknownFormatError, atomic_write, write_report
+
+
+def test_published_schema_is_up_to_date() -> None:
+    assert SCHEMA_PATH.read_text(encoding="utf-8") == json_schema(), "run: python -m reports.schema"
+
+
+def test_atomic_write_replaces_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    atomic_write(path, "old")
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_full_disk_leaves_the_old_file_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes | None
+) -> None:
+    path = tmp_path / "a.json"
+    if before is not None:
+        path.write_bytes(before)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(path, b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([before] if before else [])
+
+
+def test_a_written_file_has_the_rights_of_any_other_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"")
+    atomic_write(tmp_path / "atomic", b"")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(report=reports())
+def test_json_file_reads_back_as_the_same_report(tmp_path: Path, report: Report) -> None:
+    written = write_report(tmp_path / report.id, report, images_for(report), ["json"])
+    assert Report.model_validate_json(written["json"].read_bytes()) == report
+    assert json.loads(written["json"].read_bytes())["status"] == "preliminary"
+    with Image.open(tmp_path / report.id / "thumb.jpg") as thumbnail:
+        assert max(thumbnail.size) == 256
+
+
+def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    report = plain_report()
+    with pytest.raises(UnknownFormatError, match="known formats are json, html"):
+        write_report(tmp_path / "r", report, ReportImages(), ["json", "papyrus"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_one_failing_format_does_not_cost_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = writing.Format("broken", "report.broken", "reports.writing:no_such_function")
+    monkeypatch.setitem(writing.FORMATS, "broken", broken)
+    with pytest.raises(FormatError) as caught:
+        write_report(tmp_path, plain_report(), ReportImages(), ["broken", "json", "html"])
+    assert set(caught.value.written) == {"json", "html"}
+    assert "no_such_function" in caught.value.errors["broken"]
+    assert all(path.exists() for path in caught.value.written.values())
+
+
+def test_the_leftover_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".report.json.1-aa.tmp").write_bytes(b"half")
+    write_report(tmp_path, plain_report(), ReportImages(), ["json"])
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
