@@ -298,6 +298,8 @@ def _impression(reading: Reading, reported: Sequence[FindingReading]) -> str:
         return f"{len(reported)} finding{'s' if len(reported) > 1 else ''}: {', '.join(names)}."
     if reading.kind == "ct":
         return "No finding of the assessed types was reported. Other findings are not excluded."
+    if reading.product_line is None:
+        return "The product could not be told, so no type of defect was assessed."
     return f"No defect of the assessed types was found. Assessed as {_line_title(reading)}."
 
 
@@ -340,10 +342,11 @@ def _not_assessed(
 
 
 def _defects_not_assessed(reading: Reading, reference: ImageStudy | None) -> Iterable[NotAssessed]:
-    others = [line for line in taxonomy.PRODUCT_LINES if line.name != reading.product_line]
-    for line in others:
-        types = ", ".join(taxonomy.title(t) for t in line.types)
-        yield NotAssessed(what=f"defects of {line.title}: {types}", reason="the picture was read as another product")
+    reason = "the picture was read as another product" if reading.product_line else "the product could not be told"
+    for line in taxonomy.PRODUCT_LINES:
+        if line.name != reading.product_line:
+            types = ", ".join(taxonomy.title(t) for t in line.types)
+            yield NotAssessed(what=f"defects of {line.title}: {types}", reason=reason)
     yield NotAssessed(what="any other type of defect", reason="the model knows the listed types only")
     if reading.product_line == "board" and reference is None:
         yield NotAssessed(

@@ -200,6 +200,13 @@ def test_no_finding_is_not_called_normal(reading: Reading) -> None:
     assert report.not_assessed
 
 
+def test_an_unknown_product_is_held_and_nothing_is_claimed() -> None:
+    report = build_report(photo(), defect(line=None), MODEL)
+    assert report.impression == "The product could not be told, so no type of defect was assessed."
+    assert report.disposition == "hold"
+    assert len(report.not_assessed) == len(taxonomy.PRODUCT_LINES) + 2
+
+
 def test_ct_names_what_was_not_assessed() -> None:
     reading = ct(region="abdomen", contrast="undetermined", covid19="false", laterality="right")
     report = build_report(volume(), reading, MODEL)
