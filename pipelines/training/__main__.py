@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from encoders import EvidenceEncoder
 from pipelines.manifest import ManifestError
+from pipelines.model import ModelConfig
 from pipelines.training.evidence import train_evidence
 from pipelines.training.run import DivergedError, Run, load_recipe
-from pipelines.weights import save_weights
+from pipelines.training.writer import train_writer
+from pipelines.weights import load_weights, save_weights
 
 
 def cli(argv: list[str]) -> int:
@@ -31,9 +34,18 @@ def cli(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         recipe = load_recipe(args.recipe, args.set)
-        run = Run(args.out, recipe)
-        encoder = train_evidence(run, args.data, torch.device(args.device), resume=args.resume)
-        save_weights(args.out / "encoder.safetensors", encoder.state_dict())
+        run, device = Run(args.out, recipe), torch.device(args.device)
+        if recipe["kind"] == "evidence":
+            encoder = train_evidence(run, args.data, device, resume=args.resume)
+            save_weights(args.out / "encoder.safetensors", encoder.state_dict())
+        else:
+            if args.encoder is None:
+                raise ValueError("the writer needs a trained encoder; give --encoder RUN/encoder.safetensors")
+            encoder = EvidenceEncoder(ModelConfig.default().encoder)
+            encoder.load_state_dict(load_weights(args.encoder), strict=False)
+            model = train_writer(run, args.data, encoder, device, resume=args.resume)
+            written = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+            save_weights(args.out / "writer.safetensors", written)
     except (ManifestError, DivergedError, ValueError) as error:
         print(f"scanscribe train: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.inputs import MEAN, SPREAD
-from pipelines.training.streams import FIELDS, MAX_BOXES, Stream
+from pipelines.model import FIELDS
+from pipelines.training.streams import MAX_BOXES, Stream
 from reports.taxonomy import CT_FIELDS
 
 
@@ -22,10 +23,11 @@ from reports.taxonomy import CT_FIELDS
 class Augmentation:
     """How hard a stream is shaken."""
 
-    zoom: tuple[float, float] = (0.75, 1.35)  # output pixels a canvas pixel, about the stream's own scale
+    zoom: tuple[float, float] = (0.75, 1.35)  # output pixels a canvas pixel: 1 is the scale of inspection
     aspect: float = 0.1  # log-normal spread of the aspect ratio
     rotate: float = 0.0  # degrees, uniform; only where there are no boxes
     symmetry: str = "d4"  # "d4": all flips and quarter turns; "mirror": left-right only
+    whole: bool = False  # keep the whole picture in view: for CT, and for learning to write
     mosaic: float = 0.0  # share of pictures composed of four
     aim: float = 0.0  # share of views that look at a labelled box
     contrast: float = 0.3
@@ -56,13 +58,13 @@ def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
 
 
 def _warp(
-    stream: Stream, index: Tensor, side: int, base: float, how: Augmentation, *, whole: bool
+    stream: Stream, index: Tensor, side: int, how: Augmentation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One warped view a picture: `[B, C, side, side]` grey levels, boxes, validity and whether it was mirrored."""
     device, n = index.device, len(index)
     pictures = stream.pictures[index].float()
     size = stream.sizes[index]
-    zoom = torch.exp(_uniform(n, math.log(how.zoom[0]), math.log(how.zoom[1]), device)) * base
+    zoom = torch.exp(_uniform(n, math.log(how.zoom[0]), math.log(how.zoom[1]), device))
     stretch = torch.exp(torch.randn(n, device=device) * how.aspect / 2)
     scale = torch.stack((zoom * stretch, zoom / stretch), 1)  # output pixels a canvas pixel, x and y
     # The linear part maps canvas to output: rotation, then symmetry.
@@ -89,7 +91,7 @@ def _warp(
     # Where the view's centre sits: anywhere that keeps the view filled where the picture is larger than it, else
     # the picture's centre with a little slack.
     extent = (torch.full_like(size, side)[:, None, :] @ inverse.abs().transpose(1, 2))[:, 0]  # view in canvas pixels
-    slack = ((size - extent) / 2).clamp(min=0) if not whole else torch.zeros_like(size)
+    slack = torch.zeros_like(size) if how.whole else ((size - extent) / 2).clamp(min=0)
     slack = slack + 0.08 * torch.minimum(size, extent)
     centre = size / 2 + (torch.rand(n, 2, device=device) * 2 - 1) * slack
     if how.aim > 0:
@@ -149,15 +151,14 @@ def _photometric(x_BCHW: Tensor, how: Augmentation) -> Tensor:
     return x
 
 
-def draw(stream: Stream, n: int, side: int, base: float, how: Augmentation, *, mosaic: bool = True) -> Batch:
-    """`n` augmented pictures of the stream. `base`: output pixels a canvas pixel at zoom 1 (1.0: as inspected)."""
+def draw(stream: Stream, n: int, side: int, how: Augmentation, *, mosaic: bool = True) -> Batch:
+    """`n` augmented pictures of the stream, `side` pixels square."""
     device = stream.pictures.device
     composed = round(n * how.mosaic) if mosaic else 0
     plain = n - composed
-    whole = stream.line == "ct"
 
     index = torch.randint(len(stream), (plain,), device=device)
-    image, boxes, valid, mirrored = _warp(stream, index, side, base, how, whole=whole)
+    image, boxes, valid, mirrored = _warp(stream, index, side, how)
     labels, fields = stream.labels[index], stream.fields[index]
     types = stream.types[index]
     # A mirrored body shows its left on the right.
@@ -170,7 +171,7 @@ def draw(stream: Stream, n: int, side: int, base: float, how: Augmentation, *, m
 
     if composed:
         quarter = torch.randint(len(stream), (composed * 4,), device=device)
-        q_image, q_boxes, q_valid, _ = _warp(stream, quarter, side // 2, base, how, whole=whole)
+        q_image, q_boxes, q_valid, _ = _warp(stream, quarter, side // 2, how)
         q_image = q_image.view(composed, 2, 2, -1, side // 2, side // 2)
         q_image = q_image.permute(0, 3, 1, 4, 2, 5).reshape(composed, -1, side, side)
         quadrant = torch.arange(4, device=device)

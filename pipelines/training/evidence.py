@@ -12,22 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoders import EncoderConfig, EvidenceEncoder
+from encoders import EvidenceEncoder
+from pipelines.model import ModelConfig
 from pipelines.training.augment import Augmentation, Batch, draw, join
 from pipelines.training.losses import evidence_loss, field_loss, type_loss
 from pipelines.training.run import Average, Run, capture, cosine, parameter_groups
-from pipelines.training.streams import FIELDS, Stream, load_streams
-from reports.taxonomy import CT_TYPES, DEFECT_TYPES
-
-
-def encoder_config(backbone: str = "resnet18d") -> EncoderConfig:
-    """The encoder's sizes for the taxonomy."""
-    return EncoderConfig(
-        box_types=len(DEFECT_TYPES),
-        map_types=len(CT_TYPES),
-        fields={name: len(values) for name, values in FIELDS.items()},
-        backbone=backbone,
-    )
+from pipelines.training.streams import Stream, load_streams
 
 
 class Mixture:
@@ -46,7 +36,7 @@ class Mixture:
         self.defects = sum(n for stream, n, _ in self.parts if stream.line != "ct")
 
     def draw(self, *, mosaic: bool) -> Batch:
-        return join([draw(stream, n, self.side, 1.0, how, mosaic=mosaic) for stream, n, how in self.parts])
+        return join([draw(stream, n, self.side, how, mosaic=mosaic) for stream, n, how in self.parts])
 
 
 def train_evidence(run: Run, data: Path, device: torch.device, *, resume: bool) -> EvidenceEncoder:
@@ -55,7 +45,7 @@ def train_evidence(run: Run, data: Path, device: torch.device, *, resume: bool) 
     torch.manual_seed(recipe["seed"])
     streams = [stream.to(device) for stream in load_streams(data, "train")]
     mixture = Mixture(streams, recipe["streams"], recipe["side"])
-    encoder = EvidenceEncoder(encoder_config(recipe["backbone"]), via_timm=True)
+    encoder = EvidenceEncoder(ModelConfig.default(backbone=recipe["backbone"]).encoder, via_timm=True)
     encoder = encoder.to(device, memory_format=torch.channels_last).train()
     average = Average(encoder, recipe["ema"])
     rate = torch.zeros((), device=device)

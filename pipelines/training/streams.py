@@ -19,13 +19,10 @@ from torch import Tensor
 
 from pipelines.inputs import GLANCE, LONGEST_SIDE, grey8, resize
 from pipelines.manifest import Case, read_manifest
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES
+from pipelines.model import FIELDS
+from reports.taxonomy import CT_TYPES, DEFECT_TYPES
 
 MAX_BOXES = 20
-LINE_VALUES = (*LINES, "ct")
-# Auxiliary fields help the encoder and are not read in reports.
-NODULES = ("none", "benign", "malignant")
-FIELDS: dict[str, tuple[str, ...]] = {"line": LINE_VALUES, **CT_FIELDS, "lung_nodule": NODULES}
 
 
 @dataclass(slots=True)
