@@ -51,6 +51,22 @@ CT_SOP_CLASSES: Final = frozenset(
         "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image Storage
     )
 )
+OTHER_MODALITIES: Final = (
+    "CR",
+    "DX",
+    "MG",
+    "MR",
+    "NM",
+    "PR",
+    "PT",
+    "RF",
+    "RTDOSE",
+    "RTSTRUCT",
+    "SEG",
+    "SR",
+    "US",
+    "XA",
+)
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"
 
 Numbers = tuple[float, ...]
@@ -172,7 +188,8 @@ def check(dataset: Dataset) -> None:
         what = UID(sop_class).name if sop_class in UID_dictionary else "DICOM object"
         raise Refusal("no-pixels", f"It is a {what}, which holds no image.")
     if modality != "CT" and (modality or sop_class not in CT_SOP_CLASSES):
-        raise Refusal("not-ct", f"Its modality is {modality if modality.isalpha() else 'not given'}, not CT.")
+        known = modality if modality in OTHER_MODALITIES else "another one"  # a value of any other kind is not quoted
+        raise Refusal("not-ct", f"Its modality is {known}, not CT.")
     if sop_class and sop_class not in CT_SOP_CLASSES:
         raise Refusal("not-ct-image", "It is made from a CT study, but is not a CT image.")
     if "LOCALIZER" in (image_type := _text(dataset, "ImageType").upper().split("\\")):
