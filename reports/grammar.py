@@ -161,44 +161,35 @@ def compile_grammar() -> np.ndarray:
 
     def body(types: Sequence[str], *, extent: bool) -> int:
         """Findings and impression over `types`; returns the state in which the first finding may begin."""
-        # Impression, built from its end: after type i only later types may follow.
-        closing = state()
-        allow(closing, ["<end>"], done)
-        after: dict[int, int] = {}
-        for i in range(len(types) - 1, -1, -1):
-            after[i], typed = state(), state()
-            allow(typed, [f"zone:{z}" for z in (*ZONES, SCATTERED)], after[i])
-            # The state that waits for a zone is reached from every counted state; remember it by type.
-            after[i + len(types)] = typed
-        for first in range(len(types) + 1):  # types from `first` on may still be named
-            source = after[first - 1] if first else (opening := state())
-            if first:
-                allow(source, ["<end>"], done)
-            if first < len(types):
-                counted = state()
-                allow(source, [f"count:{c}" for c in COUNTS], counted)
-                for i in range(first, len(types)):
-                    allow(counted, [f"type:{types[i]}"], after[i + len(types)])
+        # Impression: `typed[i]` waits for the zone of type i, after which only later types may be named.
+        opening, closing = state(), state()
         allow(opening, ["<clear>"], closing)
-        # Findings: after pointer i only later pointers may follow.
-        free = [state() for _ in range(POINTERS + 1)]
-        for first, source in enumerate(free):
+        allow(closing, ["<end>"], done)
+        typed = [state() for _ in types]
+        source = opening
+        for first in range(len(types)):
+            counted = state()
+            allow(source, [f"count:{c}" for c in COUNTS], counted)
+            for i in range(first, len(types)):
+                allow(counted, [f"type:{types[i]}"], typed[i])
+            source = state()
+            allow(typed[first], [f"zone:{z}" for z in (*ZONES, SCATTERED)], source)
+            allow(source, ["<end>"], done)
+        # Findings: `pointed[i]` waits for the type of item i, after which only later items may be pointed at.
+        pointed = [state() for _ in range(POINTERS)]
+        entry = source = state()
+        for first in range(POINTERS + 1):
             allow(source, ["<impression>"], opening)
-            if first == POINTERS:
-                continue
-            pointed = [(pointer, state()) for pointer in range(first, POINTERS)] if first == 0 else later[first:]
-            if first == 0:
-                later = pointed
-                for pointer, chosen in pointed:
-                    placed = state()
-                    typed = state() if extent else placed
-                    allow(chosen, [f"type:{t}" for t in types], typed)
-                    if extent:
-                        allow(typed, [f"extent:{e}" for e in EXTENTS], placed)
-                    allow(placed, [f"zone:{z}" for z in ZONES], free[pointer + 1])
-            for pointer, chosen in pointed:
-                allow(source, [f"evidence:{pointer}"], chosen)
-        return free[0]
+            for i in range(first, POINTERS):
+                allow(source, [f"evidence:{i}"], pointed[i])
+            if first < POINTERS:
+                placed, source = state(), state()
+                sized = state() if extent else placed
+                allow(pointed[first], [f"type:{t}" for t in types], sized)
+                if extent:
+                    allow(sized, [f"extent:{e}" for e in EXTENTS], placed)
+                allow(placed, [f"zone:{z}" for z in ZONES], source)
+        return entry
 
     for product in PRODUCT_LINES:
         allow(line, [f"line:{product.name}"], body(product.types, extent=True))

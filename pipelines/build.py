@@ -1,0 +1,172 @@
+"""From training runs to a model folder: weights together, calibration on validation data, settings.
+
+    python -m pipelines.build --encoder runs/evidence/encoder.safetensors --writer runs/writer/writer.safetensors \\
+        --data data/ --name default --version 1.0 --out models/default
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+
+from pipelines import ingest
+from pipelines.evaluation.detection import IOUS, match
+from pipelines.evaluation.predictions import Prediction
+from pipelines.manifest import Case, read_manifest
+from pipelines.model import ModelConfig
+from pipelines.reader import Reader
+from pipelines.reading import Reading
+from pipelines.store import WEIGHTS, Calibration, find, save_settings
+from pipelines.study import ImageStudy
+from reports.taxonomy import CT_FIELDS
+
+HALF = IOUS.index(0.5)
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+TEMPERATURES = np.geomspace(0.5, 8, 33)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A validation case with its pixels."""
+
+    case: Case
+    study: ImageStudy
+    reference: ImageStudy | None
+
+
+def join_weights(encoder: Path, writer: Path, out: Path) -> None:
+    """One file of two: the encoder's tensors get the prefix that the whole network gives them."""
+    tensors = {}
+    for path, prefix in ((encoder, "encoder."), (writer, "")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / WEIGHTS)
+
+
+def load_cases(data: Path, split: str) -> dict[str, list[Labelled]]:
+    """The cases of each data set below `data`, decoded."""
+
+    def picture(path: Path) -> ImageStudy:
+        study = ingest.load(ingest.plan([path]).units[0])
+        assert isinstance(study, ImageStudy), path
+        return study
+
+    found = {}
+    for manifest in sorted(data.glob("*/manifest.jsonl")):
+        cases = [case for case in read_manifest(manifest) if case.split == split]
+        if cases:
+            found[manifest.parent.name] = [
+                Labelled(case, picture(case.image), picture(case.template) if case.template else None) for case in cases
+            ]
+    return found
+
+
+def read_all(reader: Reader, cases: Sequence[Labelled]) -> list[Reading]:
+    """The reader's answers, kind and all."""
+    return [reader.read(each.study, reference=each.reference) for each in cases]
+
+
+def fit_evidence(hits: Sequence[bool], scores: Sequence[float]) -> tuple[float, float]:
+    """Platt scaling on the scores' logits: `(a, b)`; `a` is kept positive so that no ranking changes."""
+    clipped = np.clip(scores, 1e-6, 1 - 1e-6)
+    logits = np.log(clipped / (1 - clipped))
+    if len(set(hits)) < 2:
+        return 1.0, 0.0
+    fitted = LogisticRegression(C=100).fit(logits[:, None], np.asarray(hits))
+    return max(float(fitted.coef_[0, 0]), 0.05), float(fitted.intercept_[0])
+
+
+def fit_temperature(probabilities: Sequence[dict[str, float]], truths: Sequence[str]) -> float:
+    """The temperature with the least negative log-likelihood; 1 when there is nothing to fit."""
+    if not truths:
+        return 1.0
+    log_p = np.log(np.clip([list(p.values()) for p in probabilities], 1e-9, 1))
+    truth = [list(p).index(t) for p, t in zip(probabilities, truths, strict=True)]
+    losses = []
+    for t in TEMPERATURES:
+        scaled = log_p / t
+        scaled = scaled - np.log(np.exp(scaled - scaled.max(1, keepdims=True)).sum(1, keepdims=True)) - scaled.max(
+            1, keepdims=True
+        )
+        losses.append(-scaled[np.arange(len(truth)), truth].mean())
+    return float(TEMPERATURES[int(np.argmin(losses))])
+
+
+def f1(cases: Sequence[Labelled], readings: Sequence[Reading]) -> float:
+    """Micro F1 of the reported findings at IoU 0.5 (defects), or of the reported types (CT)."""
+    good = wrong = labelled = 0
+    if all(each.case.kind == "ct" for each in cases):
+        for each, reading in zip(cases, readings, strict=True):
+            truth = set(each.case.finding_types or ())
+            said = {finding.type for finding in reading.findings if finding.reported}
+            good, wrong, labelled = good + len(truth & said), wrong + len(said - truth), labelled + len(truth)
+    else:
+        answers = [Prediction.from_reading(c.case.id, r) for c, r in zip(cases, readings, strict=True)]
+        found = [[finding for finding in answer.findings if finding.reported] for answer in answers]
+        for matches in match([c.case.boxes for c in cases], found).values():
+            hits = int(matches.hit[HALF].sum())
+            good, wrong, labelled = good + hits, wrong + matches.hit.shape[1] - hits, labelled + int(matches.labels.sum())
+    return 2 * good / max(1, good + wrong + labelled)
+
+
+def calibrate(reader: Reader, sets: dict[str, list[Labelled]]) -> Calibration:
+    """Fits every part of the calibration on labelled cases; `reader` must have none."""
+    points: dict[str, float] = {}
+    evidence: dict[str, tuple[float, float]] = {}
+    pairs: dict[str, tuple[list[dict[str, float]], list[str]]] = defaultdict(lambda: ([], []))
+    for name, cases in sets.items():
+        readings = read_all(reader, cases)
+        line = cases[0].case.product_line or "ct"
+        for each, reading in zip(cases, readings, strict=True):
+            for field, truth in each.case.fields.items():
+                if field in reading.fields:
+                    pairs[field][0].append(reading.fields[field].probabilities)
+                    pairs[field][1].append(truth)
+        if line == "ct":
+            if name == "covid-ct":  # its finding labels come from captions that can describe another panel
+                continue
+            found = [(f.type in (c.case.finding_types or ()), f.confidence)
+                     for c, r in zip(cases, readings, strict=True) for f in r.findings]  # fmt: skip
+        else:
+            answers = [Prediction.from_reading(c.case.id, r).findings for c, r in zip(cases, readings, strict=True)]
+            matches = match([c.case.boxes for c in cases], answers).values()
+            found = [pair for m in matches for pair in zip(m.hit[HALF].tolist(), m.confidence.tolist(), strict=True)]
+        evidence[line] = fit_evidence(*zip(*found, strict=True)) if found else (1.0, 0.0)
+        scores = {}
+        for threshold in THRESHOLDS:
+            reader.calibration = replace(Calibration(), point={line: threshold})
+            scores[threshold] = f1(cases, read_all(reader, cases))
+        reader.calibration = Calibration()
+        points[line] = max(scores, key=lambda t: scores[t])
+        print(f"{name}: F1 of the report by threshold: " + ", ".join(f"{t}: {s:.3f}" for t, s in scores.items()))
+    temperature = {field: fit_temperature(*pairs[field]) for field in CT_FIELDS if field in pairs}
+    return Calibration(evidence, temperature, points)
+
+
+def build(encoder: Path, writer: Path, data: Path, out: Path, *, name: str, version: str) -> Calibration:
+    """Makes a model folder and calibrates it on the `val` split of every data set below `data`."""
+    join_weights(encoder, writer, out)
+    config = ModelConfig.default().to_dict()
+    save_settings(out, name=name, version=version, config=config, calibration=Calibration())
+    calibration = calibrate(Reader.load(find(out), "auto"), load_cases(data, "val"))
+    save_settings(out, name=name, version=version, config=config, calibration=calibration)
+    return calibration
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in ("encoder", "writer", "data", "out"):
+        parser.add_argument(f"--{option}", type=Path, required=True)
+    parser.add_argument("--name", default="default")
+    parser.add_argument("--version", default="1.0")
+    args = parser.parse_args()
+    print(build(args.encoder, args.writer, args.data, args.out, name=args.name, version=args.version))

@@ -1,0 +1,356 @@
+"""Reads a study with the model: look once, inspect what needs it, gather the evidence, let the decoder write.
+
+Every picture is first seen at glance size, which tells its kind and product line. Pictures of a line with small defects
+are then inspected larger. Of a CT volume, slices spread over it are read through one or two display windows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decoder import generate
+from encoders.select import Items, select_boxes, select_regions
+from pipelines.inputs import GLANCE, LONGEST_SIDE, LUNG, SOFT_TISSUE, channels, grey8, pad, resize, window
+from pipelines.model import (
+    BOX_TYPE_TOKENS,
+    FIELDS,
+    LINE_VALUES,
+    MAP_TYPE_TOKENS,
+    POINTER_TOKENS,
+    Evidence,
+    ModelConfig,
+    ScanScribeModel,
+    decode_tokens,
+    field_log_probabilities,
+    forbidden_tokens,
+)
+from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
+from pipelines.store import Calibration, ModelError, StoredModel, find
+from pipelines.study import ImageStudy
+from pipelines.weights import load_weights
+from reports.grammar import (
+    END,
+    ID,
+    POINTERS,
+    DraftFinding,
+    compile_grammar,
+    extent_of,
+    from_tokens,
+    impression_text,
+    summarise,
+    zone_of,
+)
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES
+
+MAX_SLICES = 24  # of a volume, spread evenly
+BATCH = 8  # views that go through the encoder together
+WINDOWS = {"soft tissue": SOFT_TISSUE, "lung": LUNG}
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One picture as the network sees it: `[3, H, W]`, and how to get back to the picture's own pixels."""
+
+    x_CHW: np.ndarray
+    scale: float  # network pixels a picture pixel
+    offset: tuple[int, int]  # x, y of the picture in the network's frame
+    size: tuple[int, int]  # width, height of the picture
+
+    def boxes(self, boxes_N4: np.ndarray) -> np.ndarray:
+        """Network pixels -> the picture's own pixels, clipped to it."""
+        x, y = self.offset
+        own = (boxes_N4 - np.array([x, y, x, y], np.float32)) / self.scale
+        width, height = self.size
+        return np.clip(own, 0, np.array([width, height, width, height], np.float32))
+
+
+def view(grey_HW: np.ndarray, longest: int, reference_HW: np.ndarray | None = None, *, square: bool) -> View:
+    """Scales a picture (and its golden sample with it) and frames it for the network."""
+    small = resize(grey_HW, longest)
+    golden = None
+    if reference_HW is not None:
+        golden = resize(reference_HW, longest)
+        if golden.shape != small.shape:  # a golden sample of other proportions is stretched over the picture
+            from PIL import Image
+
+            golden = np.asarray(Image.fromarray(reference_HW).resize(small.shape[::-1], Image.Resampling.BILINEAR))
+    framed, offset = pad(channels(small, golden), square=square)
+    height, width = grey_HW.shape
+    return View(framed, max(small.shape) / max(height, width), offset, (width, height))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An evidence item in the picture's own pixels."""
+
+    type: str
+    bbox: tuple[float, float, float, float]
+    score: float
+    slice_index: int = 0
+
+
+class Reader:
+    """A loaded model. `load` makes one; `read` turns a study into a reading. Not for use by several threads at once."""
+
+    def __init__(self, model: ScanScribeModel, calibration: Calibration, info: ModelIdentity, device: torch.device):
+        self.model, self.calibration, self.info, self.device = model, calibration, info, device
+        self._grammar = torch.from_numpy(compile_grammar()).to(device)
+
+    @classmethod
+    def load(cls, model: str | StoredModel = "default", device: str = "auto") -> Reader:
+        """Loads a model by name or folder. Raises `ModelError` with what would mend it."""
+        stored = find(model) if isinstance(model, str) else model
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            place = torch.device(device)
+            if place.type == "cuda" and not torch.cuda.is_available():
+                raise ModelError(f"device {device!r}: this machine has no usable GPU; use --device cpu")
+        except RuntimeError:
+            raise ModelError(f"there is no device {device!r}; use auto, cpu, cuda or cuda:N") from None
+        stored.verify()
+        network = ScanScribeModel(ModelConfig.from_dict(stored.config))
+        missing, unexpected = network.load_state_dict(load_weights(stored.weights), strict=False)
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+        if missing or unexpected:
+            name = (missing or unexpected)[0]
+            raise ModelError(f"{stored.weights}: tensor {name!r} is {'missing' if missing else 'unknown'}")
+        network.eval().requires_grad_(False)
+        network.encoder.fuse()
+        network.to(place)
+        network.encoder.to(memory_format=torch.channels_last)
+        info = ModelIdentity(stored.name, stored.version, stored.weights_sha256, stored.config_sha256, str(place))
+        return cls(network, stored.calibration, info, place)
+
+    def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
+        """Reads one study. `kind` is "auto", "ct" or "defect"; `reference` a golden sample of the same view."""
+        started = time.perf_counter()
+        if study.units == "HU" and kind != "defect":
+            seen = self._look_at_volume(study)
+        else:
+            seen = self._look_at_picture(study, kind, reference)
+        encoded = time.perf_counter()
+        reading = self._write(seen)
+        timing = {"encode": round(encoded - started, 4), "decode": round(time.perf_counter() - encoded, 4)}
+        return replace(reading, timing_s=timing)
+
+    # -- looking
+
+    @torch.inference_mode()
+    def _encode(self, views: Sequence[View], *, boxes: bool):  # type: ignore[no-untyped-def]  # EncoderOutput
+        x = torch.from_numpy(np.stack([v.x_CHW for v in views])).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self.model.encoder(x.contiguous(memory_format=torch.channels_last), boxes=boxes)
+
+    def _look_at_picture(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> _Seen:
+        if study.units == "HU":
+            grey = window(study.pixels[len(study.pixels) // 2], *(study.window or SOFT_TISSUE))
+        else:
+            grey = grey8(study.pixels[0])
+        golden = grey8(reference.pixels[0]) if reference is not None and reference.units == "display" else None
+        glance = view(grey, GLANCE, golden, square=True)
+        output = self._encode([glance], boxes=True)
+        fields = field_log_probabilities(output)
+        line, confidence = self._line(fields, kind)
+        if line == "ct":
+            items = select_regions(output.maps_BTHW, glance.x_CHW.shape[1:])
+            found = _candidates(items, 0, glance, CT_TYPES)
+        else:
+            closer = glance
+            if LONGEST_SIDE[line] != GLANCE:
+                closer = view(grey, LONGEST_SIDE[line], golden, square=False)
+                output_boxes = self._encode([closer], boxes=True)
+            else:
+                output_boxes = output
+            items = select_boxes(output_boxes)
+            found = _candidates(items, 0, closer, DEFECT_TYPES)
+            allowed = next(product.types for product in PRODUCT_LINES if product.name == line)
+            found = [candidate for candidate in found if candidate.type in allowed]
+        return _Seen(line, confidence, fields, output.visual_BND, found, glance.size)
+
+    def _look_at_volume(self, study: ImageStudy) -> _Seen:
+        count = len(study.pixels)
+        chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_SLICES)).round().astype(int)).tolist()
+        names = ["soft tissue"]
+        fields, visual, found = self._look_through("soft tissue", study, chosen)
+        mean = fields.mean(0, keepdim=True)
+        if FIELDS["region"][int(self._part(mean, "region").argmax())] == "chest":
+            names.append("lung")
+            _, lung_visual, lung_found = self._look_through("lung", study, chosen)
+            visual, found = torch.cat((visual, lung_visual)), found + lung_found
+        # One item for each type: where in the volume, and through which window, it shows best.
+        best: dict[str, tuple[int, Candidate]] = {}
+        for row, candidates in enumerate(found):
+            for candidate in candidates:
+                if candidate.type not in best or candidate.score > best[candidate.type][1].score:
+                    best[candidate.type] = row, candidate
+        ranked = sorted(best.values(), key=lambda pair: -pair[1].score)
+        key_row = ranked[0][0]
+        height, width = study.pixels.shape[1:3]
+        items = [candidate for _, candidate in ranked]
+        return _Seen(
+            "ct", 1.0, mean, visual[key_row : key_row + 1], items, (width, height), tuple(chosen), tuple(names)
+        )
+
+    def _look_through(
+        self, name: str, study: ImageStudy, chosen: Sequence[int]
+    ) -> tuple[Tensor, Tensor, list[list[Candidate]]]:
+        fields, visual, found = [], [], []
+        for start in range(0, len(chosen), BATCH):
+            part = chosen[start : start + BATCH]
+            views = [view(window(study.pixels[s], *WINDOWS[name]), GLANCE, square=True) for s in part]
+            output = self._encode(views, boxes=False)
+            fields.append(field_log_probabilities(output))
+            visual.append(output.visual_BND)
+            items = select_regions(output.maps_BTHW, views[0].x_CHW.shape[1:])
+            found += [_candidates(items, b, views[b], CT_TYPES, s) for b, s in enumerate(part)]
+        return torch.cat(fields), torch.cat(visual), found
+
+    def _part(self, fields_BF: Tensor, name: str) -> Tensor:
+        """The log-probabilities of one field, `[values]`, of the first row."""
+        start = 0
+        for field, values in FIELDS.items():
+            if field == name:
+                return fields_BF[0, start : start + len(values)]
+            start += len(values)
+        raise KeyError(name)
+
+    def _line(self, fields_BF: Tensor, kind: str) -> tuple[str, float]:
+        """The likeliest product line or "ct", and how sure its kind is; `kind` overrides."""
+        p = (self._part(fields_BF, "line") / self.calibration.temperature.get("line", 1.0)).softmax(-1).cpu()
+        ct = float(p[LINE_VALUES.index("ct")])
+        if kind == "ct" or (kind == "auto" and ct >= 0.5):
+            return "ct", 1.0 if kind == "ct" else ct
+        return LINES[int(p[: len(LINES)].argmax())], 1.0 if kind == "defect" else 1 - ct
+
+    # -- writing
+
+    @torch.inference_mode()
+    def _write(self, seen: _Seen) -> Reading:
+        width, height = seen.size
+        kept = seen.candidates[:POINTERS]
+        tokens = BOX_TYPE_TOKENS if seen.line != "ct" else MAP_TYPE_TOKENS
+        names = DEFECT_TYPES if seen.line != "ct" else CT_TYPES
+        evidence = Evidence(
+            torch.tensor([[c.bbox for c in kept]], dtype=torch.float32).reshape(1, -1, 4)
+            / torch.tensor([width, height, width, height]),
+            tokens[torch.tensor([[names.index(c.type) for c in kept]], dtype=torch.long)],
+            torch.tensor([[c.score for c in kept]], dtype=torch.float32),
+        ).padded()
+        evidence = Evidence(*(t.to(self.device) for t in (evidence.boxes, evidence.types, evidence.scores)))
+        prompt = self.model.prompt(seen.visual.float(), seen.fields, evidence)
+        forbidden = forbidden_tokens(evidence.scores)
+        forbidden[:, [ID["kind:defect" if seen.line == "ct" else "kind:ct"]]] = True
+        forbidden[:, [ID[f"line:{name}"] for name in LINES if name != seen.line]] = True
+        threshold = self.calibration.point.get(seen.line, 0.5)
+        written = generate(
+            self.model.decoder,
+            prompt,
+            self._grammar,
+            end=END,
+            forbidden_BV=forbidden,
+            decide=lambda log_p: point_or_pass(log_p, threshold),
+        )[0]
+        words = decode_tokens(written.tokens)
+        draft = from_tokens(words)
+
+        flags: list[str] = []
+        pointed = {finding.pointer: finding for finding in draft.findings}
+        findings = []
+        for i, candidate in enumerate(seen.candidates):
+            named = pointed.get(i)
+            zone = zone_of(candidate.bbox, width, height)
+            extent = extent_of(candidate.bbox, width, height) if seen.line != "ct" else ""
+            if named and (named.zone, named.extent) != (zone, extent):
+                flags.append("wording-corrected")
+            findings.append(
+                FindingReading(
+                    named.type if named else candidate.type,
+                    candidate.bbox,
+                    candidate.slice_index,
+                    self._confidence(candidate.score, seen.line),
+                    named is not None,
+                    "weak" if seen.line == "ct" else "box",
+                    zone,
+                    extent,
+                )
+            )
+        findings.sort(key=lambda finding: -finding.confidence)
+        reported = [DraftFinding(0, f.type, f.location, f.extent) for f in findings if f.reported]
+        # The decoder's impression stands where it agrees with its own findings.
+        impression = summarise(reported)
+        if draft.impression != impression:
+            flags.append("impression-corrected")
+        return Reading(
+            kind="ct" if seen.line == "ct" else "defect",
+            kind_confidence=seen.confidence,
+            product_line=None if seen.line == "ct" else seen.line,
+            fields=self._fields(draft.fields, written.log_probabilities) if seen.line == "ct" else {},
+            findings=tuple(findings),
+            impression=impression_text(impression),
+            slices_read=seen.slices,
+            windows=seen.windows,
+            quality_flags=tuple(dict.fromkeys(flags)),
+            tokens=tuple(words),
+        )
+
+    def _confidence(self, score: float, line: str) -> float:
+        a, b = self.calibration.evidence.get(line, (1.0, 0.0))
+        clipped = min(max(score, 1e-6), 1 - 1e-6)
+        return float(1 / (1 + np.exp(-(a * np.log(clipped / (1 - clipped)) + b))))
+
+    def _fields(self, chosen: dict[str, str], log_p_TV: Tensor) -> dict[str, FieldReading]:
+        """The decoder's fields with calibrated probabilities."""
+        readings = {}
+        for position, (name, values) in enumerate(CT_FIELDS.items(), start=2):
+            log_p = log_p_TV[position, [ID[f"{name}:{value}"] for value in values]]
+            p = (log_p / self.calibration.temperature.get(name, 1.0)).softmax(-1).tolist()
+            readings[name] = FieldReading(chosen[name], dict(zip(values, p, strict=True)))
+        return readings
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What looking gave."""
+
+    line: str  # a product line, or "ct"
+    confidence: float  # of the kind
+    fields: Tensor  # [1, F] log-probabilities
+    visual: Tensor  # [1, N, C]
+    candidates: list[Candidate]  # by falling score
+    size: tuple[int, int]  # width, height
+    slices: tuple[int, ...] = (0,)
+    windows: tuple[str, ...] = ()
+
+
+def point_or_pass(log_p_BV: Tensor, threshold: float) -> Tensor:
+    """Points at the first evidence item that is likely enough, given that the ones before it are passed over.
+
+    Where the grammar lets the decoder point, its distribution over pointers and "no more" is read as one decision after
+    another; elsewhere the likeliest token is taken.
+    """
+    p = log_p_BV.exp()
+    pointers = p[:, POINTER_TOKENS.to(p.device)]
+    stop = p[:, [ID["<impression>"]]]
+    later = pointers.flip(1).cumsum(1).flip(1) + stop
+    likely = (pointers / later.clamp(min=1e-9) >= threshold) & (pointers > 0)
+    first = torch.where(likely.any(1), POINTER_TOKENS.to(p.device)[likely.int().argmax(1)], ID["<impression>"])
+    return torch.where((pointers.sum(1) > 0) & (stop[:, 0] > 0), first, log_p_BV.argmax(-1))
+
+
+def _candidates(items: Items, row: int, seen: View, types: Sequence[str], slice_index: int = 0) -> list[Candidate]:
+    """Row `row` of the items in the picture's own pixels, by falling score."""
+    scores = items.scores[row].float().cpu().numpy()
+    boxes = seen.boxes(items.boxes[row].float().cpu().numpy())
+    names = items.types[row].cpu().numpy()
+    return [
+        Candidate(types[name], tuple(float(v) for v in box), float(score), slice_index)  # type: ignore[arg-type]
+        for box, name, score in zip(boxes, names, scores, strict=True)
+        if score > 0 and box[2] > box[0] and box[3] > box[1]
+    ]

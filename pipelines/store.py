@@ -1,0 +1,134 @@
+"""The model store: where models lie, what belongs to one, and whether it is whole.
+
+A model is a folder with `model.json` (name, version, sizes, calibration, the weights' SHA-256), `weights.safetensors` and
+`MODEL_CARD.md`. Bundled models lie in the package `models`, an owner's own below `$SCANSCRIBE_HOME/models`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import models
+
+WEIGHTS: Final = "weights.safetensors"
+SETTINGS: Final = "model.json"
+
+
+class ModelError(ValueError):
+    """A model that cannot be used. The message names the folder or file and what would mend it."""
+
+    code = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What makes scores honest, fitted on validation data and stored with the weights."""
+
+    # Confidence of an evidence item: sigmoid(a * logit(score) + b), by product line, and "ct" for class maps.
+    evidence: dict[str, tuple[float, float]] = field(default_factory=dict)
+    # A field's probabilities: softmax(log p / t).
+    temperature: dict[str, float] = field(default_factory=dict)
+    # How likely the decoder must hold an item to be right for the report to point at it, by product line and "ct".
+    point: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model's folder, and what its settings say."""
+
+    folder: Path
+    name: str
+    version: str
+    config: dict[str, Any]
+    calibration: Calibration
+    weights_sha256: str
+    config_sha256: str
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+    def verify(self) -> None:
+        """Raises `ModelError` unless the weights are the ones that the settings name."""
+        if not self.weights.is_file():
+            raise ModelError(f"{self.weights} is missing; install the model again")
+        found = hashlib.sha256(self.weights.read_bytes()).hexdigest()
+        if found != self.weights_sha256:
+            raise ModelError(
+                f"{self.weights} has SHA-256 {found[:12]}..., expected {self.weights_sha256[:12]}...; "
+                "the file is damaged or of another version: install the model again"
+            )
+
+
+def folders() -> list[Path]:
+    """Where models are looked for, an owner's own first."""
+    home = Path(os.environ.get("SCANSCRIBE_HOME", Path.home() / ".local" / "share" / "scanscribe"))
+    return [home / "models", *map(Path, models.__path__)]
+
+
+def stored_models() -> Iterator[StoredModel]:
+    """Every model that can be named, an owner's own before a bundled one of the same name."""
+    seen: set[str] = set()
+    for folder in folders():
+        for settings in sorted(folder.glob(f"*/{SETTINGS}")):
+            if settings.parent.name not in seen:
+                seen.add(settings.parent.name)
+                yield _open(settings.parent)
+
+
+def find(model: str | Path) -> StoredModel:
+    """The model called so, or the one in that folder. Raises `ModelError`."""
+    if isinstance(model, Path) or os.sep in model:
+        return _open(Path(model))
+    for folder in folders():
+        if (folder / model / SETTINGS).is_file():
+            return _open(folder / model)
+    names = ", ".join(stored.name for stored in stored_models()) or "none is installed"
+    raise ModelError(f"there is no model {model!r}; choose from: {names}, or give a model's folder")
+
+
+def _open(folder: Path) -> StoredModel:
+    path = folder / SETTINGS
+    try:
+        data = path.read_bytes()
+        settings = json.loads(data)
+        calibration = settings["calibration"]
+        return StoredModel(
+            folder,
+            settings["name"],
+            settings["version"],
+            settings["config"],
+            Calibration(
+                {line: (float(a), float(b)) for line, (a, b) in calibration["evidence"].items()},
+                calibration["temperature"],
+                calibration["point"],
+            ),
+            settings["weights_sha256"],
+            hashlib.sha256(data).hexdigest(),
+        )
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); give a folder with {SETTINGS}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not the settings of a model ({error!r}); install the model again") from None
+
+
+def save_settings(folder: Path, *, name: str, version: str, config: dict[str, Any], calibration: Calibration) -> None:
+    """Writes `model.json` beside weights that are already there."""
+    settings = {
+        "name": name,
+        "version": version,
+        "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "config": config,
+        "calibration": {
+            "evidence": calibration.evidence,
+            "temperature": calibration.temperature,
+            "point": calibration.point,
+        },
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
