@@ -28,9 +28,14 @@ class ServerError(Exception):
     code = "prefect-server"
 
 
+def home() -> Path:
+    """Where ScanScribe keeps what outlives a run: `SCANSCRIBE_HOME`, else `~/.local/share/scanscribe`."""
+    return Path(os.environ.get("SCANSCRIBE_HOME") or "~/.local/share/scanscribe").expanduser().resolve()
+
+
 def state_folder() -> Path:
-    """What outlives a run: `SCANSCRIBE_HOME`, else `~/.local/share/scanscribe` (made if absent)."""
-    folder = Path(os.environ.get("SCANSCRIBE_HOME") or "~/.local/share/scanscribe").expanduser()
+    """`home()`, made if it is absent. Raises ServerError."""
+    folder = home()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -38,7 +43,7 @@ def state_folder() -> Path:
             f"The state folder {folder} cannot be made ({error.strerror}): "
             "set SCANSCRIBE_HOME to a folder that can be written."
         ) from None
-    return folder.resolve()
+    return folder
 
 
 def import_prefect() -> ModuleType:
@@ -75,9 +80,9 @@ class LocalServer:
         if self._url:
             return self
         environment = {**os.environ, **prefect_environment()}
-        home = Path(environment["PREFECT_HOME"])
-        home.mkdir(parents=True, exist_ok=True)
-        self._log = home / "server.log"
+        folder = Path(environment["PREFECT_HOME"])
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / "server.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "flows.server"],

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pipelines import ingest
 from pipelines.reporting import build_report, report_images
 from pipelines.run_folder import IndexEntry, RunFolder, cannot_write
+from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
 from reports.writing import THUMBNAIL, FormatError, check_formats, write_report
 
@@ -88,7 +89,7 @@ class RunSummary:
 def execute(job: Job, listener: Listener | None = None) -> RunSummary:
     """Run a job in this process. Bad inputs become rejections; running again goes on where an earlier run stopped.
 
-    Raises UsageError, OutputError, and what the model store raises for a model that cannot be used.
+    Raises UsageError, OutputError and ModelError.
     """
     with Session(job, listener) as session:
         session.process(session.discover())
@@ -102,6 +103,7 @@ class Session:
         self._started = time.perf_counter()
         check_job(job)
         self.job = job
+        self._model = find(job.model)
         self._listener = listener
         self._references = References(job.reference)
         self._folder = RunFolder(job.out)
@@ -200,8 +202,7 @@ class Session:
 
     def _request(self, unit: ingest.Unit, golden: ingest.Unit | None) -> str:
         """SHA-256 over what a report depends on: content, golden sample, model, kind. Empty: a file is unreadable."""
-        model = load_reader(self.job.model, self.job.device).info
-        parts: list[object] = [model.weights_sha256, model.config_sha256, self.job.kind]
+        parts: list[object] = [self._model.weights_sha256, self._model.config_sha256, self.job.kind]
         try:
             for each in filter(None, (unit, golden)):
                 parts.append([each.page, *sorted(map(_sha256, each.files))])
@@ -324,7 +325,7 @@ class References:
 
 
 def check_job(job: Job) -> None:
-    """Raises UsageError for what can be told to be wrong before any work: inputs, formats, kind."""
+    """Raises UsageError or ModelError for what can be told to be wrong before any work."""
     if not job.inputs:
         raise UsageError("There is nothing to report: name at least one file, folder or zip archive.")
     for path in (*job.inputs, *([job.reference] if job.reference else [])):
@@ -338,6 +339,7 @@ def check_job(job: Job) -> None:
         check_formats(job.formats)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
+    find(job.model)
 
 
 @functools.lru_cache(maxsize=1)

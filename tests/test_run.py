@@ -24,7 +24,7 @@ from tests.tiny_reader import CURSED, TinyReader
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> TinyReader:
     reader = TinyReader()
-    monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: reader)
+    reader.install(monkeypatch)
     return reader
 
 
@@ -98,7 +98,7 @@ def test_a_report_is_made_again_when_a_file_is_missing_or_a_format_model_or_kind
     assert len(execute(job).reported) == 1
     assert len(lines(job.out / "index.jsonl")) == 1
     assert len(execute(Job(job.inputs, job.out, kind="defect")).reported) == 1
-    monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: TinyReader("2"))
+    TinyReader("2").install(monkeypatch)
     assert len(execute(job).reported) == 1
     assert len({line["id"] for line in lines(job.out / "index.jsonl")}) == 3
 
@@ -237,8 +237,9 @@ class Slow(TinyReader):
         time.sleep(0.1)
         return super().read(study, **options)
 
-pipelines.run.load_reader = lambda model, device: READER
-READER = Slow()
+reader = Slow()
+pipelines.run.find = lambda model: reader.stored
+pipelines.run.load_reader = lambda model, device: reader
 pipelines.run.execute(pipelines.run.Job((Path(sys.argv[1]),), Path(sys.argv[2])))
 """
 

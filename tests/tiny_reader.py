@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 
 from pipelines.reading import FindingReading, ModelIdentity, Reading
+from pipelines.store import Calibration, StoredModel
 from pipelines.study import ImageStudy
 
 CURSED = 13  # a picture whose first pixel has this value makes the reader fail
@@ -14,8 +18,14 @@ class TinyReader:
     """The door of `pipelines.reader.Reader`, without a network."""
 
     def __init__(self, version: str = "1") -> None:
-        self.info = ModelIdentity("tiny", version, version.zfill(64), "0" * 64, "cpu")
+        self.stored = StoredModel(Path(), "tiny", version, {}, Calibration(), version.zfill(64), "0" * 64)
+        self.info = ModelIdentity("tiny", version, self.stored.weights_sha256, self.stored.config_sha256, "cpu")
         self.read_names: list[str] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let every run of this process use this reader."""
+        monkeypatch.setattr("pipelines.run.find", lambda model: self.stored)
+        monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: self)
 
     def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
         self.read_names.append(study.name)

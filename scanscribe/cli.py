@@ -1,0 +1,269 @@
+"""The command line. Each command imports what it needs when it runs, so that `scanscribe --help` is quick.
+
+Exit codes: 0 all is reported; 1 some inputs were refused; 2 wrong usage or an environment that cannot work; 130 Ctrl-C.
+With `--json` standard output carries exactly one object; everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.run import Job, Listener, RunSummary
+    from pipelines.store import StoredModel
+
+OK, SOME_REFUSED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="scanscribe",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+models_app = typer.Typer(help="The models that are installed.")
+app.add_typer(models_app, name="models")
+
+Inputs = Annotated[
+    list[Path], typer.Argument(help="Files, folders, DICOM series folders, zip archives.", show_default=False)
+]
+Out = Annotated[Path, typer.Option(help="Folder for the reports, index.jsonl, rejected.jsonl and index.html.")]
+Formats = Annotated[str | None, typer.Option(help="Names with commas: json, html. (default json,html)")]
+Model = Annotated[str | None, typer.Option(help="A model's name, or its folder. (default default)")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default auto)")]
+Kind = Annotated[str | None, typer.Option(help="What the inputs are: auto, ct or defect. (default auto)")]
+Reference = Annotated[
+    Path | None,
+    typer.Option(help="Golden sample to compare pictures with, or a folder of them, matched by file name."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from scanscribe import __version__
+
+        print(f"scanscribe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def scanscribe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Turns CT studies and inspection photos into structured, evidence-linked draft reports. Not for diagnosis."""
+
+
+@app.command(epilog="Example: [cyan]scanscribe report scans/ photo.png --out reports[/]")
+def report(
+    inputs: Inputs,
+    out: Out,
+    formats: Formats = None,
+    model: Model = None,
+    device: Device = None,
+    kind: Kind = None,
+    reference: Reference = None,
+    as_json: Json = False,
+) -> None:
+    """Report files and folders now. Running it again goes on where it stopped."""
+    from pipelines.run import execute
+
+    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference)
+    _run(execute, job, "Starting", as_json)
+
+
+@app.command(epilog="Example: [cyan]scanscribe batch archive/ --out reports --formats json[/]")
+def batch(
+    inputs: Inputs,
+    out: Out,
+    formats: Formats = None,
+    model: Model = None,
+    device: Device = None,
+    kind: Kind = None,
+    reference: Reference = None,
+    as_json: Json = False,
+) -> None:
+    """The same work as a Prefect flow, on a server of its own or that of PREFECT_API_URL. Resumable."""
+    from flows.jobs import run_batch
+
+    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference)
+    _run(run_batch, job, "Starting the model and the flow server", as_json)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: [cyan]scanscribe train --recipe evidence --data data/ --out runs/evidence[/]",
+)
+def train(context: typer.Context, as_json: Json = False) -> None:
+    """Train a model from manifests. `scanscribe train --help` lists its options."""
+    from pipelines.training.__main__ import cli
+
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        code = cli(context.args)
+    if as_json:
+        _print_json({"command": "train", "exit_code": code})
+    raise typer.Exit(code)
+
+
+@app.command(
+    epilog="Example: [cyan]scanscribe evaluate --data manifest.jsonl --out scores.json --predictions answers.jsonl[/]"
+)
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Manifest: JSON lines that name images and their labels.")],
+    out: Annotated[Path, typer.Option(help="File for the figures (JSON).")],
+    predictions: Annotated[
+        Path | None, typer.Option(help="File for the model's answers: a JSON line an image.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split, such as train or val. (default all)")] = None,
+    model: Model = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Score the model on a labelled data set."""
+    from pipelines import evaluation
+    from scanscribe import console
+    from scanscribe.settings import settings
+
+    chosen = settings(model=model, device=device)
+    with console.progress("Loading the model") as tell:
+        figures = evaluation.evaluate(
+            data,
+            split=split,
+            model=chosen.model,
+            device=chosen.device,
+            out=out,
+            predictions=predictions,
+            progress=lambda done, total: tell("Reading images", done, total),
+        )
+    if as_json:
+        _print_json(figures)
+    else:
+        console.show_figures(figures, out)
+    raise typer.Exit(SOME_REFUSED if figures["failed"] else OK)
+
+
+@app.command(epilog="Example: [cyan]scanscribe doctor --json[/]")
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, what would fail, and how to mend it. Writes nothing."""
+    from scanscribe import console
+    from scanscribe.doctor import examine
+
+    checks = examine()
+    if as_json:
+        _print_json({"ok": all(c.state != "fail" for c in checks), "checks": [c.as_dict() for c in checks]})
+    else:
+        console.show_checks(checks)
+    raise typer.Exit(UNUSABLE if any(check.state == "fail" for check in checks) else OK)
+
+
+@models_app.command("list", epilog="Example: [cyan]scanscribe models list[/]")
+def list_models(as_json: Json = False) -> None:
+    """List the installed models."""
+    from pipelines.store import stored_models
+    from scanscribe import console
+
+    stored = list(stored_models())
+    if as_json:
+        _print_json({"models": [_model_facts(model) for model in stored]})
+    else:
+        console.show_models(stored)
+
+
+@models_app.command("verify", epilog="Example: [cyan]scanscribe models verify default[/]")
+def verify_model(
+    name: Annotated[str, typer.Argument(help="A model's name, or its folder.")] = "default",
+    as_json: Json = False,
+) -> None:
+    """Check that a model's weights are the ones that it was published with."""
+    from pipelines.store import find
+
+    model = find(name)
+    model.verify()
+    if as_json:
+        _print_json(_model_facts(model) | {"verified": True})
+    else:
+        print(f"{model.name} {model.version}: the weights are whole.")
+
+
+def _model_facts(model: StoredModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "version": model.version,
+        "folder": str(model.folder),
+        "weights_sha256": model.weights_sha256,
+        "config_sha256": model.config_sha256,
+    }
+
+
+def _job(inputs: list[Path], out: Path, **flags: Any) -> Job:
+    from pipelines.run import Job
+    from scanscribe.settings import settings
+
+    chosen = settings(**flags)
+    return Job(tuple(inputs), out, chosen.formats, chosen.model, chosen.device, chosen.kind, chosen.reference)
+
+
+def _run(work: Callable[[Job, Listener], RunSummary], job: Job, waiting: str, as_json: bool) -> NoReturn:
+    """Do a job, show what came of it, and leave with its exit code."""
+    from scanscribe import console
+
+    words = {"look": "Looking at files", "report": "Reading and reporting"}
+    with console.progress(waiting) as tell:
+        summary = work(job, lambda step: tell(words[step.stage], step.done, step.total))
+    if as_json:
+        _print_json(summary.as_dict())
+    else:
+        console.show(summary)
+    raise typer.Exit(OK if summary.complete else SOME_REFUSED)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, default=str) + "\n")
+
+
+def main() -> None:
+    """The entry point: runs a command and turns what goes wrong into a sentence and an exit code."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", "Interrupted. The same command goes on where it stopped.", as_json, INTERRUPTED)
+    except Exception as error:
+        code = _fail(*_explain(error), as_json, UNUSABLE)
+    sys.exit(code if isinstance(code, int) else OK)
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """A code and a sentence for what stopped a command."""
+    if usage := getattr(error, "format_message", None):  # of the parser: an unknown option, a missing argument
+        context = getattr(error, "ctx", None)
+        return "usage", f"{usage()} See `{context.command_path if context else 'scanscribe'} --help`."
+    if code := getattr(error, "code", None):  # the product's own errors
+        return str(code), str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return "environment", f"The package {error.name} is not installed: run `make setup`, then `scanscribe doctor`."
+    if isinstance(error, OSError):
+        return "system", f"{error.filename or 'A file'} cannot be used ({error.strerror}): check it and run again."
+    traceback.print_exception(error)
+    return "fault", "This is a fault of the program: report it with the lines above."
+
+
+def _fail(code: str, message: str, as_json: bool, exit_code: int) -> int:
+    print(f"scanscribe: {message}", file=sys.stderr)
+    if as_json:
+        _print_json({"error": {"code": code, "message": message}, "exit_code": exit_code})
+    return exit_code
+
+
+if __name__ == "__main__":
+    main()

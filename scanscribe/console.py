@@ -1,0 +1,149 @@
+"""What the command line shows: progress on standard error, tables of reports and of refused inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.run import RunSummary
+from pipelines.run_folder import IndexEntry
+from pipelines.store import StoredModel
+from reports.taxonomy import title
+from scanscribe.doctor import Check
+
+ROWS = 40  # a terminal is no place for a thousand rows; the HTML index has them all
+DISPOSITION_STYLE = {"reject": "bold red", "hold": "yellow", "rework": "yellow", "accept": "green"}
+
+err = Console(stderr=True)
+
+
+@contextmanager
+def progress(waiting: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, only on a terminal; call the value with what is done: words, count, total."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(waiting, total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def output() -> Console:
+    """Standard output; piped into a file, lines are not cut at 80 characters."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def show(summary: RunSummary) -> None:
+    """Tables of the reports and of the refused inputs, what came of the run, and where to look."""
+    console = output()
+    entries = (*summary.reported, *summary.already_reported)
+    if entries:
+        console.print(_reports(entries[:ROWS]))
+        if len(entries) > ROWS:
+            console.print(f"… and {len(entries) - ROWS} more: see the index.")
+    if summary.rejected:
+        console.print(_refused(summary))
+        if len(summary.rejected) > ROWS:
+            console.print(f"… and {len(summary.rejected) - ROWS} more: see {summary.out / 'rejected.jsonl'}.")
+    counts = [f"{len(summary.reported)} reported"]
+    counts += [f"{len(summary.already_reported)} already there"] if summary.already_reported else []
+    counts += [f"{len(summary.rejected)} refused"] if summary.rejected else []
+    counts += [f"{summary.passed_over} companion files left alone"] if summary.passed_over else []
+    console.print(f"{', '.join(counts)}, in {summary.seconds:.1f} s. Drafts for review by a qualified person.")
+    console.print(Text(f"Open {summary.index.resolve()}"), soft_wrap=True)
+
+
+def _reports(entries: tuple[IndexEntry, ...]) -> Table:
+    table = Table(title="Reports", title_justify="left")
+    table.add_column("id", no_wrap=True)
+    table.add_column("kind")
+    table.add_column("what", overflow="fold")
+    table.add_column("findings", overflow="fold")
+    table.add_column("disposition")
+    table.add_column("confidence", justify="right")
+    for entry in entries:
+        findings = f"{entry.findings}: {', '.join(map(title, entry.types))}" if entry.findings else "none reported"
+        table.add_row(
+            entry.id,
+            entry.kind,
+            _plain(entry.title),
+            findings,
+            Text(entry.disposition or "", DISPOSITION_STYLE.get(entry.disposition or "", "")),
+            "" if entry.confidence is None else f"{entry.confidence:.0%}",
+        )
+        for name, message in entry.errors.items():
+            table.add_row("", "", Text(f"{name} could not be written: ", "red") + _plain(message))
+    return table
+
+
+def _refused(summary: RunSummary) -> Table:
+    table = Table(title="Refused", title_justify="left", title_style="italic red")
+    for name in ("input", "code", "why", "what would mend it"):
+        table.add_column(name, overflow="fold")
+    for rejection in summary.rejected[:ROWS]:
+        table.add_row(_plain(short(rejection.path)), rejection.code, _plain(rejection.reason), _plain(rejection.remedy))
+    return table
+
+
+def show_models(stored: Sequence[StoredModel]) -> None:
+    """The installed models and where they lie."""
+    table = Table()
+    for name in ("name", "version", "weights", "folder"):
+        table.add_column(name, overflow="fold")
+    for model in stored:
+        table.add_row(model.name, model.version, model.weights_sha256[:12], _plain(short(str(model.folder))))
+    output().print(table)
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    """The doctor's findings, a line each."""
+    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    table = Table(box=None, show_header=False)
+    for check in checks:
+        remedy = f" → {check.remedy}" if check.remedy else ""
+        table.add_row(Text(check.state, styles[check.state]), check.name, _plain(check.message + remedy))
+    output().print(table)
+
+
+def show_figures(figures: Mapping[str, Any], written: Path) -> None:
+    """The headline figures of an evaluation, and where all of them are."""
+    table = Table(title=f"{figures['n']} images", title_justify="left")
+    for name in ("figure", "value", "95 % interval", "trivial baseline"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for name, metric in figures["metrics"].items():
+        low, high = metric["ci95"] or (None, None)
+        table.add_row(name, _figure(metric["value"]), f"{_figure(low)} to {_figure(high)}", _figure(metric["baseline"]))
+    console = output()
+    console.print(table)
+    if figures["failed"]:
+        console.print(f"{figures['failed']} images could not be read; the predictions file says why.")
+    console.print(Text(f"All figures: {written.resolve()}"), soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def short(path: str) -> str:
+    """A path as seen from the folder one is in, when it lies there."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _plain(text: str) -> Text:
+    """Text from outside, with nothing in it that a terminal would obey."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
