@@ -20,6 +20,7 @@ import numpy as np
 import pydicom
 from pydicom import config
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
@@ -32,6 +33,7 @@ from pydicom.uid import (
 )
 
 from pipelines.ingest.files import FileRef
+from pipelines.ingest.jpeg_lossless import checked_stream
 from pipelines.ingest.refusals import Refusal
 from pipelines.study import SourceFile
 
@@ -67,6 +69,8 @@ OTHER_MODALITIES: Final = (
     "US",
     "XA",
 )
+# In order of preference. GDCM comes last: damaged streams can make it end the process.
+CODECS: Final = ("pydicom", "pyjpegls", "pylibjpeg", "pillow", "gdcm")
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"
 
 Numbers = tuple[float, ...]
@@ -256,12 +260,19 @@ def _check_syntax(dataset: Dataset) -> None:
         raise Refusal(
             "unsupported-transfer-syntax", f"The transfer syntax is {title} with 12 bits, which no codec here reads."
         )
-    try:
-        available = get_decoder(syntax).is_available
-    except NotImplementedError:
-        available = False
-    if not available:
+    if _codec(syntax) is None:
         raise Refusal("unsupported-transfer-syntax", f"The transfer syntax is {title}, which no codec here reads.")
+
+
+def _codec(syntax: UID) -> str | None:
+    """The codec for a transfer syntax: "" for pixels that are not compressed, None where there is none."""
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        return None
+    if not syntax.is_compressed:
+        return ""
+    return next((codec for codec in CODECS if codec in decoder.available_plugins), None)
 
 
 def _decode(dataset: Dataset) -> np.ndarray:
@@ -269,13 +280,19 @@ def _decode(dataset: Dataset) -> np.ndarray:
     if "PixelData" not in dataset or not dataset.PixelData:
         raise Refusal("truncated", "The pixel data is missing.")
     frames = frame_count(dataset)
-    if not dataset.file_meta.TransferSyntaxUID.is_compressed:
+    codec = _codec(dataset.file_meta.TransferSyntaxUID)
+    if not codec:
         expected = frames * dataset.Rows * dataset.Columns * (_number(dataset, "BitsAllocated", 16) // 8)
         if len(dataset.PixelData) < expected:
             raise Refusal("truncated", "The pixel data ends too early.")
     try:
+        if codec == "gdcm":
+            size = dataset.Rows, dataset.Columns, dataset.BitsAllocated
+            streams = generate_frames(dataset.PixelData, number_of_frames=frames)
+            dataset.PixelData = encapsulate([checked_stream(stream, *size) for stream in streams])
+        dataset.pixel_array_options(decoding_plugin=codec or "")
         return dataset.pixel_array.reshape(frames, dataset.Rows, dataset.Columns)
-    except MemoryError:
+    except (Refusal, MemoryError):
         raise
     except Exception as error:  # every codec has its own types of error
         raise Refusal("damaged-image", "The pixel data could not be decoded.") from error

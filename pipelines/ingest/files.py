@@ -142,13 +142,13 @@ def _walk(path: Path, seen: set[tuple[int, int]], *, named: bool) -> Iterator[Fo
             yield from _members(path)
         else:
             yield found
-    except (Refusal, OSError, ValueError, zipfile.BadZipFile) as error:  # ValueError: a NUL byte in the path
+    except Exception as error:  # zipfile answers damaged archives with errors of many types
         yield rejected(ref.name, error)
 
 
 def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
     archive = _archive(path)
-    members = sorted({info.filename: info for info in archive.infolist() if not info.is_dir()}.items())
+    members = sorted({info.filename: info for info in archive.infolist() if not info.filename.endswith("/")}.items())
     if not members:
         raise Refusal("empty-folder", "The archive is empty.")
     if "[Content_Types].xml" in archive.namelist():
@@ -174,7 +174,7 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
                 if isinstance(found, Found) and found.format == "zip":
                     raise Refusal("nested-archive", "It is an archive inside an archive.")
                 yield found
-            except Exception as error:  # zipfile answers damaged members with errors of many types
+            except Exception as error:
                 yield rejected(ref.name, error)
 
 

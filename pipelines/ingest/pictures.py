@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import warnings
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 
 # Pillow's own limit is lower and at first only warns. `_check_size` takes its place: nothing is decoded before it.
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what it finds odd in a damaged file
 
 
 def count_pages(ref: FileRef) -> int:
