@@ -31,20 +31,6 @@ PHANTOM = Path(__file__).parents[1] / "examples" / "ct" / "phantom-series"
 SECONDS = 3.0
 PICTURES = ("png", "jpeg", "tiff", "bmp", "webp", "gif")
 FORMATS = (*PICTURES, "dcm", "dcm-rle", "dcm-deflated", "dcm-j2k", "dcm-jls", "dcm-jpeg", "zip")
-    "png",
-    "jpeg",
-    "tiff",
-    "bmp",
-    "webp",
-    "gif",
-    "dcm",
-    "dcm-rle",
-    "dcm-deflated",
-    "dcm-j2k",
-    "dcm-jls",
-    "dcm-jpeg",
-    "zip",
-)
 
 
 @cache
