@@ -80,7 +80,7 @@ def extent_of(bbox: Sequence[float], width: float, height: float) -> str:
     """The box's share of the picture: small below 1%, large from 10%."""
     x0, y0, x1, y1 = bbox
     share = (x1 - x0) * (y1 - y0) / (width * height)
-    return EXTENTS[(share >= 0.01) + (share >= 0.1)]
+    return EXTENTS[int(share >= 0.01) + int(share >= 0.1)]
 
 
 def count_word(n: int) -> str:
@@ -134,9 +134,7 @@ def from_tokens(tokens: Sequence[str]) -> Draft:
     findings = []
     for i in range(0, len(body), size):
         values = dict(body[i : i + size])
-        findings.append(
-            DraftFinding(int(values["evidence"]), values["type"], values["zone"], values.get("extent", ""))
-        )
+        findings.append(DraftFinding(int(values["evidence"]), values["type"], values["zone"], values.get("extent", "")))
     tail = [value for _, value in words[split + 1 : -1] if value]
     impression = tuple((tail[i], tail[i + 1], tail[i + 2]) for i in range(0, len(tail), 3))
     fields = {} if kind == "defect" else head
