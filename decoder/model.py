@@ -81,9 +81,7 @@ class Layer(nn.Module):
             config.width, config.experts, config.active, config.expert_hidden, config.shared_hidden
         )
 
-    def forward(
-        self, x_BTD: Tensor, cos_Td: Tensor, sin_Td: Tensor, cache: KeyValueCache | None, index: int
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_Td: Tensor, sin_Td: Tensor, cache: KeyValueCache | None, index: int) -> Tensor:
         q, k, v = (
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm_attention(x_BTD)).chunk(3, -1)
         )

@@ -44,7 +44,9 @@ class MixtureOfExperts(nn.Module):
             self.load_E += counts_E
         # Every (token, slot) pair sorted by expert, so that each expert is one product.
         order = chosen_TK.flatten().argsort(stable=True)
-        dtype = torch.get_autocast_dtype(x_TD.device.type) if torch.is_autocast_enabled(x_TD.device.type) else x_TD.dtype
+        dtype = (
+            torch.get_autocast_dtype(x_TD.device.type) if torch.is_autocast_enabled(x_TD.device.type) else x_TD.dtype
+        )
         rows = x_TD.to(dtype)[order // self.active]
         offsets_E = counts_E.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(rows, self.w13_E2ID.to(dtype).transpose(-2, -1), offs=offsets_E).chunk(2, -1)

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from encoders.resnet import ResNet18D
+from encoders.resnet import ResNet18D, fold
 
 STRIDES = (8, 16, 32)
 
@@ -54,7 +53,7 @@ class ConvBNAct(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, conv: nn.Conv2d | None = None):
         super().__init__()
-        self.conv = conv or nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.conv: nn.Module = conv or nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         self.bn: nn.Module = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,8 +61,7 @@ class ConvBNAct(nn.Module):
 
     def fuse(self) -> None:
         """Folds the batch norm into the convolution (evaluation only)."""
-        assert isinstance(self.bn, nn.BatchNorm2d)
-        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+        self.conv, self.bn = fold(self.conv, self.bn)
 
 
 class Neck(nn.Module):
@@ -99,7 +97,7 @@ class BoxHead(nn.Module):
         self.type_branch, self.box_branch = branch(), branch()
         self.types = nn.Conv2d(width, types, 1)
         self.distances = nn.Conv2d(width, 4 * bins, 1)
-        nn.init.constant_(self.types.bias, -4.6)  # type: ignore[arg-type]  # a prior of 1%: most points are background
+        nn.init.constant_(self.types.bias, -4.6)  # a prior of 1%: most points are background
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         types, distances, points, strides = [], [], [], []
@@ -131,7 +129,7 @@ class EvidenceEncoder(nn.Module):
             self.backbone: nn.Module = timm_features(config.backbone)
         else:
             self.backbone = ResNet18D()
-        channels = tuple(self.backbone.channels)  # type: ignore[arg-type,union-attr]
+        channels = tuple(self.backbone.channels)  # type: ignore[arg-type]
         self.neck = Neck(channels, config.neck)
         self.boxes = BoxHead(config.neck, config.box_types, config.bins)
         self.maps = nn.Conv2d(channels[-1], config.map_types, 1)
@@ -163,25 +161,9 @@ class EvidenceEncoder(nn.Module):
         """Folds every batch norm of the neck and head, and of a ResNet18D, for evaluation."""
         self.eval()
         for module in self.modules():
-            if isinstance(module, ConvBNAct):
+            if isinstance(module, ConvBNAct | ResNet18D):
                 module.fuse()
-        if isinstance(self.backbone, ResNet18D):
-            _fuse_resnet(self.backbone)
         return self
-
-
-def _fuse_resnet(backbone: ResNet18D) -> None:
-    stem = backbone.conv1
-    for i in (0, 3):
-        stem[i], stem[i + 1] = fuse_conv_bn_eval(stem[i], stem[i + 1]), nn.Identity()  # type: ignore[arg-type,type-var]
-    stem[6], backbone.bn1 = fuse_conv_bn_eval(stem[6], backbone.bn1), nn.Identity()  # type: ignore[arg-type,assignment,type-var]
-    for layer in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
-        for block in layer:
-            block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
-            block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
-            if block.downsample is not None:
-                conv, norm = block.downsample[1], block.downsample[2]
-                block.downsample[1], block.downsample[2] = fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
 def decode_boxes(distances_BA4R: Tensor, points_A2: Tensor, strides_A: Tensor) -> Tensor:

@@ -9,6 +9,13 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A convolution with its batch norm folded in, and nothing in the norm's place (evaluation only)."""
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    return fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
 class BasicBlock(nn.Module):
@@ -16,11 +23,11 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample: nn.Module | None = None
+        self.conv1: nn.Module = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1: nn.Module = nn.BatchNorm2d(width)
+        self.conv2: nn.Module = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2: nn.Module = nn.BatchNorm2d(width)
+        self.downsample: nn.Sequential | None = None
         if stride > 1 or inputs != width:
             pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
             self.downsample = nn.Sequential(pool, nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width))
@@ -29,6 +36,13 @@ class BasicBlock(nn.Module):
         shortcut = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
         y = F.relu(self.bn1(self.conv1(x_BCHW)))
         return F.relu(self.bn2(self.conv2(y)) + shortcut)
+
+    def fuse(self) -> None:
+        """Folds the batch norms (evaluation only)."""
+        self.conv1, self.bn1 = fold(self.conv1, self.bn1)
+        self.conv2, self.bn2 = fold(self.conv2, self.bn2)
+        if self.downsample is not None:
+            self.downsample[1], self.downsample[2] = fold(self.downsample[1], self.downsample[2])
 
 
 class ResNet18D(nn.Module):
@@ -42,7 +56,7 @@ class ResNet18D(nn.Module):
         for inputs, width, stride in ((3, 32, 2), (32, 32, 1)):
             stem += [nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         self.conv1 = nn.Sequential(*stem, nn.Conv2d(32, 64, 3, 1, 1, bias=False))
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1: nn.Module = nn.BatchNorm2d(64)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             nn.Sequential(BasicBlock(inputs, width, stride), BasicBlock(width, width, 1))
             for inputs, width, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
@@ -56,3 +70,12 @@ class ResNet18D(nn.Module):
             x = layer(x)
             features.append(x)
         return features
+
+    def fuse(self) -> None:
+        """Folds every batch norm (evaluation only)."""
+        for conv, norm in ((0, 1), (3, 4)):
+            self.conv1[conv], self.conv1[norm] = fold(self.conv1[conv], self.conv1[norm])
+        self.conv1[6], self.bn1 = fold(self.conv1[6], self.bn1)
+        for module in self.modules():
+            if isinstance(module, BasicBlock):
+                module.fuse()

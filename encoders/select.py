@@ -50,10 +50,7 @@ def select_boxes(
     distances = output.distances_BA4R.gather(1, expanded)
     points = output.points_A2[anchor_BC]
     boxes_BC4 = torch.cat(
-        [
-            decode_boxes(distances[b : b + 1], points[b], output.strides_A[anchor_BC[b]])
-            for b in range(batch)
-        ]
+        [decode_boxes(distances[b : b + 1], points[b], output.strides_A[anchor_BC[b]]) for b in range(batch)]
     )
     clash_BCC = (box_iou(boxes_BC4, boxes_BC4) > overlap) & (type_BC[:, :, None] == type_BC[:, None, :])
     clash_BCC = clash_BCC.triu(1)

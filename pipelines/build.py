@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from pipelines import ingest
 from pipelines.evaluation.detection import IOUS, match
@@ -24,7 +25,7 @@ from pipelines.manifest import Case, read_manifest
 from pipelines.model import ModelConfig
 from pipelines.reader import Reader
 from pipelines.reading import Reading
-from pipelines.store import WEIGHTS, Calibration, find, save_settings
+from pipelines.store import WEIGHTS, Calibration, save_settings
 from pipelines.study import ImageStudy
 from reports.taxonomy import CT_FIELDS
 
@@ -44,7 +45,7 @@ class Labelled:
 
 def join_weights(encoder: Path, writer: Path, out: Path) -> None:
     """One file of two: the encoder's tensors get the prefix that the whole network gives them."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, prefix in ((encoder, "encoder."), (writer, "")):
         with safe_open(path, framework="pt") as file:
             tensors |= {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -94,8 +95,10 @@ def fit_temperature(probabilities: Sequence[dict[str, float]], truths: Sequence[
     losses = []
     for t in TEMPERATURES:
         scaled = log_p / t
-        scaled = scaled - np.log(np.exp(scaled - scaled.max(1, keepdims=True)).sum(1, keepdims=True)) - scaled.max(
-            1, keepdims=True
+        scaled = (
+            scaled
+            - np.log(np.exp(scaled - scaled.max(1, keepdims=True)).sum(1, keepdims=True))
+            - scaled.max(1, keepdims=True)
         )
         losses.append(-scaled[np.arange(len(truth)), truth].mean())
     return float(TEMPERATURES[int(np.argmin(losses))])
@@ -114,7 +117,11 @@ def f1(cases: Sequence[Labelled], readings: Sequence[Reading]) -> float:
         found = [[finding for finding in answer.findings if finding.reported] for answer in answers]
         for matches in match([c.case.boxes for c in cases], found).values():
             hits = int(matches.hit[HALF].sum())
-            good, wrong, labelled = good + hits, wrong + matches.hit.shape[1] - hits, labelled + int(matches.labels.sum())
+            good, wrong, labelled = (
+                good + hits,
+                wrong + matches.hit.shape[1] - hits,
+                labelled + int(matches.labels.sum()),
+            )
     return 2 * good / max(1, good + wrong + labelled)
 
 
@@ -157,7 +164,7 @@ def build(encoder: Path, writer: Path, data: Path, out: Path, *, name: str, vers
     join_weights(encoder, writer, out)
     config = ModelConfig.default().to_dict()
     save_settings(out, name=name, version=version, config=config, calibration=Calibration())
-    calibration = calibrate(Reader.load(find(out), "auto"), load_cases(data, "val"))
+    calibration = calibrate(Reader.load(out), load_cases(data, "val"))
     save_settings(out, name=name, version=version, config=config, calibration=calibration)
     return calibration
 

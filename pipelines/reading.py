@@ -29,7 +29,9 @@ class FindingReading:
     """One finding, with its evidence box."""
 
     type: str  # a type of `reports.taxonomy`
-    bbox: tuple[float, float, float, float]  # x0, y0, x1, y1 in the image's own pixels (continuous, x1 and y1 exclusive)
+    bbox: tuple[
+        float, float, float, float
+    ]  # x0, y0, x1, y1 in the image's own pixels (continuous, x1 and y1 exclusive)
     slice_index: int  # index into `ImageStudy.pixels`
     confidence: float  # calibrated probability that the finding is right
     reported: bool  # True: the decoder put it in the report; False: a candidate that stays below the line

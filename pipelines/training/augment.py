@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ class Augmentation:
     keep_reference: float = 0.85  # share of pictures that keep their golden sample
 
 
+def augmentation(table: dict[str, Any]) -> Augmentation:
+    """A recipe's table as an `Augmentation`; the keys that say how many and how large are left out."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k not in ("batch", "side")}
+    return Augmentation(**values)
+
+
 @dataclass(slots=True)
 class Batch:
     """Network input and labels. `boxes` in pixels of the output."""
@@ -57,9 +64,7 @@ def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
     return torch.rand(n, device=device) * (high - low) + low
 
 
-def _warp(
-    stream: Stream, index: Tensor, side: int, how: Augmentation
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _warp(stream: Stream, index: Tensor, side: int, how: Augmentation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One warped view a picture: `[B, C, side, side]` grey levels, boxes, validity and whether it was mirrored."""
     device, n = index.device, len(index)
     pictures = stream.pictures[index].float()
@@ -81,13 +86,16 @@ def _warp(
     t = turn[:, None]
     forward = torch.stack((row0 * (1 - t) + row1 * t, row1 * (1 - t) + row0 * t), 1)  # [B, 2, 2]
     det = forward[:, 0, 0] * forward[:, 1, 1] - forward[:, 0, 1] * forward[:, 1, 0]
-    inverse = torch.stack(
-        (
-            torch.stack((forward[:, 1, 1], -forward[:, 0, 1]), 1),
-            torch.stack((-forward[:, 1, 0], forward[:, 0, 0]), 1),
-        ),
-        1,
-    ) / det[:, None, None]
+    inverse = (
+        torch.stack(
+            (
+                torch.stack((forward[:, 1, 1], -forward[:, 0, 1]), 1),
+                torch.stack((-forward[:, 1, 0], forward[:, 0, 0]), 1),
+            ),
+            1,
+        )
+        / det[:, None, None]
+    )
     # Where the view's centre sits: anywhere that keeps the view filled where the picture is larger than it, else
     # the picture's centre with a little slack.
     extent = (torch.full_like(size, side)[:, None, :] @ inverse.abs().transpose(1, 2))[:, 0]  # view in canvas pixels

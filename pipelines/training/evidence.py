@@ -6,6 +6,7 @@ replayed: the step is many small kernels, and launching them costs more than run
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from encoders import EvidenceEncoder
 from pipelines.model import ModelConfig
-from pipelines.training.augment import Augmentation, Batch, draw, join
+from pipelines.training.augment import Augmentation, Batch, augmentation, draw, join
 from pipelines.training.losses import evidence_loss, field_loss, type_loss
 from pipelines.training.run import Average, Run, capture, cosine, parameter_groups
 from pipelines.training.streams import Stream, load_streams
@@ -31,8 +32,7 @@ class Mixture:
         self.side = side
         self.parts: list[tuple[Stream, int, Augmentation]] = []
         for name, table in sorted(tables.items(), key=lambda item: known[item[0]].line == "ct"):
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k != "batch"}
-            self.parts.append((known[name], table["batch"], Augmentation(**values)))
+            self.parts.append((known[name], table["batch"], augmentation(table)))
         self.defects = sum(n for stream, n, _ in self.parts if stream.line != "ct")
 
     def draw(self, *, mosaic: bool) -> Batch:
@@ -46,7 +46,8 @@ def train_evidence(run: Run, data: Path, device: torch.device, *, resume: bool) 
     streams = [stream.to(device) for stream in load_streams(data, "train")]
     mixture = Mixture(streams, recipe["streams"], recipe["side"])
     encoder = EvidenceEncoder(ModelConfig.default(backbone=recipe["backbone"]).encoder, via_timm=True)
-    encoder = encoder.to(device, memory_format=torch.channels_last).train()
+    encoder.to(device).to(memory_format=torch.channels_last)
+    encoder.train()
     average = Average(encoder, recipe["ema"])
     rate = torch.zeros((), device=device)
     on_gpu = device.type == "cuda"
@@ -79,7 +80,7 @@ def train_evidence(run: Run, data: Path, device: torch.device, *, resume: bool) 
     parts = {"encoder": encoder, "average": average.model, "optimiser": optimiser}
     first = run.resume(parts, device) if resume else 0
     steps, plain_from = recipe["steps"], round(recipe["steps"] * (1 - recipe["plain_share"]))
-    replay = {mosaic: capture(lambda mosaic=mosaic: step(mosaic)) for mosaic in (True, False)} if on_gpu else {}
+    replay = {mosaic: capture(functools.partial(step, mosaic)) for mosaic in (True, False)} if on_gpu else {}
     for i in range(first, steps):
         now = recipe["learning_rate"] * cosine(i, steps, recipe["warmup"])
         if on_gpu:

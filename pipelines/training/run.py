@@ -10,10 +10,12 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -55,11 +57,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-class Average:
+class Average(Generic[Model]):
     """An exponential moving average of a model's weights and buffers, kept on the device."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: Model, decay: float) -> None:
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
         self.mine = [a for a, _ in pairs if a.is_floating_point()]
@@ -133,6 +135,7 @@ class Run:
         if not math.isfinite(value):
             kept = self.checkpoint if self.checkpoint.exists() else "none was written"
             raise DivergedError(
-                f"the loss is {value} at step {step}; last good checkpoint: {kept}. Lower learning_rate and go on with --resume."
+                f"the loss is {value} at step {step}; last good checkpoint: {kept}. "
+                "Lower learning_rate and go on with --resume."
             )
         return value

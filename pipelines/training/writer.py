@@ -27,7 +27,7 @@ from pipelines.model import (
     ScanScribeModel,
     field_log_probabilities,
 )
-from pipelines.training.augment import Augmentation, Batch, draw
+from pipelines.training.augment import Batch, augmentation, draw
 from pipelines.training.run import Average, Run, cosine, parameter_groups
 from pipelines.training.streams import Stream, load_streams
 from reports.grammar import ID, PAD, POINTERS, Draft, DraftFinding, extent_of, summarise, to_tokens, zone_of
@@ -53,7 +53,7 @@ class Pool:
         return Pool(*(getattr(self, name)[index] for name in self.__slots__))
 
 
-def match(items: Items, batch: Batch, side: int, overlap: float = 0.5) -> np.ndarray:
+def match(items: Items, batch: Batch, overlap: float = 0.5) -> np.ndarray:
     """Which labelled box each item answers for, `[B, K]`, -1 for none: by falling score, each box once."""
     iou_BKM = (box_iou(items.boxes, batch.boxes) * batch.valid[:, None]).cpu().numpy()
     present = (items.scores > 0).cpu().numpy()
@@ -73,7 +73,7 @@ def match(items: Items, batch: Batch, side: int, overlap: float = 0.5) -> np.nda
 
 def defect_drafts(line: str, items: Items, batch: Batch, side: int) -> list[Draft]:
     """The right report for each picture: every item that answers for a labelled box, with the box's type."""
-    matched, labels = match(items, batch, side), batch.labels.cpu().numpy()
+    matched, labels = match(items, batch), batch.labels.cpu().numpy()
     boxes = items.boxes.cpu().numpy()
     drafts = []
     for b, row in enumerate(matched):
@@ -121,10 +121,7 @@ def examples(encoder: EvidenceEncoder, stream: Stream, batch: Batch, *, findings
             dense = glance if side == GLANCE else encoder(x)
             items = select_boxes(dense, keep=POINTERS, candidates=150, threshold=0.03)
             type_tokens = BOX_TYPE_TOKENS
-    if stream.line == "ct":
-        drafts = ct_drafts(items, batch, side)
-    else:
-        drafts = defect_drafts(stream.line, items, batch, side)
+    drafts = ct_drafts(items, batch, side) if stream.line == "ct" else defect_drafts(stream.line, items, batch, side)
     evidence = Evidence(items.boxes / side, type_tokens.to(x.device)[items.types], items.scores).padded()
 
     tokens = torch.full((len(x), LENGTH), PAD)
@@ -158,8 +155,7 @@ def build_pool(encoder: EvidenceEncoder, streams: list[Stream], recipe: dict[str
     parts: list[Pool] = []
     for i in range(recipe["pool_rounds"]):
         for name, table in recipe["streams"].items():
-            values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k not in ("batch", "side")}
-            batch = draw(known[name], table["batch"], table["side"], Augmentation(**values), mosaic=False)
+            batch = draw(known[name], table["batch"], table["side"], augmentation(table), mosaic=False)
             # covid-ct's finding labels come from figure captions and can describe another panel.
             parts.append(examples(encoder, known[name], batch, findings=name != "covid-ct"))
         if (i + 1) % 50 == 0:
@@ -177,7 +173,9 @@ def writer_loss(model: ScanScribeModel, rows: Pool, score_noise: float) -> Tenso
     return F.cross_entropy(logits.float().transpose(1, 2), rows.targets[:, 1:], ignore_index=IGNORE)
 
 
-def train_writer(run: Run, data: Path, encoder: EvidenceEncoder, device: torch.device, *, resume: bool) -> ScanScribeModel:
+def train_writer(
+    run: Run, data: Path, encoder: EvidenceEncoder, device: torch.device, *, resume: bool
+) -> ScanScribeModel:
     """Runs the recipe and returns the whole model with averaged weights. Raises as `train_evidence` does."""
     recipe = run.recipe
     torch.manual_seed(recipe["seed"])
@@ -187,9 +185,7 @@ def train_writer(run: Run, data: Path, encoder: EvidenceEncoder, device: torch.d
     if missing := wanted - {s.name for s in streams}:
         raise ValueError(f"the recipe names data sets that are not there: {', '.join(sorted(missing))}")
     pool = build_pool(encoder, streams, recipe, run)
-    config = ModelConfig.default(
-        backbone=encoder.config.backbone, visual_width=encoder.width, bridge=recipe["bridge"]
-    )
+    config = ModelConfig.default(backbone=encoder.config.backbone, visual_width=encoder.width, bridge=recipe["bridge"])
     model = ScanScribeModel(config, encoder=encoder).to(device).train()
     encoder.eval()
     average = Average(model, recipe["ema"])
