@@ -99,6 +99,9 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embeddings `[B, T, D]` -> logits `[B, T, V]`; the embedding table is also the output matrix."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config

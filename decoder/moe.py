@@ -16,6 +16,9 @@ from torch import Tensor, nn
 class MixtureOfExperts(nn.Module):
     """`[T, D] -> [T, D]`."""
 
+    balance_E: Tensor  # moved by `rebalance`, saved with the weights
+    load_E: Tensor  # tokens of each expert since the last `rebalance`
+
     def __init__(self, width: int, experts: int, active: int, hidden: int, shared_hidden: int) -> None:
         super().__init__()
         self.experts, self.active = experts, active
@@ -44,9 +47,8 @@ class MixtureOfExperts(nn.Module):
             self.load_E += counts_E
         # Every (token, slot) pair sorted by expert, so that each expert is one product.
         order = chosen_TK.flatten().argsort(stable=True)
-        dtype = (
-            torch.get_autocast_dtype(x_TD.device.type) if torch.is_autocast_enabled(x_TD.device.type) else x_TD.dtype
-        )
+        device = x_TD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
         rows = x_TD.to(dtype)[order // self.active]
         offsets_E = counts_E.cumsum(0).to(torch.int32)
         gate, up = F.grouped_mm(rows, self.w13_E2ID.to(dtype).transpose(-2, -1), offs=offsets_E).chunk(2, -1)

@@ -97,6 +97,7 @@ class BoxHead(nn.Module):
         self.type_branch, self.box_branch = branch(), branch()
         self.types = nn.Conv2d(width, types, 1)
         self.distances = nn.Conv2d(width, 4 * bins, 1)
+        assert self.types.bias is not None
         nn.init.constant_(self.types.bias, -4.6)  # a prior of 1%: most points are background
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

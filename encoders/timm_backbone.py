@@ -12,5 +12,5 @@ def timm_features(name: str, *, pretrained: bool = False) -> nn.Module:
     `pretrained` asks timm for weights: it needs a network or timm's local cache, so that nothing here sets it.
     """
     net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(2, 3, 4))
-    net.channels = tuple(net.feature_info.channels())  # type: ignore[operator,union-attr]
+    net.channels = tuple(net.feature_info.channels())  # type: ignore[assignment,operator,union-attr]
     return net

@@ -1,7 +1,7 @@
 """The model store: where models lie, what belongs to one, and whether it is whole.
 
-A model is a folder with `model.json` (name, version, sizes, calibration, the weights' SHA-256), `weights.safetensors` and
-`MODEL_CARD.md`. Bundled models lie in the package `models`, an owner's own below `$SCANSCRIBE_HOME/models`.
+A model is a folder with `model.json` (name, version, sizes, calibration, the weights' SHA-256), `weights.safetensors`
+and `MODEL_CARD.md`. Bundled models lie in the package `models`, an owner's own below `$SCANSCRIBE_HOME/models`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def cli(argv: list[str]) -> int:
     """Trains one recipe. Returns 0, or 2 after a message that names what to mend."""
     parser = argparse.ArgumentParser(
         prog="scanscribe train",
-        description="Trains a recipe: `evidence` (the vision encoder), then `writer` (bridge and decoder on top of it).",
+        description="Trains a recipe: `evidence` (the vision encoder), then `writer` (bridge and decoder on top).",
         epilog="example: scanscribe train --recipe evidence --data data/ --out runs/evidence --set steps=2000",
     )
     parser.add_argument("--recipe", required=True, help="a recipe's name, or a TOML file")

@@ -39,7 +39,9 @@ class Augmentation:
 
 def augmentation(table: dict[str, Any]) -> Augmentation:
     """A recipe's table as an `Augmentation`; the keys that say how many and how large are left out."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k not in ("batch", "side")}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k not in ("batch", "side")
+    }
     return Augmentation(**values)
 
 
