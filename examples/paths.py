@@ -1,6 +1,6 @@
 """Prints the sample inputs, one path a line: those in this folder and the CT slice that pydicom itself installs.
 
-    scanscribe report $(python examples/paths.py) --reference examples/golden --out reports
+scanscribe report $(python examples/paths.py) --reference examples/golden --out reports
 """
 
 from __future__ import annotations

@@ -349,6 +349,7 @@ def put(**values: object) -> Edit:
         (put(SOPClassUID=BasicTextSRStorage, Modality="SR"), "not-ct"),
         (drop("Rows"), "no-pixels"),
         (put(Rows=65535, Columns=65535), "too-large"),
+        (put(Rows=1, Columns=1, NumberOfFrames=2_000_000_000), "too-large"),
         (put(PixelData=b"\0" * 1000), "truncated"),
         (drop("PixelData"), "truncated"),
     ],

@@ -44,6 +44,7 @@ warnings.filterwarnings("ignore", module=r"pydicom\.")
 
 AIR_HU: Final = -1024
 MAX_VOXELS: Final = 2_000_000_000  # of one file
+MAX_FRAMES: Final = 50_000
 MAX_INFLATED_BYTES: Final = 4 << 30
 COARSE_HU_STEP: Final = 4  # HU between neighbouring stored values: above it, tissue contrast is quantised away
 CT_SOP_CLASSES: Final = frozenset(
@@ -203,8 +204,9 @@ def check(dataset: Dataset) -> None:
     voxels = _number(dataset, "Rows") * _number(dataset, "Columns") * frame_count(dataset)
     if voxels <= 0:
         raise Refusal("no-pixels", "The image is 0 pixels wide or high.")
-    if voxels > MAX_VOXELS:
-        raise Refusal("too-large", f"It declares {voxels:,.0f} pixels; the limit is {MAX_VOXELS:,}.")
+    if voxels > MAX_VOXELS or frame_count(dataset) > MAX_FRAMES:
+        limit = f"the limit is {MAX_VOXELS:,} pixels in {MAX_FRAMES:,} frames"
+        raise Refusal("too-large", f"It declares {voxels:,.0f} pixels in {frame_count(dataset):,} frames; {limit}.")
     for index in range(frame_count(dataset)):
         _rescale(_Macros(dataset, index)["PixelValueTransformationSequence"], image_type)
     _check_syntax(dataset)
