@@ -30,6 +30,8 @@ def run_batch(job: Job, listener: Listener | None = None) -> RunSummary:
     with LocalServer() as server:
         run.load_reader(job.model, job.device)  # both while the server starts
         prefect = import_prefect()
+        from prefect.events.worker import EventsWorker
+
         from flows.batch import batch
 
         name = save_job(job)
@@ -38,6 +40,7 @@ def run_batch(job: Job, listener: Listener | None = None) -> RunSummary:
             with prefect.settings.temporary_settings({prefect.settings.PREFECT_API_URL: server.url()}):
                 return batch(name)
         finally:
+            EventsWorker.drain_all(timeout=10)  # what Prefect has yet to tell the server, before that stops
             _path(name).unlink(missing_ok=True)
 
 

@@ -37,7 +37,7 @@ def state_folder() -> Path:
     """`home()`, made if it is absent. Raises ServerError."""
     folder = home()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ServerError(
             f"The state folder {folder} cannot be made ({error.strerror}): "
@@ -61,6 +61,7 @@ def prefect_environment() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # notification blocks that no flow here uses
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # what a user must know is said by the command line, not by Prefect's log
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",

@@ -1,0 +1,201 @@
+"""The batch flow against a real Prefect server of its own: same reports as a one-off run, nothing private on record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.jobs import load_job, run_batch, save_job
+from flows.server import LocalServer, ServerError
+from pipelines.ingest import FileRef, Unit
+from pipelines.run import Job, UsageError, execute
+from pipelines.run_folder import OutputError
+from tests.test_run import lines, picture
+from tests.tiny_reader import CURSED, TinyReader
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One state folder for the module: making Prefect's data base takes seconds."""
+    home = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCANSCRIBE_HOME", str(home))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        before = dict(os.environ)
+        yield home
+        os.environ.clear()  # the flow sets Prefect's settings for its process
+        os.environ.update(before)
+
+
+def test_the_flow_gives_the_reports_of_a_one_off_run_and_tells_prefect_no_names(
+    tmp_path: Path, state_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    TinyReader().install(monkeypatch)
+    for number in range(18):
+        picture(tmp_path / "in" / f"Jane-Doe-{number:02}.png", seed=number, first=CURSED if number == 3 else 0)
+    (tmp_path / "in" / "John-Roe.png").touch()
+    monkeypatch.chdir(tmp_path)
+
+    summary = run_batch(Job((Path("in"),), Path("flow-out")))
+    alone = execute(Job((tmp_path / "in",), tmp_path / "alone"))
+
+    assert [entry.id for entry in summary.reported] == [entry.id for entry in alone.reported]
+    assert [r.code for r in summary.rejected] == [r.code for r in alone.rejected] == ["empty-file", "model-failed"]
+    assert len(lines(tmp_path / "flow-out" / "index.jsonl")) == 17
+    assert capfd.readouterr() == ("", "")
+
+    private = (b"Jane", b"John", str(tmp_path).encode())
+    for file in (state_folder / "prefect").iterdir():
+        assert not any(word in file.read_bytes() for word in private), file.name
+    assert not list((state_folder / "jobs").iterdir())
+    with sqlite3.connect(state_folder / "prefect" / "prefect.db") as database:
+        tasks = dict(database.execute("select name, state_name from task_run"))
+        [(flow, table)] = database.execute(
+            "select f.state_name, a.data from flow_run f join artifact a on a.flow_run_id = f.id"
+        )
+    assert tasks["batch 1: pictures"] == tasks["batch 2: pictures"] == flow == "Completed"
+    assert summary.reported[0].id in table
+
+
+def test_a_flow_that_cannot_write_ends_with_the_run_s_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    TinyReader().install(monkeypatch)
+    monkeypatch.setattr("pipelines.run.write_report", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        run_batch(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wrong_usage_is_told_before_a_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.jobs.LocalServer", lambda: pytest.fail("a server was started"))
+    with pytest.raises(UsageError):
+        run_batch(Job((tmp_path / "nowhere",), tmp_path / "out"))
+
+
+def test_a_job_comes_back_as_it_was_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job((Path("a b.png"), Path("/x/ü.dcm")), Path("out"), ("json",), "m", "cpu", "ct", Path("golden"))
+    monkeypatch.chdir(tmp_path)
+    name = save_job(job)
+    monkeypatch.chdir("/")
+    again = load_job(name)
+    assert again.inputs == (tmp_path / "a b.png", Path("/x/ü.dcm"))
+    assert (again.out, again.reference) == (tmp_path / "out", tmp_path / "golden")
+    assert (again.formats, again.model, again.device, again.kind) == (("json",), "m", "cpu", "ct")
+
+
+def test_batches_keep_studies_apart_and_pictures_in_order() -> None:
+    from flows.batch import group
+
+    def unit(name: str, kind: str) -> Unit:
+        return Unit(name, kind, (FileRef(Path(name)),))  # type: ignore[arg-type]
+
+    units = [*(unit(f"p{n}", "picture") for n in range(17)), unit("s1", "series"), unit("s2", "series")]
+    batches = group(units)
+    assert [len(each.units) for each in batches] == [16, 1, 1, 1]
+    assert [u for each in batches for u in each.units] == units
+    assert group([]) == ()
+
+
+OWNER = """
+import time
+from flows.server import LocalServer
+with LocalServer() as server:
+    print(server.url(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_server_listens_on_loopback_only_and_ends_with_its_owner() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert owner.stdout is not None
+    port = int(owner.stdout.readline().split(b":")[2].split(b"/")[0])
+    assert listening(port) == ["127.0.0.1"]
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 10
+    while listening(port):
+        assert time.monotonic() < deadline, "the server is still listening"
+        time.sleep(0.1)
+
+
+def listening(port: int) -> list[str]:
+    """The IPv4 addresses on which someone listens on `port`."""
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()[1:]]
+    local = [row[1].split(":") for row in rows if row[3] == "0A"]
+    return [".".join(map(str, bytes.fromhex(ip)[::-1])) for ip, each in local if int(each, 16) == port]
+
+
+def test_a_server_that_does_not_come_up_is_told_with_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with LocalServer() as server, pytest.raises(ServerError, match=r"server\.log"):
+        server.url()
+
+
+def test_a_server_of_the_user_s_own_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    with LocalServer() as server:
+        assert server.url() == "http://127.0.0.1:1/api"
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+import pipelines.run
+from flows.jobs import run_batch
+from tests.tiny_reader import TinyReader
+
+class Slow(TinyReader):
+    def read(self, study, **options):
+        time.sleep(0.2)
+        return super().read(study, **options)
+
+reader = Slow()
+pipelines.run.find = lambda model: reader.stored
+pipelines.run.load_reader = lambda model, device: reader
+try:
+    run_batch(pipelines.run.Job((Path(sys.argv[1]),), Path(sys.argv[2])))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_an_interrupted_flow_stops_quietly_and_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        picture(tmp_path / "in" / f"{number:02}.png", seed=number)
+    index = tmp_path / "out" / "index.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "in"), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    while not index.exists() or len(index.read_bytes().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == b""
+    done = len(lines(index))
+    assert done < 40
+
+    TinyReader().install(monkeypatch)
+    summary = execute(Job((tmp_path / "in",), tmp_path / "out"))
+    assert len(summary.already_reported) == done
+    assert len(lines(index)) == 40
+    assert json.loads((tmp_path / "out" / summary.reported[0].formats["json"]).read_text())
