@@ -61,7 +61,7 @@ class FileRef:
 
     @property
     def parent(self) -> str:
-        return self.name[: -len(self.basename)].rstrip("/")
+        return self.name[: -len(self.basename)].rstrip("/!")
 
     @property
     def basename(self) -> str:
