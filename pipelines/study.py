@@ -6,12 +6,24 @@ multi-page file. Nothing here knows about models or report formats.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 PixelUnits = Literal["HU", "display"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """An input that was refused: a code for machines, a sentence and a remedy for people."""
+
+    path: str
+    code: str  # kebab-case, stable
+    reason: str  # one sentence: what is wrong
+    remedy: str  # one sentence: what would mend it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +69,11 @@ class ImageStudy:
     kernel: str | None = None
     contrast_agent: str | None = None  # what the header says, if anything
     body_part: str | None = None  # what the header says, if anything
-    quality_flags: tuple[str, ...] = ()  # kebab-case codes, e.g. "missing-slices", "mixed-orientation"
+    quality_flags: tuple[str, ...] = ()  # kebab-case codes, listed in `pipelines/ingest/series.py`
+    rejected_sources: tuple[Rejection, ...] = ()  # files of the series that the study had to do without
 
 
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """An input that was refused: a code for machines, a sentence and a remedy for people."""
-
-    path: str
-    code: str  # kebab-case, stable
-    reason: str  # one sentence: what is wrong
-    remedy: str  # one sentence: what would mend it
+def content_key(sources: Iterable[SourceFile]) -> str:
+    """SHA-256 (hex) over the content hashes and page numbers of `sources` in order: file names play no part."""
+    lines = (f"{source.sha256}#{source.page or 0}\n" for source in sources)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
