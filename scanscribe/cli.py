@@ -236,10 +236,12 @@ def main() -> None:
     as_json = "--json" in sys.argv[1:]
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", "Interrupted. The same command goes on where it stopped.", as_json, INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         code = _fail(*_explain(error), as_json, UNUSABLE)
+    if code == INTERRUPTED:
+        _fail("interrupted", "Interrupted. The same command goes on where it stopped.", as_json, INTERRUPTED)
     sys.exit(code if isinstance(code, int) else OK)
 
 

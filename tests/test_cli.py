@@ -1,0 +1,260 @@
+"""The command line as a person and a script meet it: exit codes, one JSON object, sentences that help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pipelines.run
+from pipelines.store import ModelError, find
+from scanscribe import cli
+from tests.test_run import picture
+from tests.tiny_reader import TinyReader
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["scanscribe", *args])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    return int(left.value.code or 0), out, err
+
+
+@pytest.fixture
+def scanscribe(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Runs a command in an empty folder with a tiny reader."""
+    for name in [name for name in os.environ if name.startswith("SCANSCRIBE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    TinyReader().install(monkeypatch)
+    return lambda *args: run(capfd, monkeypatch, *map(str, args))
+
+
+def test_report_exits_0_when_all_is_reported_and_1_when_something_is_refused(scanscribe, tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png")
+    code, out, _ = scanscribe("report", "in", "--out", "out")
+    assert code == 0
+    assert "a.png" in out
+    assert str(tmp_path / "out" / "index.html") in out
+    (tmp_path / "in" / "b.png").touch()
+    code, out, _ = scanscribe("report", "in", "--out", "out")
+    assert code == 1
+    assert "empty-file" in out
+    assert "Copy the file again" in out
+
+
+def test_json_prints_one_object_and_nothing_else(scanscribe, tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "b.png").touch()
+    code, out, _ = scanscribe("report", "in", "--out", "out", "--json")
+    summary = json.loads(out)
+    assert code == 1
+    assert summary["complete"] is False
+    assert len(summary["reported"]) == len(summary["rejected"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("report", "scanscribe report --help"),
+        ("report a.png", "--out"),
+        ("report nowhere.png --out out", "nowhere.png"),
+        ("report a.png --out out --formats jsno", "known formats are json"),
+        ("report a.png --out out --kind mri", "auto, ct, defect"),
+        ("report a.png --out out --reference nowhere", "nowhere"),
+        ("report a.png --out out --bogus", "--bogus"),
+        ("report a.png --out a.png", "--out"),
+        ("batch nowhere.png --out out", "nowhere.png"),
+        ("bogus", "bogus"),
+        ("models", "scanscribe models --help"),
+        ("evaluate --data nowhere.jsonl --out x.json", "nowhere.jsonl"),
+        ("train --recipe bogus --data . --out x", "bogus"),
+    ],
+)
+def test_wrong_usage_exits_2_with_a_sentence_that_helps(scanscribe, tmp_path: Path, command: str, hint: str) -> None:
+    picture(tmp_path / "a.png")
+    code, out, err = scanscribe(*command.split())
+    assert (code, out) == (2, "")
+    assert hint in err
+    code, out, _ = scanscribe(*command.split(), "--json")
+    assert code == 2
+    assert isinstance(json.loads(out), dict)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_model_exits_2_and_names_what_there_is(scanscribe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pipelines.run.find", find)
+    picture(tmp_path / "a.png")
+    code, _, err = scanscribe("report", "a.png", "--out", "out", "--model", "bogus")
+    assert code == 2
+    assert "bogus" in err
+
+
+def test_flags_beat_the_environment_which_beats_the_file_which_beats_the_defaults(
+    scanscribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[pipelines.run.Job] = []
+    work = pipelines.run.execute
+    monkeypatch.setattr("pipelines.run.execute", lambda job, listener: (jobs.append(job), work(job, listener))[1])
+    picture(tmp_path / "a.png")
+    command = ("report", "a.png", "--out", "out")
+    scanscribe(*command)
+    (tmp_path / "scanscribe.toml").write_text('formats = ["json"]\nkind = "ct"\n')
+    scanscribe(*command)
+    monkeypatch.setenv("SCANSCRIBE_KIND", "defect")
+    monkeypatch.setenv("SCANSCRIBE_FORMATS", "html, json")
+    scanscribe(*command)
+    scanscribe(*command, "--kind", "auto")
+    assert [(job.formats, job.kind) for job in jobs] == [
+        (("json", "html"), "auto"),
+        (("json",), "ct"),
+        (("html", "json"), "defect"),
+        (("html", "json"), "auto"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["kindd = 'ct'", "kind =", "formats = 3"])
+def test_a_settings_file_that_cannot_be_used_is_named(scanscribe, tmp_path: Path, text: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "scanscribe.toml").write_text(text)
+    code, _, err = scanscribe("report", "a.png", "--out", "out")
+    assert code == 2
+    assert "scanscribe.toml" in err
+
+
+def test_names_from_outside_cannot_drive_the_terminal(scanscribe, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "\x1b[2J[red]x.png").touch()
+    _, out, _ = scanscribe("report", "in", "--out", "out")
+    assert "\x1b" not in out
+    assert "[red]x" in out
+
+
+def test_ctrl_c_exits_130_with_a_sentence(scanscribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: TinyReader, *args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TinyReader, "read", interrupt)
+    picture(tmp_path / "a.png")
+    code, out, err = scanscribe("report", "a.png", "--out", "out", "--json")
+    assert code == 130
+    assert json.loads(out)["error"]["code"] == "interrupted"
+    assert "goes on where it stopped" in err
+
+
+def test_doctor_names_each_thing_with_its_state_and_writes_nothing(scanscribe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
+    code, out, _ = scanscribe("doctor", "--json")
+    found = json.loads(out)
+    states = {check["name"]: check["state"] for check in found["checks"]}
+    assert states["python"] == states["torch"] == states["flows"] == "ok"
+    assert {"device", "codec JPEG 2000", "codec JPEG-LS", "codec JPEG Lossless", "disk"} <= set(states)
+    assert all(check["remedy"] for check in found["checks"] if check["state"] != "ok")
+    assert code == (0 if found["ok"] else 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_finds_versions_that_do_not_fit_and_damaged_weights(scanscribe, tmp_path: Path, monkeypatch) -> None:
+    from scanscribe import doctor
+
+    real = doctor.version
+    monkeypatch.setattr(
+        doctor, "version", lambda name: {"torchvision": "0.20.0", "fastapi": "0.165.0"}.get(name) or real(name)
+    )
+    folder = tmp_path / "home" / "models" / "mine"
+    folder.mkdir(parents=True)
+    settings = {
+        "name": "mine",
+        "version": "1",
+        "config": {},
+        "calibration": {"evidence": {}, "temperature": {}, "point": {}},
+    }
+    (folder / "model.json").write_text(json.dumps(settings | {"weights_sha256": "0" * 64}))
+    (folder / "weights.safetensors").write_bytes(b"damaged")
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
+    code, out, _ = scanscribe("doctor", "--json")
+    failed = {check["name"]: check["remedy"] for check in json.loads(out)["checks"] if check["state"] == "fail"}
+    assert code == 2
+    assert "torchvision" in failed["torch"]
+    assert "fastapi" in failed["flows"]
+    assert failed["model mine"]
+    code, out, _ = scanscribe("models", "list", "--json")
+    assert "mine" in [model["name"] for model in json.loads(out)["models"]]
+    assert scanscribe("models", "verify", "mine")[0] == 2
+
+
+@pytest.mark.parametrize("command", [[], ["report"], ["batch"], ["train"], ["evaluate"], ["doctor"], ["models"]])
+def test_every_help_text_has_what_a_newcomer_needs(scanscribe, command: list[str]) -> None:
+    code, out, _ = scanscribe(*command, "--help")
+    assert code == 0
+    assert "scanscribe" in out
+    if command and command != ["models"]:
+        assert "example" in out.lower()
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    check = "import sys; sys.argv = ['scanscribe', '--help']; from scanscribe import cli\ntry: cli.main()\nfinally: print([m for m in ('torch', 'prefect', 'pydantic', 'numpy', 'pydicom') if m in sys.modules])"  # noqa: E501
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.perf_counter() - started < 3  # 0.4 s on a quiet machine
+
+
+def test_the_library_door_reports_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scanscribe import report
+
+    TinyReader().install(monkeypatch)
+    summary = report(picture(tmp_path / "a.png"), out=tmp_path / "out", formats=["json"])
+    assert summary.complete
+    assert list(summary.reported[0].formats) == ["json"]
+
+
+@pytest.fixture(scope="module")
+def bundled() -> None:
+    try:
+        find("default").verify()
+    except ModelError as error:
+        pytest.skip(f"the bundled model cannot be used: {error}")
+
+
+@pytest.mark.usefixtures("bundled")
+def test_the_samples_are_reported_from_end_to_end_with_the_bundled_model(tmp_path: Path) -> None:
+    listed = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "paths.py")], capture_output=True, text=True, check=True
+    )
+    command = ["report", *listed.stdout.splitlines(), "--reference", str(ROOT / "examples" / "golden")]
+    done = subprocess.run(
+        [sys.executable, "-m", "scanscribe.cli", *command, "--out", str(tmp_path), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout)
+    assert {refused["code"] for refused in summary["rejected"]} == {"truncated", "not-an-image"}
+    kinds = {Path(entry["inputs"][0]["path"]).name.split(".")[0][:2]: entry["kind"] for entry in summary["reported"]}
+    assert kinds == {
+        "sc": "defect",
+        "in": "defect",
+        "pa": "defect",
+        "cr": "defect",
+        "bo": "defect",
+        "IM": "ct",
+        "CT": "ct",
+    }
+    from reports.schema import Report
+
+    for entry in summary["reported"]:
+        report = Report.model_validate_json((tmp_path / entry["formats"]["json"]).read_text())
+        assert len(report.findings) == entry["findings"]
+        assert (tmp_path / entry["formats"]["html"]).read_text().startswith("<!doctype html>")
