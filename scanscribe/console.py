@@ -61,7 +61,7 @@ def show(summary: RunSummary) -> None:
     counts += [f"{len(summary.already_reported)} already there"] if summary.already_reported else []
     counts += [f"{len(summary.rejected)} refused"] if summary.rejected else []
     counts += [f"{summary.passed_over} companion files left alone"] if summary.passed_over else []
-    console.print(f"{', '.join(counts)}; reading took {summary.seconds:.1f} s. Drafts for review by a qualified person.")
+    console.print(f"{', '.join(counts)}; reading took {summary.seconds:.1f} s. Drafts for qualified review.")
     console.print(Text(f"Open {summary.index.resolve()}"), soft_wrap=True)
 
 
