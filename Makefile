@@ -43,7 +43,7 @@ $(READY): requirements.lock pyproject.toml
 	"$$uv" pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(READY) ## read the sample inputs through the batch flow; one of them is refused on purpose
+demo: $(READY) ## read the sample inputs through the batch flow; two are refused on purpose
 	@$(BIN)/scanscribe batch $$($(BIN)/python examples/paths.py) --reference examples/golden --out demo-out \
 	  || { [ $$? -eq 1 ] && echo "The samples in examples/broken are refused on purpose."; }
 
@@ -64,10 +64,7 @@ types: $(READY) ## type hints
 imports: $(READY) ## who may import whom
 	$(BIN)/lint-imports
 
-# torch and torchvision must match; the pair named here is the one that is tested.
 lock: ## resolve requirements.lock anew (needs uv)
 	@command -v uv >/dev/null && uv=uv || uv=$(TOOLS)/bin/uv; \
-	printf 'torch==2.14.1\ntorchvision==0.29.2\n' > $(TOOLS)-constraints.txt; \
-	"$$uv" pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
-	  --group dev --constraints $(TOOLS)-constraints.txt pyproject.toml --output-file requirements.lock; \
-	status=$$?; rm -f $(TOOLS)-constraints.txt; exit $$status
+	"$$uv" pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 --group dev \
+	  --custom-compile-command "make lock" --constraints constraints.txt pyproject.toml --output-file requirements.lock
