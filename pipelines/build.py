@@ -71,11 +71,6 @@ def load_cases(data: Path, split: str) -> dict[str, list[Labelled]]:
     return found
 
 
-def read_all(reader: Reader, cases: Sequence[Labelled]) -> list[Reading]:
-    """The reader's answers, kind and all."""
-    return [reader.read(each.study, reference=each.reference) for each in cases]
-
-
 def fit_evidence(hits: Sequence[bool], scores: Sequence[float]) -> tuple[float, float]:
     """Platt scaling on the scores' logits: `(a, b)`; `a` is kept positive so that no ranking changes."""
     clipped = np.clip(scores, 1e-6, 1 - 1e-6)
@@ -131,7 +126,8 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]]) -> Calibration:
     evidence: dict[str, tuple[float, float]] = {}
     pairs: dict[str, tuple[list[dict[str, float]], list[str]]] = defaultdict(lambda: ([], []))
     for name, cases in sets.items():
-        readings = read_all(reader, cases)
+        seen = [reader.look(each.study, reference=each.reference) for each in cases]
+        readings = [reader.write(each) for each in seen]
         line = cases[0].case.product_line or "ct"
         for each, reading in zip(cases, readings, strict=True):
             for field, truth in each.case.fields.items():
@@ -151,7 +147,7 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]]) -> Calibration:
         scores = {}
         for threshold in THRESHOLDS:
             reader.calibration = replace(Calibration(), point={line: threshold})
-            scores[threshold] = f1(cases, read_all(reader, cases))
+            scores[threshold] = f1(cases, [reader.write(each) for each in seen])
         reader.calibration = Calibration()
         points[line] = max(scores, key=lambda t: scores[t])
         print(f"{name}: F1 of the report by threshold: " + ", ".join(f"{t}: {s:.3f}" for t, s in scores.items()))

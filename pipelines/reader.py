@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from pipelines.model import (
     forbidden_tokens,
 )
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
-from pipelines.store import Calibration, ModelError, StoredModel, find
+from pipelines.store import Calibration, ModelError, find
 from pipelines.study import ImageStudy
 from pipelines.weights import load_weights
 from reports.grammar import (
@@ -95,6 +96,20 @@ class Candidate:
     slice_index: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What looking gave."""
+
+    line: str  # a product line, or "ct"
+    confidence: float  # of the kind
+    fields: Tensor  # [1, F] log-probabilities
+    visual: Tensor  # [1, N, C]
+    candidates: list[Candidate]  # by falling score
+    size: tuple[int, int]  # width, height
+    slices: tuple[int, ...] = (0,)
+    windows: tuple[str, ...] = ()
+
+
 class Reader:
     """A loaded model. `load` makes one; `read` turns a study into a reading. Not for use by several threads at once."""
 
@@ -103,9 +118,9 @@ class Reader:
         self._grammar = torch.from_numpy(compile_grammar()).to(device)
 
     @classmethod
-    def load(cls, model: str | StoredModel = "default", device: str = "auto") -> Reader:
+    def load(cls, model: str | Path = "default", device: str = "auto") -> Reader:
         """Loads a model by name or folder. Raises `ModelError` with what would mend it."""
-        stored = find(model) if isinstance(model, str) else model
+        stored = find(model)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -131,16 +146,17 @@ class Reader:
     def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
         """Reads one study. `kind` is "auto", "ct" or "defect"; `reference` a golden sample of the same view."""
         started = time.perf_counter()
-        if study.units == "HU" and kind != "defect":
-            seen = self._look_at_volume(study)
-        else:
-            seen = self._look_at_picture(study, kind, reference)
+        seen = self.look(study, kind=kind, reference=reference)
         encoded = time.perf_counter()
-        reading = self._write(seen)
+        reading = self.write(seen)
         timing = {"encode": round(encoded - started, 4), "decode": round(time.perf_counter() - encoded, 4)}
         return replace(reading, timing_s=timing)
 
-    # -- looking
+    def look(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Seen:
+        """The encoder's part of `read`."""
+        if study.units == "HU" and kind != "defect":
+            return self._look_at_volume(study)
+        return self._look_at_picture(study, kind, reference)
 
     @torch.inference_mode()
     def _encode(self, views: Sequence[View], *, boxes: bool):  # type: ignore[no-untyped-def]  # EncoderOutput
@@ -148,7 +164,7 @@ class Reader:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.model.encoder(x.contiguous(memory_format=torch.channels_last), boxes=boxes)
 
-    def _look_at_picture(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> _Seen:
+    def _look_at_picture(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> Seen:
         if study.units == "HU":
             grey = window(study.pixels[len(study.pixels) // 2], *(study.window or SOFT_TISSUE))
         else:
@@ -172,9 +188,9 @@ class Reader:
             found = _candidates(items, 0, closer, DEFECT_TYPES)
             allowed = next(product.types for product in PRODUCT_LINES if product.name == line)
             found = [candidate for candidate in found if candidate.type in allowed]
-        return _Seen(line, confidence, fields, output.visual_BND, found, glance.size)
+        return Seen(line, confidence, fields, output.visual_BND, found, glance.size)
 
-    def _look_at_volume(self, study: ImageStudy) -> _Seen:
+    def _look_at_volume(self, study: ImageStudy) -> Seen:
         count = len(study.pixels)
         chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_SLICES)).round().astype(int)).tolist()
         names = ["soft tissue"]
@@ -194,9 +210,7 @@ class Reader:
         key_row = ranked[0][0]
         height, width = study.pixels.shape[1:3]
         items = [candidate for _, candidate in ranked]
-        return _Seen(
-            "ct", 1.0, mean, visual[key_row : key_row + 1], items, (width, height), tuple(chosen), tuple(names)
-        )
+        return Seen("ct", 1.0, mean, visual[key_row : key_row + 1], items, (width, height), tuple(chosen), tuple(names))
 
     def _look_through(
         self, name: str, study: ImageStudy, chosen: Sequence[int]
@@ -229,10 +243,9 @@ class Reader:
             return "ct", 1.0 if kind == "ct" else ct
         return LINES[int(p[: len(LINES)].argmax())], 1.0 if kind == "defect" else 1 - ct
 
-    # -- writing
-
     @torch.inference_mode()
-    def _write(self, seen: _Seen) -> Reading:
+    def write(self, seen: Seen) -> Reading:
+        """The decoder's part of `read`: what was seen becomes a reading."""
         width, height = seen.size
         kept = seen.candidates[:POINTERS]
         tokens = BOX_TYPE_TOKENS if seen.line != "ct" else MAP_TYPE_TOKENS
@@ -313,20 +326,6 @@ class Reader:
             p = (log_p / self.calibration.temperature.get(name, 1.0)).softmax(-1).tolist()
             readings[name] = FieldReading(chosen[name], dict(zip(values, p, strict=True)))
         return readings
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What looking gave."""
-
-    line: str  # a product line, or "ct"
-    confidence: float  # of the kind
-    fields: Tensor  # [1, F] log-probabilities
-    visual: Tensor  # [1, N, C]
-    candidates: list[Candidate]  # by falling score
-    size: tuple[int, int]  # width, height
-    slices: tuple[int, ...] = (0,)
-    windows: tuple[str, ...] = ()
 
 
 def point_or_pass(log_p_BV: Tensor, threshold: float) -> Tensor:

@@ -1,0 +1,41 @@
+"""Test-time augmentation: the dense evidence of a picture and of its mirror images, averaged.
+
+Shapes as in `encoders.evidence`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from encoders.evidence import STRIDES, EncoderOutput, EvidenceEncoder
+
+
+def _mirror_points(x_BAX: Tensor, size: tuple[int, int], dims: Sequence[int]) -> Tensor:
+    """Mirrors values at anchor points, level by level. `dims`: 1 rows, 2 columns."""
+    height, width = size
+    levels = x_BAX.split([(height // s) * (width // s) for s in STRIDES], 1)
+    grids = [level.unflatten(1, (height // s, width // s)) for level, s in zip(levels, STRIDES, strict=True)]
+    return torch.cat([grid.flip(tuple(dims)).flatten(1, 2) for grid in grids], 1)
+
+
+def look_from_all_sides(encoder: EvidenceEncoder, x_B3HW: Tensor) -> EncoderOutput:
+    """The picture as it is, mirrored left-right, upside down, and both: evidence averaged, the rest of the first.
+
+    Costs four passes instead of one.
+    """
+    first = encoder(x_B3HW)
+    assert first.types_BAT is not None and first.distances_BA4R is not None
+    size = (x_B3HW.shape[2], x_B3HW.shape[3])
+    types, distances = first.types_BAT.float().sigmoid(), first.distances_BA4R.float().softmax(-1)
+    for dims in ((2,), (1,), (1, 2)):
+        seen = encoder(x_B3HW.flip([dim + 1 for dim in dims]))
+        assert seen.types_BAT is not None and seen.distances_BA4R is not None
+        sides = [2 if 2 in dims else 0, 3 if 1 in dims else 1, 0 if 2 in dims else 2, 1 if 1 in dims else 3]
+        types = types + _mirror_points(seen.types_BAT.float().sigmoid(), size, dims)
+        distances = distances + _mirror_points(seen.distances_BA4R.float().softmax(-1)[:, :, sides], size, dims)
+    return first._replace(
+        types_BAT=torch.logit((types / 4).clamp(1e-6, 1 - 1e-6)), distances_BA4R=(distances / 4).clamp(min=1e-9).log()
+    )

@@ -1,0 +1,250 @@
+"""Training through its command: from a folder of manifests to weights, resumable, with faults named before it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.manifest import read_manifest
+from pipelines.training import run as training_run
+from pipelines.training.__main__ import cli
+from pipelines.training.augment import Augmentation, draw
+from pipelines.training.losses import ciou, evidence_loss
+from pipelines.training.shrink import shrink
+from pipelines.training.streams import load_streams
+from pipelines.weights import load_weights, save_weights
+
+EVIDENCE = """
+kind = "evidence"
+seed = 1
+steps = 4
+side = 64
+learning_rate = 1e-3
+weight_decay = 0.05
+warmup = 1
+clip = 10.0
+ema = 0.9
+plain_share = 0.5
+loss = { evidence = 1.0, fields = 0.5, types = 5.0 }
+checkpoint_every = 2
+backbone = "resnet18d"
+[streams.strip]
+batch = 4
+mosaic = 0.5
+[streams.body]
+batch = 2
+symmetry = "mirror"
+whole = true
+rotate = 10.0
+erase = 0.5
+"""
+WRITER = """
+kind = "writer"
+seed = 1
+pool_rounds = 1
+steps = 3
+batch = 4
+learning_rate = 1e-3
+weight_decay = 0.05
+warmup = 1
+clip = 1.0
+ema = 0.9
+balance = 0.001
+score_noise = 0.5
+checkpoint_every = 3
+bridge = "align"
+[streams.strip]
+batch = 3
+side = 256
+whole = true
+[streams.body]
+batch = 2
+side = 256
+whole = true
+symmetry = "mirror"
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small data sets: strips with one bright scratch each, and round bodies with labels."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in ("strip", "body"):
+        (folder / name / "images").mkdir(parents=True)
+        lines = []
+        for i in range(6):
+            pixels = rng.integers(60, 90, (100, 120), dtype=np.uint8)
+            line: dict[str, object] = {
+                "id": f"{name}{i}",
+                "image": f"images/{i}.png",
+                "group": f"g{i}",
+                "split": "train",
+            }
+            if name == "strip":
+                x, y = 10 + 12 * i, 20 + 5 * i
+                pixels[y : y + 8, x : x + 30] = 230
+                line |= {"product": "hot-rolled steel strip"}
+                line |= {"findings": [{"type": "scratches", "bbox": [x, y, x + 30, y + 8]}]}
+            else:
+                line |= {"region": "chest", "plane": "axial", "laterality": ["left", "right"][i % 2]}
+                line |= {"findings": ["nodule"] if i % 2 else []}
+            Image.fromarray(pixels).save(folder / name / "images" / f"{i}.png")
+            lines.append(json.dumps(line))
+        (folder / name / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def recipe(folder: Path, text: str) -> str:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_from_manifests_to_weights(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evidence"
+    arguments = ["--data", str(data), "--device", "cpu"]
+    assert cli(["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(out), *arguments]) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 4 and all(np.isfinite(log[-1][name]) for name in ("evidence", "fields", "types"))
+    assert json.loads((out / "recipe.json").read_text())["streams"]["strip"]["batch"] == 4
+
+    written = tmp_path / "writer"
+    encoder = ["--encoder", str(out / "encoder.safetensors")]
+    assert cli(["--recipe", recipe(tmp_path, WRITER), "--out", str(written), *arguments, *encoder]) == 0
+    assert "decoder.embedding.weight" in load_weights(written / "writer.safetensors")
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(tmp_path / "run"), "--data", str(data)]
+    save = training_run.Run.save
+
+    def interrupted(self: training_run.Run, step: int, parts: dict) -> None:
+        save(self, step, parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_run.Run, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli([*command, "--device", "cpu"])
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert cli([*command, "--device", "cpu", "--resume"]) == 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(tmp_path / "run"), "--data", str(data)]
+    assert cli([*command, "--device", "cpu", "--set", "steps=2"]) == 0
+    assert cli([*command, "--device", "cpu", "--set", "steps=3", "--resume"]) == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_stops_and_says_where_it_was_good(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(tmp_path / "run"), "--data", str(data)]
+    assert cli([*command, "--device", "cpu", "--set", "learning_rate=1e30", "--set", "clip=1e30"]) == 2
+    message = capsys.readouterr().err
+    assert "last good checkpoint" in message and "learning_rate" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "nothing"], "there are: evidence, writer"),
+        (["--recipe", "evidence", "--set", "stepz=3"], "has no 'stepz'"),
+        (["--recipe", "writer"], "give --encoder"),
+        (["--recipe", "evidence"], "data sets that are not there: covid-ct"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_trains(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli([*arguments, "--data", str(data), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_faults_of_a_manifest_are_named_with_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "manifest.jsonl").write_text('{"id": "a", "image": "gone.png", "split": "train"}\n')
+    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert cli([*command, "--device", "cpu"]) == 2
+    assert "line 1" in capsys.readouterr().err
+
+
+def test_boxes_stay_on_their_scratch_through_augmentation(data: Path) -> None:
+    torch.manual_seed(0)
+    stream = next(s for s in load_streams(data, "train") if s.name == "strip")
+    how = Augmentation(zoom=(0.7, 1.3), mosaic=0.5, contrast=0.0, noise=0.0)
+    batch = draw(stream, 16, 256, how)
+    assert batch.valid.any(1).float().mean() > 0.5
+    for picture, boxes, valid in zip(batch.x, batch.boxes, batch.valid, strict=True):
+        for x0, y0, x1, y1 in boxes[valid].round().int().tolist():
+            if min(x1 - x0, y1 - y0) >= 4:
+                assert picture[0, y0:y1, x0:x1].mean() > 1.0  # 230 is 1.6; the strip around it about -0.8
+
+
+def test_mirrored_bodies_swap_left_and_right(data: Path) -> None:
+    torch.manual_seed(0)
+    stream = next(s for s in load_streams(data, "train") if s.name == "body")
+    stream.pictures[:, :, :, :128] = 0  # each picture's left half dark
+    batch = draw(stream, 64, 256, Augmentation(symmetry="mirror", whole=True, contrast=0, noise=0, zoom=(1, 1)))
+    sided = [int(v) for v in batch.fields[:, 4]]
+    mirrored = batch.x[:, 0, 128, 60:120].mean(1) > batch.x[:, 0, 128, 136:196].mean(1)
+    original = {int(v) for v in stream.fields[:, 4]}
+    assert set(sided) == original and mirrored.any() and not mirrored.all()
+
+
+def test_ciou_of_equal_boxes_is_one() -> None:
+    box = torch.tensor([[3.0, 4, 20, 40]])
+    torch.testing.assert_close(ciou(box, box), torch.ones(1))
+    assert ciou(box, box + 100) < 0
+
+
+def test_the_evidence_loss_prefers_the_truth() -> None:
+    from encoders import EncoderOutput
+
+    points = torch.tensor([[4.0 + 8 * x, 4.0 + 8 * y] for y in range(8) for x in range(8)])
+    strides = torch.full((64,), 8.0)
+    truth, labels, valid = torch.tensor([[[16.0, 16, 48, 48]]]), torch.tensor([[1]]), torch.tensor([[True]])
+
+    def loss(box: tuple[float, ...], label: int) -> float:
+        types = torch.full((1, 64, 3), -6.0)
+        sides = torch.stack((points - torch.tensor(box[:2]), torch.tensor(box[2:]) - points), 1).flatten(1) / 8
+        inside = (sides > 0).all(1)
+        types[0, inside, label] = 4.0
+        distances = -(sides.clamp(0, 15)[None, ..., None] - torch.arange(16)).abs() * 10
+        none = torch.empty(0)
+        return float(
+            evidence_loss(EncoderOutput(none, {}, none, types, distances, points, strides), labels, truth, valid)
+        )
+
+    right = loss((16, 16, 48, 48), 1)
+    assert right < loss((16, 16, 48, 48), 0) and right < loss((24, 24, 60, 60), 1)
+
+
+def test_shrunk_data_sets_read_as_before(data: Path, tmp_path: Path) -> None:
+    shrink(data, tmp_path, quality=90)
+    before, after = (read_manifest(folder / "strip" / "manifest.jsonl") for folder in (data, tmp_path))
+    assert [case.id for case in after] == [case.id for case in before]
+    assert after[0].boxes[0].type == before[0].boxes[0].type
+
+
+def test_weights_come_back_within_half_a_step(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {"big": torch.randn(64, 80), "small": torch.randn(7), "count": torch.tensor(3)}
+    save_weights(tmp_path / "w.safetensors", state)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert set(loaded) == {"big", "small"}
+    step = state["big"].abs().amax(1, keepdim=True) / 127
+    assert ((loaded["big"] - state["big"]).abs() <= step / 2 + 1e-6).all()
+    torch.testing.assert_close(loaded["small"], state["small"], atol=2e-3, rtol=1e-3)
