@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -131,11 +132,13 @@ def evaluate(
 ) -> None:
     """Score the model on a labelled data set."""
     from pipelines import evaluation
+    from pipelines.manifest import ManifestWarning
     from scanscribe import console
     from scanscribe.settings import settings
 
     chosen = settings(model=model, device=device)
-    with console.progress("Loading the model") as tell:
+    with warnings.catch_warnings(record=True) as noted, console.progress("Loading the model") as tell:
+        warnings.simplefilter("default", ManifestWarning)
         figures = evaluation.evaluate(
             data,
             split=split,
@@ -145,6 +148,8 @@ def evaluate(
             predictions=predictions,
             progress=lambda done, total: tell("Reading images", done, total),
         )
+    for message in dict.fromkeys(str(warning.message) for warning in noted):
+        print(f"scanscribe: {message}", file=sys.stderr)
     if as_json:
         _print_json(figures)
     else:
