@@ -148,7 +148,7 @@ def evaluate(
             predictions=predictions,
             progress=lambda done, total: tell("Reading images", done, total),
         )
-    for message in dict.fromkeys(str(warning.message) for warning in noted):
+    for message in dict.fromkeys(str(each.message) for each in noted if each.category is ManifestWarning):
         print(f"scanscribe: {message}", file=sys.stderr)
     if as_json:
         _print_json(figures)

@@ -123,8 +123,8 @@ def show_figures(figures: Mapping[str, Any], written: Path) -> None:
     for name in ("figure", "value", "95 % interval", "trivial baseline"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     for name, metric in figures["metrics"].items():
-        low, high = metric["ci95"] or (None, None)
-        table.add_row(name, _figure(metric["value"]), f"{_figure(low)} to {_figure(high)}", _figure(metric["baseline"]))
+        interval = " to ".join(map(_figure, metric["ci95"] or ()))
+        table.add_row(name, _figure(metric["value"]), interval, _figure(metric["baseline"]))
     console = output()
     console.print(table)
     if figures["failed"]:
