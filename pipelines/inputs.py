@@ -14,6 +14,9 @@ from PIL import Image
 GLANCE: Final = 256  # side of the square in which every picture is first seen
 # Longest side, in pixels, at which each kind is inspected. Chosen on validation data: small defects need more pixels.
 LONGEST_SIDE: Final = {"ct": GLANCE, "steel": GLANCE, "tile": 320, "board": 640}
+# Lines whose evidence is also looked for in the picture's mirror images, at four times the cost. Steel: +1.4 points of
+# mAP50 on validation data, tiles +6; boards are at 99.5 without.
+MIRRORED: Final = frozenset({"steel", "tile"})
 MULTIPLE: Final = 32  # the network's largest stride
 MEAN, SPREAD = 127.5, 64.0  # grey levels 0..255 -> about -2..2; padding is 0, a middle grey
 

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from decoder import generate
+from encoders import EncoderOutput
+from encoders.flips import look_from_all_sides
 from encoders.select import Items, select_boxes, select_regions
-from pipelines.inputs import GLANCE, LONGEST_SIDE, LUNG, SOFT_TISSUE, channels, grey8, pad, resize, window
+from pipelines.inputs import GLANCE, LONGEST_SIDE, LUNG, MIRRORED, SOFT_TISSUE, channels, grey8, pad, resize, window
 from pipelines.model import (
     BOX_TYPE_TOKENS,
     FIELDS,
@@ -159,10 +161,21 @@ class Reader:
         return self._look_at_picture(study, kind, reference)
 
     @torch.inference_mode()
-    def _encode(self, views: Sequence[View], *, boxes: bool):  # type: ignore[no-untyped-def]  # EncoderOutput
-        x = torch.from_numpy(np.stack([v.x_CHW for v in views])).to(self.device)
+    def _encode(self, views: Sequence[View]) -> EncoderOutput:
+        """Everything but boxes, of views of one size."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.model.encoder(x.contiguous(memory_format=torch.channels_last), boxes=boxes)
+            return self.model.encoder(self._batch(views), boxes=False)
+
+    @torch.inference_mode()
+    def _inspect(self, seen: View, *, mirrored: bool) -> Items:
+        """The boxes of one view."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            x = self._batch([seen])
+            return select_boxes(look_from_all_sides(self.model.encoder, x) if mirrored else self.model.encoder(x))
+
+    def _batch(self, views: Sequence[View]) -> Tensor:
+        x = torch.from_numpy(np.stack([v.x_CHW for v in views])).to(self.device)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def _look_at_picture(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> Seen:
         if study.units == "HU":
@@ -171,20 +184,15 @@ class Reader:
             grey = grey8(study.pixels[0])
         golden = grey8(reference.pixels[0]) if reference is not None and reference.units == "display" else None
         glance = view(grey, GLANCE, golden, square=True)
-        output = self._encode([glance], boxes=True)
+        output = self._encode([glance])
         fields = field_log_probabilities(output)
         line, confidence = self._line(fields, kind)
         if line == "ct":
             items = select_regions(output.maps_BTHW, glance.x_CHW.shape[1:])
             found = _candidates(items, 0, glance, CT_TYPES)
         else:
-            closer = glance
-            if LONGEST_SIDE[line] != GLANCE:
-                closer = view(grey, LONGEST_SIDE[line], golden, square=False)
-                output_boxes = self._encode([closer], boxes=True)
-            else:
-                output_boxes = output
-            items = select_boxes(output_boxes)
+            closer = view(grey, LONGEST_SIDE[line], golden, square=False)
+            items = self._inspect(closer, mirrored=line in MIRRORED)
             found = _candidates(items, 0, closer, DEFECT_TYPES)
             allowed = next(product.types for product in PRODUCT_LINES if product.name == line)
             found = [candidate for candidate in found if candidate.type in allowed]
@@ -219,7 +227,7 @@ class Reader:
         for start in range(0, len(chosen), BATCH):
             part = chosen[start : start + BATCH]
             views = [view(window(study.pixels[s], *WINDOWS[name]), GLANCE, square=True) for s in part]
-            output = self._encode(views, boxes=False)
+            output = self._encode(views)
             fields.append(field_log_probabilities(output))
             visual.append(output.visual_BND)
             items = select_regions(output.maps_BTHW, views[0].x_CHW.shape[1:])
