@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command in this process."""
     monkeypatch.setattr(sys, "argv", ["scanscribe", *args])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     with pytest.raises(SystemExit) as left:
         cli.main()
     out, err = capfd.readouterr()
