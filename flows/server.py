@@ -7,6 +7,7 @@ while the model loads; it ends with the process that started it, however that pr
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -70,7 +71,7 @@ def prefect_environment() -> dict[str, str]:
 
 
 class LocalServer:
-    """A handle on the server process: `start` returns at once, `url` waits until the API answers, leaving stops it."""
+    """A handle on the server process: entering returns at once, `url` waits until the API answers, leaving stops it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -103,6 +104,7 @@ class LocalServer:
             ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT_S)
             port = self._process.stdout.readline().strip().decode() if ready else ""
             if not port:
+                self._process.kill()
                 raise ServerError(
                     f"The local Prefect server did not start; its log is {self._log}. Mend what it names, or use "
                     "`scanscribe report`, which needs no server, or set PREFECT_API_URL to a server that runs."
@@ -117,6 +119,8 @@ class LocalServer:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
+        if not self._url:  # it is still making its data base: it ends by itself when that is whole
+            return
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -131,6 +135,7 @@ def serve() -> None:
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     app = create_app(ephemeral=True, final=True)  # ephemeral: no UI, no scheduler, only what records flow and task runs
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
 
@@ -138,7 +143,8 @@ def serve() -> None:
         while not server.started:
             time.sleep(0.02)
         migration.close()
-        print(listener.getsockname()[1], flush=True)
+        with contextlib.suppress(BrokenPipeError):  # the owner is gone
+            print(port, flush=True)
 
     def stop_with_parent() -> None:
         sys.stdin.buffer.read()
