@@ -33,7 +33,7 @@ class EncoderConfig:
     backbone: str = "resnet18d"
     neck: int = 128
     bins: int = 16  # a side's distance is at most (bins - 1) * stride pixels
-    dropout: float = 0.5
+    dropout: float = 0.3
 
 
 class EncoderOutput(NamedTuple):

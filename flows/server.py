@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+from pipelines.store import home
+
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 
@@ -27,11 +29,6 @@ class ServerError(Exception):
     """The batch flow has no Prefect server to talk to. The message says how to mend it."""
 
     code = "prefect-server"
-
-
-def home() -> Path:
-    """Where ScanScribe keeps what outlives a run: `SCANSCRIBE_HOME`, else `~/.local/share/scanscribe`."""
-    return Path(os.environ.get("SCANSCRIBE_HOME") or "~/.local/share/scanscribe").expanduser().resolve()
 
 
 def state_folder() -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,9 @@ from pipelines.study import ImageStudy
 from reports.taxonomy import CT_FIELDS
 
 HALF = IOUS.index(0.5)
-THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+POINTS = (0.02, 0.2, 0.5)  # thresholds tried for the decoder's pointing
+LEAST = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # least confidences tried; no report names what is under one in five
+LATERALITY_ACCURACY = 0.7  # what answers about the side must reach, on at least a tenth of the cases
 TEMPERATURES = np.geomspace(0.5, 8, 33)
 
 
@@ -99,17 +101,33 @@ def fit_temperature(probabilities: Sequence[dict[str, float]], truths: Sequence[
     return float(TEMPERATURES[int(np.argmin(losses))])
 
 
-def f1(cases: Sequence[Labelled], readings: Sequence[Reading]) -> float:
-    """Micro F1 of the reported findings at IoU 0.5 (defects), or of the reported types (CT)."""
+def fit_answer(probabilities: Sequence[dict[str, float]], truths: Sequence[str], temperature: float) -> float:
+    """The least probability from which answers are right often enough; above 1 (never answer) when there is none."""
+    rows = []
+    for p, truth in zip(probabilities, truths, strict=True):
+        scaled = {value: q ** (1 / temperature) for value, q in p.items()}
+        best = max(scaled, key=lambda value: scaled[value])
+        rows.append((scaled[best] / sum(scaled.values()), best == truth))
+    for least in np.arange(0.3, 1.0, 0.05):
+        answered = [right for probability, right in rows if probability >= least]
+        if len(answered) < len(rows) / 10:
+            break
+        if np.mean(answered) >= LATERALITY_ACCURACY:
+            return round(float(least), 2)
+    return 1.01
+
+
+def f1(cases: Sequence[Labelled], readings: Sequence[Reading], least: float) -> float:
+    """Micro F1 of the reported findings of at least that confidence: boxes at IoU 0.5 (defects), or types (CT)."""
     good = wrong = labelled = 0
     if all(each.case.kind == "ct" for each in cases):
         for each, reading in zip(cases, readings, strict=True):
             truth = set(each.case.finding_types or ())
-            said = {finding.type for finding in reading.findings if finding.reported}
+            said = {finding.type for finding in reading.findings if finding.reported and finding.confidence >= least}
             good, wrong, labelled = good + len(truth & said), wrong + len(said - truth), labelled + len(truth)
     else:
         answers = [Prediction.from_reading(c.case.id, r) for c, r in zip(cases, readings, strict=True)]
-        found = [[finding for finding in answer.findings if finding.reported] for answer in answers]
+        found = [[f for f in answer.findings if f.reported and f.confidence >= least] for answer in answers]
         for matches in match([c.case.boxes for c in cases], found).values():
             hits = int(matches.hit[HALF].sum())
             good, wrong, labelled = (
@@ -123,6 +141,7 @@ def f1(cases: Sequence[Labelled], readings: Sequence[Reading]) -> float:
 def calibrate(reader: Reader, sets: dict[str, list[Labelled]]) -> Calibration:
     """Fits every part of the calibration on labelled cases; `reader` must have none."""
     points: dict[str, float] = {}
+    report: dict[str, float] = {}
     evidence: dict[str, tuple[float, float]] = {}
     pairs: dict[str, tuple[list[dict[str, float]], list[str]]] = defaultdict(lambda: ([], []))
     for name, cases in sets.items():
@@ -144,15 +163,19 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]]) -> Calibration:
             matches = match([c.case.boxes for c in cases], answers).values()
             found = [pair for m in matches for pair in zip(m.hit[HALF].tolist(), m.confidence.tolist(), strict=True)]
         evidence[line] = fit_evidence(*zip(*found, strict=True)) if found else (1.0, 0.0)
-        scores = {}
-        for threshold in THRESHOLDS:
-            reader.calibration = replace(Calibration(), point={line: threshold})
-            scores[threshold] = f1(cases, [reader.write(each) for each in seen])
+        scores: dict[tuple[float, float], float] = {}
+        for point in POINTS:
+            reader.calibration = Calibration(evidence={line: evidence[line]}, point={line: point})
+            written = [reader.write(each) for each in seen]
+            scores |= {(point, least): f1(cases, written, least) for least in LEAST}
         reader.calibration = Calibration()
-        points[line] = max(scores, key=lambda t: scores[t])
-        print(f"{name}: F1 of the report by threshold: " + ", ".join(f"{t}: {s:.3f}" for t, s in scores.items()))
+        points[line], report[line] = max(scores, key=lambda pair: scores[pair])
+        print(f"{name}: F1 of the report {scores[points[line], report[line]]:.3f} at {points[line]}, {report[line]}")
     temperature = {field: fit_temperature(*pairs[field]) for field in CT_FIELDS if field in pairs}
-    return Calibration(evidence, temperature, points)
+    answer = (
+        {"laterality": fit_answer(*pairs["laterality"], temperature["laterality"])} if "laterality" in pairs else {}
+    )
+    return Calibration(evidence, temperature, points, report, answer)
 
 
 def build(encoder: Path, writer: Path, data: Path, out: Path, *, name: str, version: str) -> Calibration:

@@ -49,7 +49,7 @@ from reports.grammar import (
     summarise,
     zone_of,
 )
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, UNDETERMINED
 
 MAX_SLICES = 24  # of a volume, spread evenly
 BATCH = 8  # views that go through the encoder together
@@ -269,6 +269,11 @@ class Reader:
         forbidden = forbidden_tokens(evidence.scores)
         forbidden[:, [ID["kind:defect" if seen.line == "ct" else "kind:ct"]]] = True
         forbidden[:, [ID[f"line:{name}"] for name in LINES if name != seen.line]] = True
+        # The field heads know the fields better than the decoder does: it is held to what they measured.
+        fields = self._fields(seen.fields) if seen.line == "ct" else {}
+        for name, reading in fields.items():
+            likeliest = max(reading.probabilities, key=lambda value: reading.probabilities[value])
+            forbidden[:, [ID[f"{name}:{value}"] for value in CT_FIELDS[name] if value != likeliest]] = True
         threshold = self.calibration.point.get(seen.line, 0.5)
         written = generate(
             self.model.decoder,
@@ -284,8 +289,10 @@ class Reader:
         flags: list[str] = []
         pointed = {finding.pointer: finding for finding in draft.findings}
         findings = []
+        least = self.calibration.report.get(seen.line, 0.0)
         for i, candidate in enumerate(seen.candidates):
-            named = pointed.get(i)
+            confidence = self._confidence(candidate.score, seen.line)
+            named = pointed.get(i) if confidence >= least else None
             zone = zone_of(candidate.bbox, width, height)
             extent = extent_of(candidate.bbox, width, height) if seen.line != "ct" else ""
             if named and (named.zone, named.extent) != (zone, extent):
@@ -295,7 +302,7 @@ class Reader:
                     named.type if named else candidate.type,
                     candidate.bbox,
                     candidate.slice_index,
-                    self._confidence(candidate.score, seen.line),
+                    confidence,
                     named is not None,
                     "weak" if seen.line == "ct" else "box",
                     zone,
@@ -306,15 +313,15 @@ class Reader:
         reported = [DraftFinding(0, f.type, f.location, f.extent) for f in findings if f.reported]
         # The decoder's impression stands where it agrees with its own findings.
         impression = summarise(reported)
-        if draft.impression != impression:
+        if draft.impression != summarise(draft.findings):
             flags.append("impression-corrected")
         return Reading(
             kind="ct" if seen.line == "ct" else "defect",
             kind_confidence=seen.confidence,
             product_line=None if seen.line == "ct" else seen.line,
-            fields=self._fields(draft.fields, written.log_probabilities) if seen.line == "ct" else {},
+            fields=fields,
             findings=tuple(findings),
-            impression=impression_text(impression),
+            impression=impression_text("ct" if seen.line == "ct" else "defect", impression),
             slices_read=seen.slices,
             windows=seen.windows,
             quality_flags=tuple(dict.fromkeys(flags)),
@@ -326,13 +333,15 @@ class Reader:
         clipped = min(max(score, 1e-6), 1 - 1e-6)
         return float(1 / (1 + np.exp(-(a * np.log(clipped / (1 - clipped)) + b))))
 
-    def _fields(self, chosen: dict[str, str], log_p_TV: Tensor) -> dict[str, FieldReading]:
-        """The decoder's fields with calibrated probabilities."""
+    def _fields(self, fields_BF: Tensor) -> dict[str, FieldReading]:
+        """The fields with calibrated probabilities; one that cannot be told from the image is undetermined."""
         readings = {}
-        for position, (name, values) in enumerate(CT_FIELDS.items(), start=2):
-            log_p = log_p_TV[position, [ID[f"{name}:{value}"] for value in values]]
+        for name, values in CT_FIELDS.items():
+            log_p = self._part(fields_BF, name).cpu()
             p = (log_p / self.calibration.temperature.get(name, 1.0)).softmax(-1).tolist()
-            readings[name] = FieldReading(chosen[name], dict(zip(values, p, strict=True)))
+            best = max(range(len(values)), key=p.__getitem__)
+            value = values[best] if p[best] >= self.calibration.answer.get(name, 0.0) else UNDETERMINED
+            readings[name] = FieldReading(value, dict(zip(values, p, strict=True)))
         return readings
 
 

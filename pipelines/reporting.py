@@ -42,16 +42,6 @@ OBLIQUE_BELOW: Final = 0.8  # cosine between slice normal and nearest body axis:
 
 _FIELD_TITLES: Final = {"region": "body region", "contrast": "contrast medium", "covid19": "COVID-19 pattern"}
 
-# Types whose bare name does not read as a noun in a sentence.
-_NOUNS: Final = {
-    "open": "open circuit",
-    "short": "short circuit",
-    "copper": "spurious copper",
-    "uneven": "uneven surface",
-    "inflammation": "inflammatory change",
-    "fray": "frayed edge",
-}
-
 
 def report_id(study_key: str, reference_key: str | None, model: ModelIdentity, kind: str) -> str:
     """The identity of a report, 16 hex digits: the same content, reference, model and asked-for kind give the same id.
@@ -163,7 +153,7 @@ def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: R
 
 
 def _description(finding: FindingReading, location: str, study: ImageStudy) -> str:
-    noun = _NOUNS.get(finding.type, taxonomy.title(finding.type))
+    noun = taxonomy.noun(finding.type)
     extent = "medium-sized" if finding.extent == "medium" else finding.extent.strip()
     place = "throughout the image" if location == "throughout" else f"in the {location} of the image"
     words = f"{extent} {noun} {place}".strip()
@@ -294,7 +284,7 @@ def _impression(reading: Reading, reported: Sequence[FindingReading]) -> str:
     if reported:
         if words := _text(reading.impression.strip()):
             return words
-        names = dict.fromkeys(_NOUNS.get(f.type, taxonomy.title(f.type)) for f in reported)
+        names = dict.fromkeys(taxonomy.noun(f.type) for f in reported)
         return f"{len(reported)} finding{'s' if len(reported) > 1 else ''}: {', '.join(names)}."
     if reading.kind == "ct":
         return "No finding of the assessed types was reported. Other findings are not excluded."

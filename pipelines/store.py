@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,10 @@ class Calibration:
     temperature: dict[str, float] = field(default_factory=dict)
     # How likely the decoder must hold an item to be right for the report to point at it, by product line and "ct".
     point: dict[str, float] = field(default_factory=dict)
+    # The least confidence of a finding in the report, by product line and "ct"; below it stays a candidate.
+    report: dict[str, float] = field(default_factory=dict)
+    # The least probability at which a field is answered at all; below it is undetermined.
+    answer: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,14 @@ class StoredModel:
             )
 
 
+def home() -> Path:
+    """Where ScanScribe keeps what outlives a run: `SCANSCRIBE_HOME`, else `~/.local/share/scanscribe`."""
+    return Path(os.environ.get("SCANSCRIBE_HOME") or "~/.local/share/scanscribe").expanduser().resolve()
+
+
 def folders() -> list[Path]:
     """Where models are looked for, an owner's own first."""
-    home = Path(os.environ.get("SCANSCRIBE_HOME", Path.home() / ".local" / "share" / "scanscribe"))
-    return [home / "models", *map(Path, models.__path__)]
+    return [home() / "models", *map(Path, models.__path__)]
 
 
 def stored_models() -> Iterator[StoredModel]:
@@ -104,11 +112,7 @@ def _open(folder: Path) -> StoredModel:
             settings["name"],
             settings["version"],
             settings["config"],
-            Calibration(
-                {line: (float(a), float(b)) for line, (a, b) in calibration["evidence"].items()},
-                calibration["temperature"],
-                calibration["point"],
-            ),
+            Calibration(**calibration),
             settings["weights_sha256"],
             hashlib.sha256(data).hexdigest(),
         )
@@ -125,10 +129,6 @@ def save_settings(folder: Path, *, name: str, version: str, config: dict[str, An
         "version": version,
         "weights_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
         "config": config,
-        "calibration": {
-            "evidence": calibration.evidence,
-            "temperature": calibration.temperature,
-            "point": calibration.point,
-        },
+        "calibration": asdict(calibration),
     }
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")

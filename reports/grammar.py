@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, title
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, noun
 
 POINTERS: Final = 32  # evidence items that a report can point at
 ZONES: Final = (
@@ -205,21 +205,11 @@ def compile_grammar() -> np.ndarray:
     return table
 
 
-def impression_text(impression: Sequence[tuple[str, str, str]]) -> str:
-    """The impression in English."""
+def impression_text(kind: str, impression: Sequence[tuple[str, str, str]]) -> str:
+    """The impression in English. CT findings are put as possibilities: one image rarely proves one."""
     sentences = []
     for count, name, zone in impression:
-        noun = title(name) if count == "one" else _plural(title(name))
+        what = f"Possible {noun(name)}" if kind == "ct" else f"{count.capitalize()} {noun(name, plural=count != 'one')}"
         place = zone if zone == "throughout" else f"in {zone}" if zone == SCATTERED else f"in the {zone}"
-        sentences.append(f"{count.capitalize()} {noun}, {place}.")
+        sentences.append(f"{what}, {place}.")
     return " ".join(sentences)
-
-
-# Terms that name a mass of something, or are plural already: they have no other plural.
-_UNCHANGED: Final = ("crazing", "patches", "scratches", "scale", "surface", "copper", "inflammation", "air", "uneven")
-
-
-def _plural(noun: str) -> str:
-    if noun.endswith(_UNCHANGED):
-        return noun
-    return noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith(("s", "sh")) else "s")

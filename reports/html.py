@@ -14,6 +14,7 @@ from typing import Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from reports import taxonomy
+from reports.flags import explain
 from reports.images import Box, EncodedPicture, Picture, ReportImages, around, encode_picture
 from reports.schema import Evidence, Finding, Report
 
@@ -95,6 +96,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     env.filters |= {
+        "explain": explain,
         "number": number,
         "unit": lambda unit: UNITS.get(unit, unit),
         "words": taxonomy.title,

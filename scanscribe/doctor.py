@@ -117,7 +117,7 @@ def _models() -> Iterator[Check]:
 
 
 def _disk() -> Iterator[Check]:
-    from flows.server import home
+    from pipelines.store import home
 
     places = {"this folder": Path.cwd(), "the state folder": _existing(home())}
     for what, folder in places.items():

@@ -112,5 +112,6 @@ def test_the_impression_counts_by_type() -> None:
     ]
     findings.append(DraftFinding(5, "inclusion", "centre", "small"))
     assert summarise(findings) == (("one", "inclusion", "centre"), ("three", "scratches", "several places"))
-    assert impression_text(summarise(findings)) == "One inclusion, in the centre. Three scratches, in several places."
+    text = impression_text("defect", summarise(findings))
+    assert text == "One inclusion, in the centre. Three scratches, in several places."
     assert COUNTS[-1] in summarise([DraftFinding(i, "open", "centre", "small") for i in range(9)])[0]

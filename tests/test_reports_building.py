@@ -171,7 +171,7 @@ def test_defects_are_measured_in_pixels_and_share() -> None:
         "area": (1200, "{pixel}"),
         "share of the image": (6, "%"),
     }
-    assert finding.description == "Large scratches in the upper left of the image."
+    assert finding.description == "Large scratch in the upper left of the image."
 
 
 @pytest.mark.parametrize(

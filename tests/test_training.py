@@ -1,4 +1,4 @@
-"""Training through its command: from a folder of manifests to weights, resumable, with faults named before it starts."""
+"""Training through its command: from a folder of manifests to weights, resumable, faults named before it starts."""
 
 from __future__ import annotations
 

@@ -1,0 +1,175 @@
+"""The bundled model on the project's own samples, and the model store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import ingest
+from pipelines.inputs import channels, grey8, pad, resize, window
+from pipelines.reader import Reader, point_or_pass, view
+from pipelines.store import ModelError, find
+from pipelines.study import ImageStudy
+from reports.grammar import ID, TOKENS, from_tokens
+from reports.taxonomy import CT_FIELDS, DEFECT_TYPES
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+EXPECTED = {sample["path"]: sample for sample in json.loads((EXAMPLES / "expected.json").read_text())["samples"]}
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return Reader.load("default", "cpu")
+
+
+def load(path: str) -> ImageStudy:
+    study = ingest.load(ingest.plan([EXAMPLES / path]).units[0])
+    assert isinstance(study, ImageStudy)
+    return study
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    inter = max(0.0, w) * max(0.0, h)
+    return inter / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inter)
+
+
+def test_a_board_is_compared_with_its_golden_sample(reader: Reader) -> None:
+    reading = reader.read(load("board/board.png"), reference=load("golden/board.png"))
+    assert (reading.kind, reading.product_line) == ("defect", "board")
+    said = [finding for finding in reading.findings if finding.reported]
+    drawn = EXPECTED["board/board.png"]["findings"]
+    assert sorted(f.type for f in said) == sorted(d["type"] for d in drawn)
+    for defect in drawn:
+        assert any(f.type == defect["type"] and overlap(f.bbox, defect["bbox"]) > 0.3 for f in said)
+    assert all(f.confidence > 0.5 for f in said)
+
+
+def test_a_board_equal_to_its_golden_sample_is_free(reader: Reader) -> None:
+    board = load("golden/board.png")
+    assert not [f for f in reader.read(board, reference=board).findings if f.reported]
+
+
+def test_scratches_are_found_where_they_were_drawn(reader: Reader) -> None:
+    reading = reader.read(load("steel/scratches.png"))
+    said = [finding for finding in reading.findings if finding.reported]
+    assert {f.type for f in said} == {"scratches"}
+    for defect in EXPECTED["steel/scratches.png"]["findings"]:
+        assert max(overlap(f.bbox, defect["bbox"]) for f in said) > 0.5
+
+
+def test_what_is_written_parses_and_agrees_with_the_findings(reader: Reader) -> None:
+    for path in ("steel/patches.png", "tile/crack.png", "ct/phantom-series"):
+        reading = reader.read(load(path))
+        draft = from_tokens(reading.tokens)
+        assert draft.kind == reading.kind and draft.line == reading.product_line
+        for name, value in draft.fields.items():
+            assert max(reading.fields[name].probabilities, key=reading.fields[name].probabilities.__getitem__) == value
+        for finding in reading.findings:
+            assert 0 <= finding.confidence <= 1
+        if not any(f.reported for f in reading.findings):
+            assert reading.impression == ""
+
+
+def test_a_volume_names_its_slices_and_windows(reader: Reader) -> None:
+    study = load("ct/phantom-series")
+    reading = reader.read(study)
+    assert reading.kind == "ct" and set(reading.fields) == set(CT_FIELDS)
+    assert reading.slices_read == tuple(range(len(study.pixels)))
+    assert reading.windows[0] == "soft tissue"
+    assert all(finding.slice_index in reading.slices_read for finding in reading.findings)
+    for field in reading.fields.values():
+        assert sum(field.probabilities.values()) == pytest.approx(1)
+
+
+def test_the_kind_can_be_forced(reader: Reader) -> None:
+    strip = load("steel/scratches.png")
+    assert reader.read(strip, kind="ct").kind == "ct"
+    assert reader.read(strip, kind="defect").kind_confidence == 1.0
+
+
+def test_reading_twice_says_the_same(reader: Reader) -> None:
+    strip = load("steel/inclusion.png")
+    first, second = (dataclasses.replace(reader.read(strip), timing_s={}) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 900), (700, 5), (64, 64, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_odd_pictures_are_read(reader: Reader, shape: tuple[int, ...], dtype: type) -> None:
+    if len(shape) == 3 and dtype is np.uint16:
+        pytest.skip("colour is 8-bit")
+    template = load("steel/scratches.png")
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (1, *shape)).astype(dtype)
+    reading = reader.read(dataclasses.replace(template, pixels=pixels))
+    for finding in reading.findings:
+        x0, y0, x1, y1 = finding.bbox
+        assert 0 <= x0 < x1 <= shape[1] and 0 <= y0 < y1 <= shape[0]
+
+
+def test_boxes_come_back_to_the_pictures_own_pixels() -> None:
+    picture = np.zeros((100, 300), np.uint8)
+    picture[20:40, 60:90] = 255
+    seen = view(picture, 150, square=True)
+    assert seen.x_CHW.shape == (3, 160, 160)
+    ys, xs = np.nonzero(seen.x_CHW[0] > 1.0)
+    box = np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]], np.float32)
+    assert np.abs(seen.boxes(box)[0] - [60, 20, 90, 40]).max() <= 2
+
+
+def test_windows_and_grey_levels() -> None:
+    hu = np.array([-1000, -160, 40, 240, 3000], np.int16)
+    assert window(hu, 40, 400).tolist() == [0, 0, 128, 255, 255]
+    assert grey8(np.array([[0, 1000], [2000, 4000]], np.uint16)).max() == 255
+    assert resize(np.zeros((10, 20), np.uint8), 5).shape == (2, 5)
+    framed, offset = pad(channels(np.zeros((40, 70), np.uint8)), square=False)
+    assert framed.shape == (3, 64, 96) and offset == (13, 12)
+
+
+def test_pointing_takes_items_one_after_another() -> None:
+    p = torch.full((1, len(TOKENS)), 1e-12)
+    p[0, ID["evidence:0"]], p[0, ID["evidence:1"]], p[0, ID["<impression>"]] = 0.3, 0.6, 0.1
+    # Given that item 0 is passed over, item 1 has 0.6 of 0.7.
+    assert TOKENS[int(point_or_pass(p.log(), 0.5))] == "evidence:1"
+    assert TOKENS[int(point_or_pass(p.log(), 0.2))] == "evidence:0"
+    assert TOKENS[int(point_or_pass(p.log(), 0.9))] == "<impression>"
+
+
+def test_the_reading_path_loads_neither_timm_nor_torchvision() -> None:
+    code = "import sys, pipelines.reader; sys.exit(any(m in sys.modules for m in ('timm', 'torchvision')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_bundled_model_is_small_whole_and_has_a_card() -> None:
+    model = find("default")
+    model.verify()
+    assert model.weights.stat().st_size <= 24 * 2**20
+    card = (model.folder / "MODEL_CARD.md").read_text()
+    assert model.weights_sha256 in card and "Not for diagnosis" in card
+    assert set(model.calibration.evidence) == {"steel", "tile", "board", "ct"}
+    assert len(DEFECT_TYPES) == model.config["encoder"]["box_types"]
+
+
+def test_models_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="choose from: default"):
+        find("nothing")
+    with pytest.raises(ModelError, match="cannot be read"):
+        find(tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(find("default").folder, damaged)
+    (damaged / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(ModelError, match="damaged"):
+        Reader.load(damaged, "cpu")
+    (damaged / "model.json").write_text("{}")
+    with pytest.raises(ModelError, match="not the settings"):
+        find(damaged)
+    with pytest.raises(ModelError, match="no device"):
+        Reader.load("default", "abacus")
