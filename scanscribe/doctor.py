@@ -18,7 +18,6 @@ GIB = 1 << 30
 # torch's minor version -> torchvision's. timm imports torchvision, whose operators are built for one torch only.
 TORCHVISION_OF_TORCH = {"2.11": "0.26", "2.12": "0.27", "2.13": "0.28", "2.14": "0.29"}
 CODECS = {
-    "pylibjpeg-openjpeg": ("openjpeg", "JPEG 2000"),
     "pyjpegls": ("jpeg_ls", "JPEG-LS"),
     "python-gdcm": ("gdcm", "JPEG Lossless"),
 }

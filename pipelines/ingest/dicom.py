@@ -71,7 +71,7 @@ OTHER_MODALITIES: Final = (
     "XA",
 )
 # In order of preference. GDCM comes last: damaged streams can make it end the process.
-CODECS: Final = ("pydicom", "pyjpegls", "pylibjpeg", "pillow", "gdcm")
+CODECS: Final = ("pydicom", "pyjpegls", "pillow", "gdcm")
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"
 
 Numbers = tuple[float, ...]
