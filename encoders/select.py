@@ -63,14 +63,14 @@ def select_boxes(
 
 
 @torch.no_grad()
-def select_regions(maps_BTHW: Tensor, side: tuple[int, int], *, keep: int = 8, level: float = 0.5) -> Items:
-    """The likeliest map types, each with the box around the part of its map above `level` of its range.
+def select_regions(maps_BTHW: Tensor, side: tuple[int, int], *, keep: int | None = None, level: float = 0.5) -> Items:
+    """The likeliest map types, each with the box around the part of its map above `level` of the map's range.
 
-    `side` is the height and width of the network's input. The boxes are weak evidence: a class activation map shows
-    what the logit rests on, not an outline.
+    All types unless `keep` says how many. `side` is the height and width of the network's input. The boxes are weak
+    evidence: a class activation map shows what the logit rests on, not an outline.
     """
     probability_BT = maps_BTHW.mean((2, 3)).float().sigmoid()
-    scores_BK, types_BK = probability_BT.topk(keep, 1)
+    scores_BK, types_BK = probability_BT.topk(keep or probability_BT.shape[1], 1)
     _, _, rows, columns = maps_BTHW.shape
     chosen = maps_BTHW.float().gather(1, types_BK[..., None, None].expand(-1, -1, rows, columns))
     fine = F.interpolate(chosen, scale_factor=4, mode="bilinear", align_corners=False)

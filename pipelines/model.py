@@ -29,6 +29,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 BOX_TYPE_TOKENS = torch.tensor([ID[f"type:{name}"] for name in DEFECT_TYPES])
 MAP_TYPE_TOKENS = torch.tensor([ID[f"type:{name}"] for name in CT_TYPES])
+REGIONS = 8  # class map items that the decoder reads of a CT image; boxes fill all slots
 POINTER_TOKENS = torch.tensor([ID[f"evidence:{i}"] for i in range(POINTERS)])
 
 

@@ -22,6 +22,7 @@ from pipelines.model import (
     BOX_TYPE_TOKENS,
     FIELDS,
     MAP_TYPE_TOKENS,
+    REGIONS,
     Evidence,
     ModelConfig,
     ScanScribeModel,
@@ -115,7 +116,7 @@ def examples(encoder: EvidenceEncoder, stream: Stream, batch: Batch, *, findings
         small = x if side == GLANCE else F.interpolate(x, size=(GLANCE, GLANCE), mode="area")
         glance = encoder(small, boxes=side == GLANCE and stream.line != "ct")
         if stream.line == "ct":
-            items = select_regions(glance.maps_BTHW, (side, side))
+            items = select_regions(glance.maps_BTHW, (side, side), keep=REGIONS)
             type_tokens = MAP_TYPE_TOKENS
         else:
             dense = glance if side == GLANCE else encoder(x)
