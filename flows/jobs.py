@@ -51,6 +51,7 @@ def save_job(job: Job) -> str:
         "inputs": [str(here / path) for path in job.inputs],
         "out": str(here / job.out),
         "reference": str(here / job.reference) if job.reference else None,
+        "rules": str(here / job.rules),
     }
     text = json.dumps(plain, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -69,6 +70,7 @@ def load_job(name: str) -> Job:
             "out": Path(plain["out"]),
             "formats": tuple(plain["formats"]),
             "reference": Path(plain["reference"]) if plain["reference"] else None,
+            "rules": Path(plain["rules"]),
         }
     )
 

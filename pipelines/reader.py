@@ -52,6 +52,7 @@ from reports.grammar import (
 )
 from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, UNDETERMINED
 
+SURE = 0.5  # confidence from which a finding is always reported
 MAX_SLICES = 24  # of a volume, spread evenly
 BATCH = 8  # views that go through the encoder together
 WINDOWS = {"soft tissue": SOFT_TISSUE, "lung": LUNG}
@@ -276,20 +277,23 @@ class Reader:
             likeliest = max(reading.probabilities, key=lambda value: reading.probabilities[value])
             forbidden[:, [ID[f"{name}:{value}"] for value in CT_FIELDS[name] if value != likeliest]] = True
         threshold = self.calibration.point.get(seen.line, 0.5)
+        # The decoder decides about doubtful items; what is more likely right than wrong is always pointed at.
+        sure = torch.zeros(1, POINTERS, dtype=torch.bool, device=self.device)
+        sure[0, : len(kept)] = torch.tensor([self._confidence(c.score, seen.line) >= SURE for c in kept])
         written = generate(
             self.model.decoder,
             prompt,
             self._grammar,
             end=END,
             forbidden_BV=forbidden,
-            decide=lambda log_p: point_or_pass(log_p, threshold),
+            decide=lambda log_p: point_or_pass(log_p, threshold, sure),
         )[0]
         words = decode_tokens(written.tokens)
         draft = from_tokens(words)
 
         # Words stand where they agree with what they point at; where they do not, the evidence is right (measured:
         # types rewritten by the decoder cost half a point of mAP on boards).
-        flags: list[str] = []
+        corrections: set[str] = set()
         pointed = {finding.pointer: finding for finding in draft.findings}
         findings = []
         least = self.calibration.report.get(seen.line, 0.0)
@@ -299,7 +303,7 @@ class Reader:
             zone = zone_of(candidate.bbox, width, height)
             extent = extent_of(candidate.bbox, width, height) if seen.line != "ct" else ""
             if named and (named.type, named.zone, named.extent) != (candidate.type, zone, extent):
-                flags.append("wording-corrected")
+                corrections.add("wording")
             findings.append(
                 FindingReading(
                     candidate.type,
@@ -317,7 +321,7 @@ class Reader:
         # The decoder's impression stands where it agrees with its own findings.
         impression = summarise(reported)
         if draft.impression != summarise(draft.findings):
-            flags.append("impression-corrected")
+            corrections.add("impression")
         return Reading(
             kind="ct" if seen.line == "ct" else "defect",
             kind_confidence=seen.confidence,
@@ -327,7 +331,7 @@ class Reader:
             impression=impression_text("ct" if seen.line == "ct" else "defect", impression),
             slices_read=seen.slices,
             windows=seen.windows,
-            quality_flags=tuple(dict.fromkeys(flags)),
+            corrections=tuple(sorted(corrections)),
             tokens=tuple(words),
         )
 
@@ -348,8 +352,8 @@ class Reader:
         return readings
 
 
-def point_or_pass(log_p_BV: Tensor, threshold: float) -> Tensor:
-    """Points at the first evidence item that is likely enough, given that the ones before it are passed over.
+def point_or_pass(log_p_BV: Tensor, threshold: float, sure_BK: Tensor | None = None) -> Tensor:
+    """Points at the first evidence item that is sure, or likely enough given that the ones before it are passed over.
 
     Where the grammar lets the decoder point, its distribution over pointers and "no more" is read as one decision after
     another; elsewhere the likeliest token is taken.
@@ -358,9 +362,13 @@ def point_or_pass(log_p_BV: Tensor, threshold: float) -> Tensor:
     pointers = p[:, POINTER_TOKENS.to(p.device)]
     stop = p[:, [ID["<impression>"]]]
     later = pointers.flip(1).cumsum(1).flip(1) + stop
-    likely = (pointers / later.clamp(min=1e-9) >= threshold) & (pointers > 0)
+    likely = pointers / later.clamp(min=1e-9) >= threshold
+    if sure_BK is not None:
+        likely = likely | sure_BK
+    likely = likely & log_p_BV[:, POINTER_TOKENS.to(p.device)].isfinite()
     first = torch.where(likely.any(1), POINTER_TOKENS.to(p.device)[likely.int().argmax(1)], ID["<impression>"])
-    return torch.where((pointers.sum(1) > 0) & (stop[:, 0] > 0), first, log_p_BV.argmax(-1))
+    deciding = log_p_BV[:, ID["<impression>"]].isfinite()
+    return torch.where(deciding, first, log_p_BV.argmax(-1))
 
 
 def _candidates(items: Items, row: int, seen: View, types: Sequence[str], slice_index: int = 0) -> list[Candidate]:

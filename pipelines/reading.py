@@ -53,5 +53,8 @@ class Reading:
     slices_read: tuple[int, ...] = (0,)  # which slices of a volume the model looked at
     windows: tuple[str, ...] = ()  # CT display windows that the model looked through
     quality_flags: tuple[str, ...] = ()
+    corrections: tuple[
+        str, ...
+    ] = ()  # where the decoder's words did not agree with the evidence: "wording", "impression"
     timing_s: dict[str, float] = field(default_factory=dict)  # "encode", "decode"
     tokens: tuple[str, ...] = ()  # the decoder's output, for the audit trail

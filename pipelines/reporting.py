@@ -43,13 +43,23 @@ OBLIQUE_BELOW: Final = 0.8  # cosine between slice normal and nearest body axis:
 _FIELD_TITLES: Final = {"region": "body region", "contrast": "contrast medium", "covid19": "COVID-19 pattern"}
 
 
-def report_id(study_key: str, reference_key: str | None, model: ModelIdentity, kind: str) -> str:
-    """The identity of a report, 16 hex digits: the same content, reference, model and asked-for kind give the same id.
+def report_id(study_key: str, reference_key: str | None, model: ModelIdentity, kind: str, rules: str) -> str:
+    """The identity of a report, 16 hex digits: the same content, reference, model, asked-for kind and rules (their
+    digest) give the same id.
 
     `kind` is what the user asked for ("auto", "ct", "defect"), so that the id is known before the model has run.  The
     device is not part of it.
     """
-    parts = [study_key, reference_key, model.name, model.version, model.weights_sha256, model.config_sha256, kind]
+    parts = [
+        study_key,
+        reference_key,
+        model.name,
+        model.version,
+        model.weights_sha256,
+        model.config_sha256,
+        kind,
+        rules,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -69,8 +79,8 @@ def build_report(
     technique = _technique(study, reading)
     findings = tuple(_finding(n, finding, study, reading, len(reported)) for n, finding in enumerate(reported, 1))
     disposition, rule = None, None
+    rules = rules or load_rules()
     if reading.kind == "defect":
-        rules = rules or load_rules()
         defects = [_defect(finding, study) for finding in findings]
         severities = [rules.severity_of(defect) for defect in defects]
         findings = tuple(
@@ -78,7 +88,7 @@ def build_report(
         )
         disposition, rule = rules.decide(list(zip(defects, severities, strict=True)), flags)
     return Report(
-        id=report_id(study.key, reference.key if reference else None, model, kind),
+        id=report_id(study.key, reference.key if reference else None, model, kind, rules.digest),
         kind=cast(Literal["ct", "defect"], reading.kind),
         created=datetime.now(UTC).replace(microsecond=0),
         title=f"{_subject(reading, technique)} · {_text(study.name)}",
@@ -340,7 +350,7 @@ def _defects_not_assessed(reading: Reading, reference: ImageStudy | None) -> Ite
     yield NotAssessed(what="any other type of defect", reason="the model knows the listed types only")
     if reading.product_line == "board" and reference is None:
         yield NotAssessed(
-            what="comparison with a golden sample", reason="none was given; give one with --reference for bare boards"
+            what="comparison with a golden sample", reason="there was none for this picture; give one with --reference"
         )
 
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import threading
 import time
 import traceback
@@ -20,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines import ingest
 from pipelines.reporting import build_report, report_images
-from pipelines.run_folder import IndexEntry, RunFolder, cannot_write
+from pipelines.run_folder import IndexEntry, OutputError, RunFolder, cannot_write
 from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
+from reports.rules import DEFAULT_RULES, load_rules
 from reports.writing import THUMBNAIL, FormatError, check_formats, write_report
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Job:
     device: str = "auto"
     kind: str = "auto"
     reference: Path | None = None  # golden sample of all pictures, or a folder of them, matched by file name
+    rules: Path = DEFAULT_RULES  # what makes a finding severe and a part a reject
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ class Session:
         self._model = find(job.model)
         self._listener = listener
         self._references = References(job.reference)
+        self._rules = load_rules(job.rules)
         self._folder = RunFolder(job.out)
         self._reported: list[IndexEntry] = []
         self._already: list[IndexEntry] = []
@@ -121,6 +126,9 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):  # what is done can be looked at
+            with contextlib.suppress(OutputError):
+                self._folder.write_html_index()
         self._folder.__exit__(kind, error, trace)
 
     def stop(self) -> None:
@@ -130,13 +138,15 @@ class Session:
     def discover(self) -> tuple[ingest.Unit, ...]:
         """What there is to report. Inputs that cannot be used are put on record; golden samples are left out."""
         plan = ingest.plan(self.job.inputs, progress=functools.partial(self._tell, "look"))
-        out = self.job.out.resolve()  # it may lie inside an input folder; what a run writes is no input
+        # The output folder may lie inside an input folder; what a run writes is no input. (`resolve` fails on a loop of
+        # links, `realpath` does not.)
+        out = Path(os.path.realpath(self.job.out))
         units = tuple(
             unit
             for unit in plan.units
-            if not unit.files[0].path.resolve().is_relative_to(out) and not self._references.has(unit)
+            if not Path(os.path.realpath(unit.files[0].path)).is_relative_to(out) and not self._references.has(unit)
         )
-        self._rejected = [r for r in plan.rejections if not Path(r.path).resolve().is_relative_to(out)]
+        self._rejected = [r for r in plan.rejections if not Path(os.path.realpath(r.path)).is_relative_to(out)]
         self._folder.start(self.job.inputs, self._rejected)
         self._passed_over = len(plan.passed_over)
         self._total = len(units)
@@ -183,6 +193,10 @@ class Session:
         if isinstance(reference, Rejection):
             reason = f"Its golden sample cannot be used: {reference.reason}"
             return Rejection(unit.path, "golden-sample-unreadable", reason, reference.remedy)
+        if reference is not None and not _same_proportions(study, reference):
+            reason = "Its golden sample has other proportions: it cannot be the same view."
+            remedy = "Give the golden sample of this very view, cut alike."
+            return Rejection(unit.path, "golden-sample-mismatch", reason, remedy)
         return _Prepared(unit, request, study, reference, time.perf_counter() - started)
 
     def _conclude(self, prepared: _Prepared | _Already | Rejection) -> None:
@@ -201,8 +215,8 @@ class Session:
         self._tell("report", self._done, self._total)
 
     def _request(self, unit: ingest.Unit, golden: ingest.Unit | None) -> str:
-        """SHA-256 over what a report depends on: content, golden sample, model, kind. Empty: a file is unreadable."""
-        parts: list[object] = [self._model.weights_sha256, self._model.config_sha256, self.job.kind]
+        """SHA-256 over what a report depends on: content, golden sample, model, kind, rules. Empty: unreadable."""
+        parts: list[object] = [self._model.weights_sha256, self._model.config_sha256, self.job.kind, self._rules.digest]
         try:
             for each in filter(None, (unit, golden)):
                 parts.append([each.page, *sorted(map(_sha256, each.files))])
@@ -225,6 +239,7 @@ class Session:
                 reader.info,
                 kind=self.job.kind,
                 reference=reference,
+                rules=self._rules,
                 timing={"load": round(prepared.seconds, 3), "read": round(time.perf_counter() - started, 3)},
             )
             images = report_images(study, report, reference=reference)
@@ -328,9 +343,11 @@ def check_job(job: Job) -> None:
     """Raises UsageError or ModelError for what can be told to be wrong before any work."""
     if not job.inputs:
         raise UsageError("There is nothing to report: name at least one file, folder or zip archive.")
-    for path in (*job.inputs, *([job.reference] if job.reference else [])):
-        if not path.exists():
-            raise UsageError(f"There is no file or folder {path}: check the spelling and the folder you are in.")
+    # One missing path among others is a refused input; when nothing is there, the command itself is wrong.
+    missing = [path for path in job.inputs if not path.exists()]
+    if len(missing) == len(job.inputs) or (job.reference and not job.reference.exists()):
+        path = missing[0] if len(missing) == len(job.inputs) else job.reference
+        raise UsageError(f"There is no file or folder {path}: check the spelling and the folder you are in.")
     if job.kind not in KINDS:
         raise UsageError(f"There is no kind {job.kind!r}: choose one of {', '.join(KINDS)}.")
     if not job.formats:
@@ -348,6 +365,12 @@ def load_reader(model: str, device: str) -> Reader:
     from pipelines.reader import Reader
 
     return Reader.load(model, device)
+
+
+def _same_proportions(study: ImageStudy, reference: ImageStudy) -> bool:
+    """Whether the sides of both pictures have the same ratio, to within a tenth."""
+    (height, width), (golden_height, golden_width) = study.pixels.shape[1:3], reference.pixels.shape[1:3]
+    return 0.9 < (width * golden_height) / (height * golden_width) < 1 / 0.9
 
 
 def _sha256(file: ingest.FileRef) -> str:

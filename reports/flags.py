@@ -20,8 +20,6 @@ FLAGS: Final = {
     "product-line-undetermined": "The product could not be told.",
     "no-reference": "No golden sample was given to compare with.",
     "reference-size-differs": "The golden sample has another size and was stretched over the picture.",
-    "wording-corrected": "The type, place or size written for a finding was replaced by that of its evidence.",
-    "impression-corrected": "The writer's summary did not agree with its own findings and was replaced by their count.",
 }
 
 

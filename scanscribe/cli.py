@@ -45,6 +45,9 @@ Reference = Annotated[
     Path | None,
     typer.Option(help="Golden sample to compare pictures with, or a folder of them, matched by file name."),
 ]
+Rules = Annotated[
+    Path | None, typer.Option(help="Rule file for severity and disposition. (default reports/default_rules.toml)")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
@@ -74,12 +77,13 @@ def report(
     device: Device = None,
     kind: Kind = None,
     reference: Reference = None,
+    rules: Rules = None,
     as_json: Json = False,
 ) -> None:
     """Report files and folders now. Running it again goes on where it stopped."""
     from pipelines.run import execute
 
-    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference)
+    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference, rules=rules)
     _run(execute, job, "Starting", as_json)
 
 
@@ -92,12 +96,13 @@ def batch(
     device: Device = None,
     kind: Kind = None,
     reference: Reference = None,
+    rules: Rules = None,
     as_json: Json = False,
 ) -> None:
     """The same work as a Prefect flow, on a server of its own or that of PREFECT_API_URL. Resumable."""
     from flows.jobs import run_batch
 
-    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference)
+    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference, rules=rules)
     _run(run_batch, job, "Starting the model and the flow server", as_json)
 
 
@@ -216,7 +221,7 @@ def _job(inputs: list[Path], out: Path, **flags: Any) -> Job:
     from scanscribe.settings import settings
 
     chosen = settings(**flags)
-    return Job(tuple(inputs), out, chosen.formats, chosen.model, chosen.device, chosen.kind, chosen.reference)
+    return Job(tuple(inputs), out, **chosen.model_dump())
 
 
 def _run(work: Callable[[Job, Listener], RunSummary], job: Job, waiting: str, as_json: bool) -> NoReturn:

@@ -15,6 +15,7 @@ from pydantic_settings import (
 )
 
 from pipelines.run import FORMATS, UsageError
+from reports.rules import DEFAULT_RULES
 
 FILE = "scanscribe.toml"  # in the folder where the command is given
 
@@ -29,6 +30,7 @@ class Settings(BaseSettings):
     device: str = "auto"
     kind: str = "auto"
     reference: Path | None = None
+    rules: Path = DEFAULT_RULES
 
     @field_validator("formats", mode="before")
     @classmethod

@@ -163,7 +163,8 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
         raise Refusal("password-locked", "The archive is locked with a password.")
     for name, info in members:
         ref = FileRef(path, name)
-        litter = next(filter(None, map(_litter, PurePosixPath(name).parts)), None)
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        litter = next(filter(None, map(_litter, parts)), None)
         if litter:
             yield PassedOver(ref.name, litter)
         elif info.flag_bits & 1:
@@ -213,7 +214,7 @@ def sniff(head: bytes) -> Format | None:
 def _litter(name: str) -> str | None:
     if name in LITTER_NAMES:
         return "left by the operating system"
-    return "hidden" if name.startswith(".") else None
+    return "hidden" if name.startswith(".") and name != ".." else None
 
 
 def _archive(path: Path) -> zipfile.ZipFile:

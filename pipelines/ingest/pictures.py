@@ -17,6 +17,7 @@ from pipelines.study import ImageStudy, SourceFile, content_key
 
 MAX_PIXELS: Final = 400_000_000  # 20,000 x 20,000
 MAX_PAGES: Final = 2_000
+MIN_SIDE: Final = 16  # a side shorter than this shows nothing that could be assessed
 FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 
 # Pillow's own limit is lower and at first only warns. `_check_size` takes its place: nothing is decoded before it.
@@ -56,6 +57,11 @@ def load_picture(ref: FileRef, page: int | None, name: str) -> ImageStudy:
             raise Refusal("damaged-image", "The image data is damaged.") from error
         except (SyntaxError, ValueError, struct.error) as error:  # its plugins' other words for a damaged file
             raise Refusal("damaged-image", "The image data is damaged.") from error
+    if min(pixels.shape[:2]) < MIN_SIDE:
+        height, width = pixels.shape[:2]
+        raise Refusal("too-small", f"The image is {width:,} x {height:,} pixels; each side must have {MIN_SIDE}.")
+    if (pixels == pixels.flat[0]).all():
+        raise Refusal("blank-image", "All pixels of the image have the same value.")
     digest = hashlib.sha256(data).hexdigest()
     source = SourceFile(path=ref.name, sha256=digest, media_type=media_type, page=page)
     return ImageStudy(

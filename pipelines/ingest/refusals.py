@@ -31,6 +31,8 @@ REMEDIES: Final[dict[str, str]] = {
     "damaged-image": "Open it in an image viewer and save it again, or export it again from its source.",
     "damaged-file": "Copy or export the file again: its content breaks the rules of its format.",
     "no-pixels": "Give a file that holds an image; leave this one out.",
+    "too-small": "Give the picture at its full size.",
+    "blank-image": "Take or export the picture again; leave this one out.",
     "unsupported-pixel-format": "Save it as 8 or 16 bit grey, or as 8 bit RGB.",
     # DICOM
     "not-ct": "Give CT series only; this modality cannot be reported.",
