@@ -8,7 +8,6 @@ Shapes: B batch, P prompt positions, D width, S states, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,14 +16,6 @@ from decoder.model import Decoder, KeyValueCache
 
 # (log-probabilities over what is allowed [B, V], -inf elsewhere) -> chosen token [B]
 Decide = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Generated:
-    """One generated sequence."""
-
-    tokens: list[int]
-    log_probabilities: Tensor  # [len(tokens), V]: what was decided between at each position, -inf where not allowed
 
 
 def greedy(log_p_BV: Tensor) -> Tensor:
@@ -41,8 +32,8 @@ def generate(
     end: int,
     forbidden_BV: Tensor | None = None,
     decide: Decide = greedy,
-) -> list[Generated]:
-    """Writes one sequence for each prompt, from the grammar's state 0 to the token `end`.
+) -> list[list[int]]:
+    """Writes one token sequence for each prompt, from the grammar's state 0 to the token `end`.
 
     `forbidden_BV` (bool) rules tokens out for one prompt alone. Raises ValueError when prompt and output do not fit the
     decoder's length, or when nothing is allowed.
@@ -53,7 +44,6 @@ def generate(
     state_B = torch.zeros(batch, dtype=torch.long, device=device)
     alive_B = torch.ones(batch, dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
-    history: list[Tensor] = []
     while bool(alive_B.any()):
         allowed_BV = grammar_SV[state_B] >= 0
         if forbidden_BV is not None:
@@ -63,11 +53,10 @@ def generate(
         if not bool(allowed_BV.gather(1, token_B[:, None])[:, 0][alive_B].all()):
             raise ValueError("the grammar and the forbidden tokens leave nothing to write")
         tokens.append(token_B)
-        history.append(log_p_BV)
         state_B = torch.where(alive_B & (token_B != end), grammar_SV[state_B, token_B].long(), state_B)
         alive_B = alive_B & (token_B != end)
         if bool(alive_B.any()):
             logits_BV = decoder(decoder.embedding(token_B)[:, None], cache)[:, -1]
-    written_TB, log_p_TBV = torch.stack(tokens), torch.stack(history)
+    written_TB = torch.stack(tokens)
     lengths = (written_TB == end).int().argmax(0) + 1
-    return [Generated(written_TB[:n, b].tolist(), log_p_TBV[:n, b]) for b, n in enumerate(lengths.tolist())]
+    return [written_TB[:n, b].tolist() for b, n in enumerate(lengths.tolist())]

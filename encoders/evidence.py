@@ -120,14 +120,14 @@ class BoxHead(nn.Module):
 class EvidenceEncoder(nn.Module):
     """`[B, 3, H, W]` pictures (image, reference, difference; H and W multiples of 32) -> `EncoderOutput`."""
 
-    def __init__(self, config: EncoderConfig, *, via_timm: bool = False) -> None:
-        """`via_timm` builds the backbone through timm: needed for any backbone but resnet18d."""
+    def __init__(self, config: EncoderConfig, *, via_timm: bool = False, pretrained: bool = False) -> None:
+        """`via_timm` builds the backbone through timm: needed for any backbone but resnet18d, and for its weights."""
         super().__init__()
         self.config = config
         if via_timm or config.backbone != "resnet18d":
             from encoders.timm_backbone import timm_features
 
-            self.backbone: nn.Module = timm_features(config.backbone)
+            self.backbone: nn.Module = timm_features(config.backbone, pretrained=pretrained)
         else:
             self.backbone = ResNet18D()
         channels = tuple(self.backbone.channels)  # type: ignore[arg-type]

@@ -6,10 +6,10 @@ import timm
 from torch import nn
 
 
-def timm_features(name: str, *, pretrained: bool = False) -> nn.Module:
+def timm_features(name: str, *, pretrained: bool) -> nn.Module:
     """The backbone called `name`, with its level widths in `.channels`.
 
-    `pretrained` asks timm for weights: it needs a network or timm's local cache, so that nothing here sets it.
+    `pretrained` asks timm for weights: from its local cache, or over a network.
     """
     net = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=(2, 3, 4))
     net.channels = tuple(net.feature_info.channels())  # type: ignore[assignment,operator,union-attr]

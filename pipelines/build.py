@@ -1,7 +1,7 @@
 """From training runs to a model folder: weights together, calibration on validation data, settings.
 
     python -m pipelines.build --encoder runs/evidence/encoder.safetensors --writer runs/writer/writer.safetensors \\
-        --data data/ --name default --version 1.0 --out models/default
+        --data data/ --fields-only covid-ct --name default --version 1.0 --out models/default
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pipelines import ingest
 from pipelines.evaluation.detection import IOUS, match
 from pipelines.evaluation.predictions import Prediction
 from pipelines.manifest import Case, read_manifest
-from pipelines.model import ModelConfig
-from pipelines.reader import Reader
+from pipelines.reader import Reader, Seen
 from pipelines.reading import Reading
 from pipelines.store import WEIGHTS, Calibration, save_settings
 from pipelines.study import ImageStudy
+from pipelines.weights import load_config
 from reports.taxonomy import CT_FIELDS
 
 HALF = IOUS.index(0.5)
@@ -138,52 +138,63 @@ def f1(cases: Sequence[Labelled], readings: Sequence[Reading], least: float) -> 
     return 2 * good / max(1, good + wrong + labelled)
 
 
-def calibrate(reader: Reader, sets: dict[str, list[Labelled]]) -> Calibration:
-    """Fits every part of the calibration on labelled cases; `reader` must have none."""
-    points: dict[str, float] = {}
+def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequence[str] = ()) -> Calibration:
+    """Fits every part of the calibration on labelled cases; `reader` must have none.
+
+    Cases are pooled by product line. Of the data sets in `fields_only` the labelled findings are left out.
+    """
+    point: dict[str, float] = {}
     report: dict[str, float] = {}
     evidence: dict[str, tuple[float, float]] = {}
     pairs: dict[str, tuple[list[dict[str, float]], list[str]]] = defaultdict(lambda: ([], []))
+    pooled: dict[str, list[tuple[Labelled, Seen]]] = defaultdict(list)
     for name, cases in sets.items():
-        seen = [reader.look(each.study, reference=each.reference) for each in cases]
-        readings = [reader.write(each) for each in seen]
-        line = cases[0].case.product_line or "ct"
-        for each, reading in zip(cases, readings, strict=True):
+        for each in cases:
+            seen = reader.look(each.study, reference=each.reference)
+            reading = reader.write(seen)
             for field, truth in each.case.fields.items():
                 if field in reading.fields:
                     pairs[field][0].append(reading.fields[field].probabilities)
                     pairs[field][1].append(truth)
+            if name not in fields_only:
+                pooled[each.case.product_line or "ct"].append((each, seen))
+    for line, rows in pooled.items():
+        cases, views = [each for each, _ in rows], [seen for _, seen in rows]
+        readings = [reader.write(seen) for seen in views]
         if line == "ct":
-            if name == "covid-ct":  # its finding labels come from captions that can describe another panel
-                continue
-            found = [(f.type in (c.case.finding_types or ()), f.confidence)
-                     for c, r in zip(cases, readings, strict=True) for f in r.findings]  # fmt: skip
+            found = [
+                (finding.type in (each.case.finding_types or ()), finding.confidence)
+                for each, reading in zip(cases, readings, strict=True)
+                for finding in reading.findings
+            ]
         else:
             answers = [Prediction.from_reading(c.case.id, r).findings for c, r in zip(cases, readings, strict=True)]
             matches = match([c.case.boxes for c in cases], answers).values()
             found = [pair for m in matches for pair in zip(m.hit[HALF].tolist(), m.confidence.tolist(), strict=True)]
         evidence[line] = fit_evidence(*zip(*found, strict=True)) if found else (1.0, 0.0)
         scores: dict[tuple[float, float], float] = {}
-        for point in POINTS:
-            reader.calibration = Calibration(evidence={line: evidence[line]}, point={line: point})
-            written = [reader.write(each) for each in seen]
-            scores |= {(point, least): f1(cases, written, least) for least in LEAST}
+        for threshold in POINTS:
+            reader.calibration = Calibration(evidence={line: evidence[line]}, point={line: threshold})
+            written = [reader.write(seen) for seen in views]
+            scores |= {(threshold, least): f1(cases, written, least) for least in LEAST}
         reader.calibration = Calibration()
-        points[line], report[line] = max(scores, key=lambda pair: scores[pair])
-        print(f"{name}: F1 of the report {scores[points[line], report[line]]:.3f} at {points[line]}, {report[line]}")
+        point[line], report[line] = max(scores, key=lambda pair: scores[pair])
+        print(f"{line}: F1 of the report {scores[point[line], report[line]]:.3f} at {point[line]}, {report[line]}")
     temperature = {field: fit_temperature(*pairs[field]) for field in CT_FIELDS if field in pairs}
     answer = (
         {"laterality": fit_answer(*pairs["laterality"], temperature["laterality"])} if "laterality" in pairs else {}
     )
-    return Calibration(evidence, temperature, points, report, answer)
+    return Calibration(evidence, temperature, point, report, answer)
 
 
-def build(encoder: Path, writer: Path, data: Path, out: Path, *, name: str, version: str) -> Calibration:
+def build(
+    encoder: Path, writer: Path, data: Path, out: Path, *, name: str, version: str, fields_only: Sequence[str] = ()
+) -> Calibration:
     """Makes a model folder and calibrates it on the `val` split of every data set below `data`."""
     join_weights(encoder, writer, out)
-    config = ModelConfig.default().to_dict()
+    config = load_config(writer)
     save_settings(out, name=name, version=version, config=config, calibration=Calibration())
-    calibration = calibrate(Reader.load(out), load_cases(data, "val"))
+    calibration = calibrate(Reader.load(out), load_cases(data, "val"), fields_only)
     save_settings(out, name=name, version=version, config=config, calibration=calibration)
     return calibration
 
@@ -194,5 +205,18 @@ if __name__ == "__main__":
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--name", default="default")
     parser.add_argument("--version", default="1.0")
+    parser.add_argument(
+        "--fields-only", nargs="*", default=(), metavar="SET", help="data sets with unsure finding labels"
+    )
     args = parser.parse_args()
-    print(build(args.encoder, args.writer, args.data, args.out, name=args.name, version=args.version))
+    print(
+        build(
+            args.encoder,
+            args.writer,
+            args.data,
+            args.out,
+            name=args.name,
+            version=args.version,
+            fields_only=args.fields_only,
+        )
+    )

@@ -6,10 +6,11 @@ the absolute difference of the two. A CT slice is seen through a display window.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 GLANCE: Final = 256  # side of the square in which every picture is first seen
 # Longest side, in pixels, at which each kind is inspected. Chosen on validation data: small defects need more pixels.
@@ -18,7 +19,7 @@ LONGEST_SIDE: Final = {"ct": GLANCE, "steel": GLANCE, "tile": 320, "board": 640}
 # mAP50 on validation data, tiles +6; boards are at 99.5 without.
 MIRRORED: Final = frozenset({"steel", "tile"})
 MULTIPLE: Final = 32  # the network's largest stride
-MEAN, SPREAD = 127.5, 64.0  # grey levels 0..255 -> about -2..2; padding is 0, a middle grey
+MEAN, STD = 127.5, 64.0  # grey levels 0..255 -> about -2..2; padding is 0, a middle grey
 
 SOFT_TISSUE: Final = (40.0, 400.0)  # centre, width in HU
 LUNG: Final = (-600.0, 1500.0)
@@ -39,27 +40,50 @@ def grey8(pixels: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(pixels).convert("L"))
     if pixels.dtype == np.uint8:
         return pixels
-    low, high = np.percentile(pixels, (0.5, 99.5))
-    scaled = (pixels.astype(np.float32) - low) * (255.0 / max(float(high - low), 1.0)) + 0.5
+    low, high = grey_range(pixels)
+    scaled = (pixels.astype(np.float32) - low) * (255.0 / max(high - low, 1.0)) + 0.5
     return np.clip(scaled, 0, 255).astype(np.uint8)
+
+
+def grey_range(pixels: np.ndarray) -> tuple[float, float]:
+    """The values that `grey8` shows as black and as white."""
+    low, high = np.percentile(pixels, (0.5, 99.5))
+    return float(low), float(high)
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """A picture file of a training set as `[H, W]` uint8: turned as its EXIF tag asks, 16-bit stretched by `grey8`.
+
+    Raises OSError where Pillow cannot read it. Reports read their inputs through `pipelines.ingest` instead.
+    """
+    with Image.open(path) as image:
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith("I"):
+            return grey8(np.asarray(turned).astype(np.uint16))
+        return grey8(np.asarray(turned.convert("L" if turned.mode in ("1", "L", "P", "LA") else "RGB")))
 
 
 def resize(grey_HW: np.ndarray, longest: int) -> np.ndarray:
     """Scales so that the longest side is `longest` pixels (antialiased when it shrinks)."""
     height, width = grey_HW.shape
     scale = longest / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    if size == (width, height):
+    return stretch(grey_HW, (max(1, round(height * scale)), max(1, round(width * scale))))
+
+
+def stretch(grey_HW: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Resamples to height and width `shape` (antialiased when it shrinks)."""
+    if grey_HW.shape == shape:
         return grey_HW
-    return np.asarray(Image.fromarray(grey_HW).resize(size, Image.Resampling.BILINEAR))
+    height, width = shape
+    return np.asarray(Image.fromarray(grey_HW).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def channels(grey_HW: np.ndarray, reference_HW: np.ndarray | None = None) -> np.ndarray:
     """Grey levels and a golden sample of the same size -> `[3, H, W]` float32, the network's three channels."""
-    image = (grey_HW.astype(np.float32) - MEAN) / SPREAD
+    image = (grey_HW.astype(np.float32) - MEAN) / STD
     if reference_HW is None:
         return np.stack((image, image, np.zeros_like(image)))
-    reference = (reference_HW.astype(np.float32) - MEAN) / SPREAD
+    reference = (reference_HW.astype(np.float32) - MEAN) / STD
     return np.stack((image, reference, np.abs(image - reference)))
 
 

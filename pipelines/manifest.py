@@ -20,7 +20,7 @@ from reports.taxonomy import CT_FIELDS, CT_TYPES, LINE_OF_TYPE, LINES, PRODUCT_L
 Box = tuple[float, float, float, float]
 
 _LINE_OF_PRODUCT: Final = {line.title: line.name for line in PRODUCT_LINES} | {name: name for name in LINES}
-_FILE_KEYS: Final = ("image", "template", "mask")
+_FILE_KEYS: Final = ("image", "template")
 _READ_KEYS: Final = {"id", "split", "group", "product", "findings", *_FILE_KEYS, *CT_FIELDS}
 _QUOTED: Final = 10  # faults quoted in an exception's text; `ManifestError.faults` has them all
 
@@ -47,7 +47,6 @@ class Case:
     boxes: tuple[BoxLabel, ...]  # of the findings that have one
     fields: dict[str, str]  # the known ones of `reports.taxonomy.CT_FIELDS`
     template: Path | None  # golden sample: the same view with no defect
-    mask: Path | None
     extra: dict[str, Any] = field(default_factory=dict)  # all other keys of the line, as they are
 
 
@@ -174,7 +173,6 @@ def _read_line(line: str, folder: Path) -> tuple[Case | None, list[str]]:
         boxes=boxes,
         fields=fields,
         template=files["template"],
-        mask=files["mask"],
         extra={key: value for key, value in record.items() if key not in _READ_KEYS},
     )
     return case, problems

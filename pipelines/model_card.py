@@ -31,15 +31,15 @@ person.**
 - Bridge: {queries} learned queries attend over the visual tokens; each becomes a convex combination of the decoder's
   {vocabulary} token embeddings.
 - Decoder: {layers} layers, width {width}, {experts} experts of which {active} are active for a token ({share:.1%}), and
-  one shared expert; {decoder_parameters:,} parameters. It reads picture and evidence, points at evidence items, and
-  writes types, places, sizes and impression under the report grammar.
+  one shared expert; {decoder_parameters:,} parameters. It reads picture and evidence, decides which doubtful items the
+  report points at, and writes types, places, sizes and impression under the report grammar. Where its words disagree
+  with the evidence (type, place, size, fields) or with its own findings (impression), the evidence stands.
 - Weights: {size:.1f} MiB; matrices in int8 with a scale for each output channel, the rest float16.
   SHA-256 `{sha}`.
 
 ## Data
 
-Public research data, `train` split only; the `val` split chose thresholds and calibration. No image is part of this
-repository.
+Trained on the `train` splits only; the `val` splits chose thresholds and calibration.
 
 | data set | train | val | groups in several splits |
 |---|---|---|---|
@@ -53,8 +53,9 @@ disposition have no ground truth anywhere and are derived by the written rules o
 
 ## Recipe
 
-`pipelines/training/recipes/evidence.toml`, then `writer.toml`, on one NVIDIA H200; recipes as run and their logs are in
-`docs/training/`. {mirrored} are inspected in four mirror images.
+The recipes `evidence` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as run on one
+NVIDIA H200 and their logs are in `docs/training/`; the recipe files since state tiles at 320 px instead of 384 px, with
+the zoom adapted, so that views have the same scale. {mirrored} are inspected in four mirror images.
 
 ## Measured on validation data
 
@@ -112,6 +113,7 @@ def write_card(model: Path, data: Path) -> None:
         cases = read_manifest(manifest)
         name, splits = manifest.parent.name, [case.split for case in cases]
         if "val" not in splits:
+            rows.append(f"| `{name}` | {splits.count('train')} | 0 | none |")
             continue
         summary = evaluate(manifest, split="val", model=str(model))
         summary["manifest"] = f"{name}/manifest.jsonl"

@@ -19,7 +19,19 @@ from decoder import generate
 from encoders import EncoderOutput
 from encoders.flips import look_from_all_sides
 from encoders.select import Items, select_boxes, select_regions
-from pipelines.inputs import GLANCE, LONGEST_SIDE, LUNG, MIRRORED, SOFT_TISSUE, channels, grey8, pad, resize, window
+from pipelines.inputs import (
+    GLANCE,
+    LONGEST_SIDE,
+    LUNG,
+    MIRRORED,
+    SOFT_TISSUE,
+    channels,
+    grey8,
+    pad,
+    resize,
+    stretch,
+    window,
+)
 from pipelines.model import (
     BOX_TYPE_TOKENS,
     FIELDS,
@@ -37,7 +49,7 @@ from pipelines.model import (
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.store import Calibration, ModelError, find
 from pipelines.study import ImageStudy
-from pipelines.weights import load_weights
+from pipelines.weights import load_into
 from reports.grammar import (
     END,
     ID,
@@ -50,7 +62,7 @@ from reports.grammar import (
     summarise,
     zone_of,
 )
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, UNDETERMINED
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINE_OF_TYPE, LINES, UNDETERMINED
 
 SURE = 0.5  # confidence from which a finding is always reported
 MAX_SLICES = 24  # of a volume, spread evenly
@@ -78,13 +90,7 @@ class View:
 def view(grey_HW: np.ndarray, longest: int, reference_HW: np.ndarray | None = None, *, square: bool) -> View:
     """Scales a picture (and its golden sample with it) and frames it for the network."""
     small = resize(grey_HW, longest)
-    golden = None
-    if reference_HW is not None:
-        golden = resize(reference_HW, longest)
-        if golden.shape != small.shape:  # a golden sample of other proportions is stretched over the picture
-            from PIL import Image
-
-            golden = np.asarray(Image.fromarray(reference_HW).resize(small.shape[::-1], Image.Resampling.BILINEAR))
+    golden = None if reference_HW is None else stretch(reference_HW, small.shape)
     framed, offset = pad(channels(small, golden), square=square)
     height, width = grey_HW.shape
     return View(framed, max(small.shape) / max(height, width), offset, (width, height))
@@ -135,11 +141,10 @@ class Reader:
             raise ModelError(f"there is no device {device!r}; use auto, cpu, cuda or cuda:N") from None
         stored.verify()
         network = ScanScribeModel(ModelConfig.from_dict(stored.config))
-        missing, unexpected = network.load_state_dict(load_weights(stored.weights), strict=False)
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-        if missing or unexpected:
-            name = (missing or unexpected)[0]
-            raise ModelError(f"{stored.weights}: tensor {name!r} is {'missing' if missing else 'unknown'}")
+        try:
+            load_into(network, stored.weights)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
         network.eval().requires_grad_(False)
         network.encoder.fuse()
         network.to(place)
@@ -180,10 +185,11 @@ class Reader:
         return x.contiguous(memory_format=torch.channels_last)
 
     def _look_at_picture(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> Seen:
+        middle = len(study.pixels) // 2  # of a volume that is to be read as a defect picture; a picture has one slice
         if study.units == "HU":
-            grey = window(study.pixels[len(study.pixels) // 2], *(study.window or SOFT_TISSUE))
+            grey = window(study.pixels[middle], *(study.window or SOFT_TISSUE))
         else:
-            grey = grey8(study.pixels[0])
+            grey = grey8(study.pixels[middle])
         golden = grey8(reference.pixels[0]) if reference is not None and reference.units == "display" else None
         glance = view(grey, GLANCE, golden, square=True)
         output = self._encode([glance])
@@ -191,14 +197,13 @@ class Reader:
         line, confidence = self._line(fields, kind)
         if line == "ct":
             items = select_regions(output.maps_BTHW, glance.x_CHW.shape[1:])
-            found = _candidates(items, 0, glance, CT_TYPES)
+            found = _candidates(items, 0, glance, CT_TYPES, middle)
         else:
             closer = view(grey, LONGEST_SIDE[line], golden, square=False)
             items = self._inspect(closer, mirrored=line in MIRRORED)
-            found = _candidates(items, 0, closer, DEFECT_TYPES)
-            allowed = next(product.types for product in PRODUCT_LINES if product.name == line)
-            found = [candidate for candidate in found if candidate.type in allowed]
-        return Seen(line, confidence, fields, output.visual_BND, found, glance.size)
+            found = _candidates(items, 0, closer, DEFECT_TYPES, middle)
+            found = [candidate for candidate in found if LINE_OF_TYPE[candidate.type] == line]
+        return Seen(line, confidence, fields, output.visual_BND, found, glance.size, (middle,))
 
     def _look_at_volume(self, study: ImageStudy) -> Seen:
         count = len(study.pixels)
@@ -288,7 +293,7 @@ class Reader:
             forbidden_BV=forbidden,
             decide=lambda log_p: point_or_pass(log_p, threshold, sure),
         )[0]
-        words = decode_tokens(written.tokens)
+        words = decode_tokens(written)
         draft = from_tokens(words)
 
         # Words stand where they agree with what they point at; where they do not, the evidence is right (measured:

@@ -13,6 +13,7 @@ from typing import Final, Literal, cast
 
 import numpy as np
 
+from pipelines import inputs
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.study import Geometry, ImageStudy, SourceFile
 from reports import measurements, taxonomy
@@ -35,8 +36,6 @@ from reports.schema import (
     Technique,
 )
 
-SOFT_TISSUE: Final = (40.0, 400.0)  # display windows: centre, width in HU
-LUNG: Final = (-600.0, 1500.0)
 KIND_UNCERTAIN_BELOW: Final = 0.75
 OBLIQUE_BELOW: Final = 0.8  # cosine between slice normal and nearest body axis: below, the plane has no plain name
 
@@ -126,10 +125,10 @@ def report_images(study: ImageStudy, report: Report, *, reference: ImageStudy | 
     """The pictures of a report: each slice with evidence, or the middle one of those read; 8 bit, full size."""
     shown = sorted({e.slice_index for finding in report.findings for e in finding.evidence})
     read = report.technique.slices_read or (0,)
-    window = study.window or (LUNG if _is_chest(report.technique) else SOFT_TISSUE)
+    window = study.window or (inputs.LUNG if _is_chest(report.technique) else inputs.SOFT_TISSUE)
     return ReportImages(
         slices={index: _picture(study, index, window) for index in shown or [read[len(read) // 2]]},
-        reference=_picture(reference, 0, reference.window or SOFT_TISSUE) if reference else None,
+        reference=_picture(reference, 0, reference.window or inputs.SOFT_TISSUE) if reference else None,
     )
 
 
@@ -438,17 +437,12 @@ def _picture(study: ImageStudy, index: int, window: tuple[float, float]) -> Pict
     aspect = spacing[0] / spacing[1] if spacing else 1.0
     if study.units == "HU":
         centre, width = window
-        name = {SOFT_TISSUE: "soft tissue window, ", LUNG: "lung window, "}.get(window, "the file's own window, ")
+        name = {inputs.SOFT_TISSUE: "soft tissue window, ", inputs.LUNG: "lung window, "}.get(
+            window, "the file's own window, "
+        )
         shown_as = f"{name}centre {centre:g}, width {width:g} HU".replace("-", "−")
-        return Picture(apply_window(values, centre, width), shown_as, aspect)
+        return Picture(inputs.window(values, centre, width), shown_as, aspect)
     if values.dtype == np.uint8:
         return Picture(values, pixel_aspect=aspect)
-    low, high = float(values.min()), float(values.max())
-    scaled = np.rint((values - low) * (255 / max(high - low, 1.0))).astype(np.uint8)
-    return Picture(scaled, f"values {low:g} to {high:g} shown as black to white", aspect)
-
-
-def apply_window(values: np.ndarray, centre: float, width: float) -> np.ndarray:
-    """Hounsfield units as uint8 grey through a display window.  Source: DICOM PS3.3 C.11.2.1.2.1 (linear)."""
-    grey = (np.nan_to_num(values.astype(np.float32)) - (centre - 0.5)) / max(width - 1, 1e-3) + 0.5
-    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    low, high = inputs.grey_range(values)
+    return Picture(inputs.grey8(values), f"values {low:g} to {high:g} shown as black to white", aspect)

@@ -1,22 +1,26 @@
 """Weights on disk: safetensors with large matrices as int8 and a scale for each output channel, the rest as float16.
 
-A quantised tensor `name` is stored as `name.int8` and `name.scale`; loading gives back float32. Symmetric, rounded to
-nearest: the largest weight of a channel becomes 127.
+The file's metadata holds the sizes of the network that the weights belong to. A quantised tensor `name` is stored as
+`name.int8` and `name.scale`; loading gives back float32. Symmetric, rounded to nearest: the largest weight of a channel
+becomes 127.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 SMALL = 4096  # tensors with fewer elements stay float16
 
 
-def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a state dict; integer buffers (batch counters) are left out."""
+def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Writes a state dict and the sizes of its network; integer buffers (batch counters) are left out."""
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not tensor.is_floating_point():
@@ -29,7 +33,37 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str] 
         scale = value.abs().amax(axes, keepdim=True).clamp(min=1e-12) / 127
         stored[f"{name}.int8"] = (value / scale).round().clamp(-127, 127).to(torch.int8).contiguous()
         stored[f"{name}.scale"] = scale.contiguous()
-    save_file(stored, path, metadata=metadata)
+    save_file(stored, path, metadata={"config": json.dumps(config)})
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The sizes that `save_weights` kept. Raises ValueError for a file that has none, or is no safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); give the file that training wrote"
+        ) from None
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} does not name the sizes of its network; give what training wrote") from None
+    return config
+
+
+def load_into(network: nn.Module, path: Path) -> None:
+    """Loads a whole network. Raises ValueError that names the tensor that is missing, unknown or of another shape."""
+    state, expected = load_weights(path), network.state_dict()
+    for name, tensor in expected.items():
+        if not tensor.is_floating_point():
+            continue
+        if name not in state:
+            raise ValueError(f"{path}: tensor {name!r} is missing")
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: tensor {name!r} has shape {shapes}")
+    if unknown := sorted(set(state) - set(expected)):
+        raise ValueError(f"{path}: tensor {unknown[0]!r} is unknown to the network")
+    network.load_state_dict(state, strict=False)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -91,14 +91,14 @@ def test_whatever_the_weights_the_output_parses(decoder: Decoder) -> None:
     for seed in range(4):
         torch.manual_seed(seed)
         for written in generate(decoder, torch.randn(3, 20, 48) * 3, grammar, end=END):
-            from_tokens([TOKENS[i] for i in written.tokens])
+            from_tokens([TOKENS[i] for i in written])
 
 
 def test_a_sequence_does_not_depend_on_its_batch(decoder: Decoder) -> None:
     grammar = torch.from_numpy(compile_grammar())
     prompts = torch.randn(4, 20, 48)
-    together = [g.tokens for g in generate(decoder, prompts, grammar, end=END)]
-    alone = [generate(decoder, prompts[b : b + 1], grammar, end=END)[0].tokens for b in range(4)]
+    together = generate(decoder, prompts, grammar, end=END)
+    alone = [generate(decoder, prompts[b : b + 1], grammar, end=END)[0] for b in range(4)]
     assert together == alone
 
 
@@ -108,7 +108,7 @@ def test_forbidden_tokens_are_never_written(decoder: Decoder) -> None:
     forbidden[:, ID["kind:ct"]] = True
     forbidden[:, [ID[f"evidence:{i}"] for i in range(2, POINTERS)]] = True
     for written in generate(decoder, torch.randn(2, 20, 48), grammar, end=END, forbidden_BV=forbidden):
-        draft = from_tokens([TOKENS[i] for i in written.tokens])
+        draft = from_tokens([TOKENS[i] for i in written])
         assert draft.kind == "defect"
         assert all(finding.pointer < 2 for finding in draft.findings)
 

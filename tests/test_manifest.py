@@ -45,7 +45,7 @@ def test_a_defect_line(folder: Path) -> None:
     assert (case.kind, case.product_line, case.group, case.split) == ("defect", "board", "g", "train")
     assert case.finding_types == ("open", "spur")
     assert case.boxes == (BoxLabel("spur", (1, 2, 9, 8)), BoxLabel("open", (0, 0, 4, 4)))
-    assert (case.image, case.template, case.mask) == (folder / "a.png", folder / "b.png", None)
+    assert (case.image, case.template) == (folder / "a.png", folder / "b.png")
     assert case.extra == {"width": 40}
 
 
@@ -165,7 +165,7 @@ JSON = st.recursive(
 FINDING = st.fixed_dictionaries(
     {"type": st.sampled_from([*DEFECT_TYPES, *CT_TYPES]) | JSON, "bbox": st.lists(st.integers() | st.floats()) | JSON}
 )
-KEYS = ("id", "image", "split", "group", "product", "template", "mask", "region", "covid19", "width", "extra")
+KEYS = ("id", "image", "split", "group", "product", "template", "region", "covid19", "width", "extra")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

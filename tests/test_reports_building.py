@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.sr.codedict import codes
 
+from pipelines.inputs import window
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
-from pipelines.reporting import apply_window, box_in_patient, build_report, report_id, report_images
+from pipelines.reporting import box_in_patient, build_report, report_id, report_images
 from pipelines.study import Geometry, ImageStudy, SourceFile
 from reports import taxonomy
 from reports.codes import code_of
@@ -59,26 +60,27 @@ def found(kind: str, *bbox: float, **changes: object) -> FindingReading:
 
 
 def test_the_same_content_and_model_give_the_same_id_on_any_device() -> None:
-    first = report_id("k", None, MODEL, "auto")
-    assert first == report_id("k", None, replace(MODEL, device="cuda:0"), "auto")
+    first = report_id("k", None, MODEL, "auto", "r1")
+    assert first == report_id("k", None, replace(MODEL, device="cuda:0"), "auto", "r1")
     assert len(first) == 16
     assert int(first, 16) >= 0
 
 
 def test_anything_that_could_change_the_report_changes_its_id() -> None:
-    others = [("l", None, MODEL, "auto"), ("k", "r", MODEL, "auto"), ("k", None, MODEL, "ct")]
+    others = [("l", None, MODEL, "auto", "r1"), ("k", "r", MODEL, "auto", "r1"), ("k", None, MODEL, "ct", "r1")]
+    others += [("k", None, MODEL, "auto", "r2")]
     others += [
-        ("k", None, replace(MODEL, **{name: "z"}), "auto")
+        ("k", None, replace(MODEL, **{name: "z"}), "auto", "r1")
         for name in ("name", "version", "weights_sha256", "config_sha256")
     ]
-    ids = {report_id(*each) for each in others} | {report_id("k", None, MODEL, "auto")}
+    ids = {report_id(*each) for each in others} | {report_id("k", None, MODEL, "auto", "r1")}
     assert len(ids) == len(others) + 1
 
 
 def test_the_report_carries_the_id_of_its_inputs() -> None:
     study, golden = photo(), replace(photo(), key="9" * 64)
     report = build_report(study, defect(line="board"), MODEL, kind="defect", reference=golden)
-    assert report.id == report_id(study.key, golden.key, MODEL, "defect")
+    assert report.id == report_id(study.key, golden.key, MODEL, "defect", load_rules().digest)
 
 
 # Evidence and geometry
@@ -267,7 +269,7 @@ def test_chest_is_shown_through_the_lung_window_unless_the_file_asks_otherwise()
 
 
 def test_window_maps_its_edges_to_black_and_white() -> None:
-    shown = apply_window(np.array([[-2000, -160, 40, 240, 3000]], np.int16), 40, 400)
+    shown = window(np.array([[-2000, -160, 40, 240, 3000]], np.int16), 40, 400)
     assert shown.tolist() == [[0, 0, 128, 255, 255]]
 
 

@@ -17,7 +17,7 @@ from pipelines.training.augment import Augmentation, draw
 from pipelines.training.losses import ciou, evidence_loss
 from pipelines.training.shrink import shrink
 from pipelines.training.streams import load_streams
-from pipelines.weights import load_weights, save_weights
+from pipelines.weights import load_config, load_into, load_weights, save_weights
 
 EVIDENCE = """
 kind = "evidence"
@@ -33,6 +33,7 @@ plain_share = 0.5
 loss = { evidence = 1.0, fields = 0.5, types = 5.0 }
 checkpoint_every = 2
 backbone = "resnet18d"
+pretrained = false
 [streams.strip]
 batch = 4
 mosaic = 0.5
@@ -134,9 +135,17 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         cli([*command, "--device", "cpu"])
     monkeypatch.undo()
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 2
+    assert cli([*command, "--device", "cpu"]) == 2  # not without --resume: that would start over
     assert cli([*command, "--device", "cpu", "--resume"]) == 0
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+    done = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert done["step"] == 4
+    # The weights went on from the checkpoint's: they have moved, but less than two fresh networks differ.
+    key = "layer4.1.conv2.weight"
+    moved = (done["encoder"][f"backbone.{key}"] - kept["encoder"][f"backbone.{key}"]).norm()
+    assert 0 < moved < 0.2 * kept["encoder"][f"backbone.{key}"].norm()
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [4]
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(
@@ -163,6 +172,7 @@ def test_a_run_that_diverges_stops_and_says_where_it_was_good(
         (["--recipe", "nothing"], "there are: evidence, writer"),
         (["--recipe", "evidence", "--set", "stepz=3"], "has no 'stepz'"),
         (["--recipe", "writer"], "give --encoder"),
+        (["--recipe", "writer", "--encoder", "nothing.safetensors"], "not a readable safetensors file"),
         (["--recipe", "evidence"], "data sets that are not there: covid-ct"),
     ],
 )
@@ -232,19 +242,51 @@ def test_the_evidence_loss_prefers_the_truth() -> None:
     assert right < loss((16, 16, 48, 48), 0) and right < loss((24, 24, 60, 60), 1)
 
 
-def test_shrunk_data_sets_read_as_before(data: Path, tmp_path: Path) -> None:
-    shrink(data, tmp_path, quality=90)
-    before, after = (read_manifest(folder / "strip" / "manifest.jsonl") for folder in (data, tmp_path))
-    assert [case.id for case in after] == [case.id for case in before]
-    assert after[0].boxes[0].type == before[0].boxes[0].type
+def test_boxes_shrink_with_their_picture_whatever_the_golden_samples_size(tmp_path: Path) -> None:
+    large = tmp_path / "large" / "board"
+    (large / "images").mkdir(parents=True)
+    Image.fromarray(np.zeros((900, 1280), np.uint8)).save(large / "images" / "a.png")
+    Image.fromarray(np.zeros((450, 640), np.uint8)).save(large / "images" / "golden.png")
+    line = {"id": "a", "image": "images/a.png", "template": "images/golden.png", "split": "train"}
+    line |= {"findings": [{"type": "open", "bbox": [100, 200, 140, 260]}]}
+    (large / "manifest.jsonl").write_text(json.dumps(line))
+    shrink(tmp_path / "large", tmp_path / "small", quality=90)
+    case = read_manifest(tmp_path / "small" / "board" / "manifest.jsonl")[0]
+    assert case.boxes[0].type == "open" and case.boxes[0].bbox == (50, 100, 70, 130)
+    stream = load_streams(tmp_path / "large", "train")[0]
+    assert stream.boxes[0, 0].tolist() == [50, 100, 70, 130] and stream.sizes[0].tolist() == [640, 450]
 
 
 def test_weights_come_back_within_half_a_step(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {"big": torch.randn(64, 80), "small": torch.randn(7), "count": torch.tensor(3)}
-    save_weights(tmp_path / "w.safetensors", state)
+    save_weights(tmp_path / "w.safetensors", state, {"width": 3})
+    assert load_config(tmp_path / "w.safetensors") == {"width": 3}
     loaded = load_weights(tmp_path / "w.safetensors")
     assert set(loaded) == {"big", "small"}
     step = state["big"].abs().amax(1, keepdim=True) / 127
     assert ((loaded["big"] - state["big"]).abs() <= step / 2 + 1e-6).all()
     torch.testing.assert_close(loaded["small"], state["small"], atol=2e-3, rtol=1e-3)
+
+
+def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
+    network = torch.nn.Linear(3, 2)
+    for state, message in (
+        ({"weight": torch.zeros(2, 3)}, "'bias' is missing"),
+        ({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, r"shape \(2, 4\), expected \(2, 3\)"),
+        ({**network.state_dict(), "more": torch.zeros(1)}, "'more' is unknown"),
+    ):
+        save_weights(tmp_path / "w.safetensors", state, {})
+        with pytest.raises(ValueError, match=message):
+            load_into(network, tmp_path / "w.safetensors")
+
+
+def test_a_recipe_with_wrong_keys_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--data", str(data), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    for text, message in (
+        (EVIDENCE.replace("clip = 10.0", ""), "lacks clip"),
+        (EVIDENCE.replace("mosaic = 0.5", "mosiac = 0.5"), "does not know: mosiac"),
+        ("kind = [", "is not a recipe"),
+    ):
+        assert cli(["--recipe", recipe(tmp_path, text), *command]) == 2
+        assert message in capsys.readouterr().err

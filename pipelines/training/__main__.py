@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from encoders import EvidenceEncoder
+from encoders import EncoderConfig, EvidenceEncoder
 from pipelines.manifest import ManifestError
-from pipelines.model import ModelConfig
 from pipelines.training.evidence import train_evidence
 from pipelines.training.run import DivergedError, Run, load_recipe
 from pipelines.training.writer import train_writer
-from pipelines.weights import load_weights, save_weights
+from pipelines.weights import load_config, load_into, save_weights
 
 
 def cli(argv: list[str]) -> int:
@@ -34,18 +34,18 @@ def cli(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         recipe = load_recipe(args.recipe, args.set)
-        run, device = Run(args.out, recipe), torch.device(args.device)
+        if recipe["kind"] == "writer" and args.encoder is None:
+            raise ValueError("the writer needs a trained encoder; give --encoder RUN/encoder.safetensors")
+        run, device = Run(args.out, recipe, resume=args.resume), torch.device(args.device)
         if recipe["kind"] == "evidence":
-            encoder = train_evidence(run, args.data, device, resume=args.resume)
-            save_weights(args.out / "encoder.safetensors", encoder.state_dict())
+            encoder = train_evidence(run, args.data, device)
+            save_weights(args.out / "encoder.safetensors", encoder.state_dict(), asdict(encoder.config))
         else:
-            if args.encoder is None:
-                raise ValueError("the writer needs a trained encoder; give --encoder RUN/encoder.safetensors")
-            encoder = EvidenceEncoder(ModelConfig.default().encoder)
-            encoder.load_state_dict(load_weights(args.encoder), strict=False)
-            model = train_writer(run, args.data, encoder, device, resume=args.resume)
+            encoder = EvidenceEncoder(EncoderConfig(**load_config(args.encoder)))
+            load_into(encoder, args.encoder)
+            model = train_writer(run, args.data, encoder, device)
             written = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
-            save_weights(args.out / "writer.safetensors", written)
+            save_weights(args.out / "writer.safetensors", written, model.config.to_dict())
     except (ManifestError, DivergedError, ValueError) as error:
         print(f"scanscribe train: {error}", file=sys.stderr)
         return 2

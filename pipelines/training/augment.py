@@ -7,14 +7,14 @@ Shapes: B batch, S canvas side, P output side, M boxes of an output picture (pad
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.inputs import MEAN, SPREAD
+from pipelines.inputs import MEAN, STD
 from pipelines.model import FIELDS
 from pipelines.training.streams import MAX_BOXES, Stream
 from reports.taxonomy import CT_FIELDS
@@ -38,10 +38,16 @@ class Augmentation:
 
 
 def augmentation(table: dict[str, Any]) -> Augmentation:
-    """A recipe's table as an `Augmentation`; the keys that say how many and how large are left out."""
+    """A recipe's table as an `Augmentation`; the keys that say how many and how large are left out.
+
+    Raises ValueError for a key that is unknown or missing.
+    """
     values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k not in ("batch", "side")
+        k: tuple(v) if isinstance(v, list) else v for k, v in table.items() if k not in ("batch", "side", "findings")
     }
+    known = {each.name for each in fields(Augmentation)}
+    if faults := (set(values) - known) | ({"batch"} - set(table)):
+        raise ValueError(f"a stream of the recipe lacks or does not know: {', '.join(sorted(faults))}")
     return Augmentation(**values)
 
 
@@ -143,7 +149,7 @@ def _photometric(x_BCHW: Tensor, how: Augmentation) -> Tensor:
     contrast = torch.exp(torch.randn(n, device=device) * how.contrast).clamp(0.4, 2.5).view(view)
     shift = (torch.randn(n, device=device) * how.contrast).view(view)
     x = x_BCHW * contrast + shift
-    low, high = -MEAN / SPREAD, (255 - MEAN) / SPREAD
+    low, high = -MEAN / STD, (255 - MEAN) / STD
     unit = ((x - low) / (high - low)).clamp(1e-4, 1)
     gamma = torch.exp(torch.randn(n, device=device) * how.contrast * 0.7).view(view)
     x = unit.pow(gamma) * (high - low) + low
@@ -194,7 +200,7 @@ def draw(stream: Stream, n: int, side: int, how: Augmentation, *, mosaic: bool =
         first = quarter.view(composed, 4)[:, 0]
         fields, types = torch.cat((fields, stream.fields[first])), torch.cat((types, stream.types[first]))
 
-    x = _photometric((image - MEAN) / SPREAD, how)
+    x = _photometric((image - MEAN) / STD, how)
     if x.shape[1] == 1:
         x = torch.cat((x, x, torch.zeros_like(x)), 1)
     else:

@@ -17,7 +17,7 @@ from encoders import EvidenceEncoder
 from pipelines.model import ModelConfig
 from pipelines.training.augment import Augmentation, Batch, augmentation, draw, join
 from pipelines.training.losses import evidence_loss, field_loss, type_loss
-from pipelines.training.run import Average, Run, capture, cosine, parameter_groups
+from pipelines.training.run import Ema, Run, capture, cosine, parameter_groups
 from pipelines.training.streams import Stream, load_streams
 
 
@@ -39,16 +39,18 @@ class Mixture:
         return join([draw(stream, n, self.side, how, mosaic=mosaic) for stream, n, how in self.parts])
 
 
-def train_evidence(run: Run, data: Path, device: torch.device, *, resume: bool) -> EvidenceEncoder:
+def train_evidence(run: Run, data: Path, device: torch.device) -> EvidenceEncoder:
     """Runs the recipe and returns the averaged encoder. Raises `DivergedError`, ValueError or `ManifestError`."""
     recipe = run.recipe
     torch.manual_seed(recipe["seed"])
     streams = [stream.to(device) for stream in load_streams(data, "train")]
     mixture = Mixture(streams, recipe["streams"], recipe["side"])
-    encoder = EvidenceEncoder(ModelConfig.default(backbone=recipe["backbone"]).encoder, via_timm=True)
+    encoder = EvidenceEncoder(
+        ModelConfig.default(backbone=recipe["backbone"]).encoder, via_timm=True, pretrained=recipe["pretrained"]
+    )
     encoder.to(device).to(memory_format=torch.channels_last)
     encoder.train()
-    average = Average(encoder, recipe["ema"])
+    average = Ema(encoder, recipe["ema"])
     rate = torch.zeros((), device=device)
     on_gpu = device.type == "cuda"
     groups = parameter_groups(encoder, recipe["weight_decay"])
@@ -78,7 +80,9 @@ def train_evidence(run: Run, data: Path, device: torch.device, *, resume: bool) 
         return losses.detach()
 
     parts = {"encoder": encoder, "average": average.model, "optimiser": optimiser}
-    first = run.resume(parts, device) if resume else 0
+    first = run.resume(parts, device)
+    for group in optimiser.param_groups if on_gpu else ():
+        group["lr"] = rate  # a checkpoint brings a tensor of its own, which the schedule would not reach
     steps, plain_from = recipe["steps"], round(recipe["steps"] * (1 - recipe["plain_share"]))
     replay = {mosaic: capture(functools.partial(step, mosaic)) for mosaic in (True, False)} if on_gpu else {}
     for i in range(first, steps):

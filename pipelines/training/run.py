@@ -34,7 +34,14 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         raise ValueError(f"no recipe {name!r}; there are: {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}")
-    recipe = tomllib.loads(path.read_text())
+    try:
+        recipe = tomllib.loads(path.read_text())
+        pattern = tomllib.loads((RECIPES / f"{recipe['kind']}.toml").read_text())
+    except (tomllib.TOMLDecodeError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is not a recipe ({error}); start from a copy of one in {RECIPES}") from None
+    if faults := set(recipe) ^ set(pattern):
+        word = "lacks" if faults - set(recipe) else "has an unknown"
+        raise ValueError(f"{path} {word} {', '.join(sorted(faults))}; its keys must be those of {recipe['kind']}.toml")
     for override in overrides:
         key, _, value = override.partition("=")
         if key not in recipe:
@@ -57,7 +64,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-class Average(Generic[Model]):
+class Ema(Generic[Model]):
     """An exponential moving average of a model's weights and buffers, kept on the device."""
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -92,11 +99,21 @@ def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 class Run:
     """A run's folder: `recipe.json`, `log.jsonl` and `checkpoint.pt`."""
 
-    def __init__(self, out: Path, recipe: dict[str, Any]) -> None:
+    def __init__(self, out: Path, recipe: dict[str, Any], *, resume: bool) -> None:
+        """Raises ValueError when the folder holds a checkpoint that is not to be, or cannot be, gone on from."""
         self.out, self.recipe = out, recipe
         self.started = time.perf_counter()
+        if self.checkpoint.exists():
+            if not resume:
+                raise ValueError(f"{self.checkpoint} is there: add --resume to go on from it, or give another --out")
+            # A run that diverged goes on with a lower learning rate; everything else must be as it was.
+            kept = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["recipe"]
+            if kept | {"learning_rate": 0} != recipe | {"learning_rate": 0}:
+                raise ValueError(f"{self.checkpoint} was written by another recipe; give another --out or remove it")
+        else:
+            (out / "log.jsonl").unlink(missing_ok=True)  # of a run that left nothing to go on from
         out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.json").write_text(json.dumps(recipe, indent=1))
+        (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n")
 
     @property
     def checkpoint(self) -> Path:
@@ -116,15 +133,10 @@ class Run:
         os.replace(temporary, self.checkpoint)
 
     def resume(self, parts: dict[str, Any], device: torch.device) -> int:
-        """Loads the checkpoint into `parts` and returns the step to go on from; 0 when there is none.
-
-        Raises ValueError when the checkpoint was written by another recipe.
-        """
+        """Loads the checkpoint into `parts` and returns the step to go on from; 0 when there is none."""
         if not self.checkpoint.exists():
             return 0
         state = torch.load(self.checkpoint, map_location=device, weights_only=True)
-        if state["recipe"] != self.recipe:
-            raise ValueError(f"{self.checkpoint} was written by another recipe; give another --out or remove it")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return int(state["step"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.inputs import LONGEST_SIDE, grey8, resize
+from pipelines.inputs import LONGEST_SIDE, read_grey, resize, stretch
 from pipelines.manifest import read_manifest
 
 KEPT = ("id", "split", "group", "product", "region", "plane", "contrast", "laterality", "covid19", "lung_nodule")
@@ -32,14 +32,16 @@ def shrink(data: Path, out: Path, quality: int) -> None:
             case = cases[line["id"]]
             longest = LONGEST_SIDE[case.product_line or "ct"]
             row = {key: line[key] for key in KEPT if key in line}
+            size: tuple[int, ...] = ()
             scale = 1.0
             for key, path in (("image", case.image), ("template", case.template)):
                 if path is None:
                     continue
-                with Image.open(path) as image:
-                    grey = grey8(np.asarray(image.convert("L" if image.mode in ("1", "L", "P") else "RGB")))
-                small = resize(grey, min(longest, max(grey.shape)))
-                scale = max(small.shape) / max(grey.shape)
+                grey = read_grey(path)
+                if not size:
+                    small = resize(grey, min(longest, max(grey.shape)))
+                    size, scale = small.shape, max(small.shape) / max(grey.shape)
+                small = stretch(grey, size)
                 binary = set(np.unique(small)) <= {0, 255}
                 target = folder / f"{key}s" / f"{case.id}.{'png' if binary else 'webp'}"
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from pipelines.inputs import GLANCE, LONGEST_SIDE, grey8, resize
+from pipelines.inputs import GLANCE, LONGEST_SIDE, read_grey, resize, stretch
 from pipelines.manifest import Case, read_manifest
 from pipelines.model import FIELDS
 from reports.taxonomy import CT_TYPES, DEFECT_TYPES
@@ -48,16 +47,12 @@ class Stream:
 
 
 def _read(case: Case, longest: int) -> tuple[list[np.ndarray], float]:
-    pictures = []
-    scale = 1.0
-    for path in (case.image, case.template):
-        if path is not None:
-            with Image.open(path) as image:
-                mode = image.mode
-                grey = np.asarray(image.convert("L" if mode in ("1", "L", "P") else "RGB"))
-            grey = grey8(grey)
-            scale = longest / max(grey.shape)
-            pictures.append(resize(grey, longest))
+    """The picture and its golden sample (of the picture's size), and output pixels a picture pixel."""
+    grey = read_grey(case.image)
+    scale = longest / max(grey.shape)
+    pictures = [resize(grey, longest)]
+    if case.template is not None:
+        pictures.append(stretch(read_grey(case.template), pictures[0].shape))
     return pictures, scale
 
 
@@ -83,8 +78,10 @@ def load_stream(name: str, cases: list[Case], *, longest: int | None = None) -> 
     types = np.full((len(cases), len(CT_TYPES)), -1.0, np.float32)
     for i, (case, (layer, scale)) in enumerate(zip(cases, read, strict=True)):
         height, width = layer[0].shape
-        for j, picture in enumerate(layer):
-            pictures[i, j, :height, :width] = picture
+        for j in range(layers):
+            pictures[i, j, :height, :width] = layer[
+                min(j, len(layer) - 1)
+            ]  # without a golden sample: the picture again
         sizes[i] = width, height
         for j, box in enumerate(case.boxes[:MAX_BOXES]):
             boxes[i, j] = np.asarray(box.bbox, np.float32) * scale

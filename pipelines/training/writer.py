@@ -29,7 +29,7 @@ from pipelines.model import (
     field_log_probabilities,
 )
 from pipelines.training.augment import Batch, augmentation, draw
-from pipelines.training.run import Average, Run, cosine, parameter_groups
+from pipelines.training.run import Ema, Run, cosine, parameter_groups
 from pipelines.training.streams import Stream, load_streams
 from reports.grammar import ID, PAD, POINTERS, Draft, DraftFinding, extent_of, summarise, to_tokens, zone_of
 from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES
@@ -157,8 +157,7 @@ def build_pool(encoder: EvidenceEncoder, streams: list[Stream], recipe: dict[str
     for i in range(recipe["pool_rounds"]):
         for name, table in recipe["streams"].items():
             batch = draw(known[name], table["batch"], table["side"], augmentation(table), mosaic=False)
-            # covid-ct's finding labels come from figure captions and can describe another panel.
-            parts.append(examples(encoder, known[name], batch, findings=name != "covid-ct"))
+            parts.append(examples(encoder, known[name], batch, findings=table.get("findings", True)))
         if (i + 1) % 50 == 0:
             run.log(pool=sum(len(part.tokens) for part in parts))
     return Pool(*(torch.cat([getattr(part, name) for part in parts]) for name in Pool.__slots__))
@@ -174,9 +173,7 @@ def writer_loss(model: ScanScribeModel, rows: Pool, score_noise: float) -> Tenso
     return F.cross_entropy(logits.float().transpose(1, 2), rows.targets[:, 1:], ignore_index=IGNORE)
 
 
-def train_writer(
-    run: Run, data: Path, encoder: EvidenceEncoder, device: torch.device, *, resume: bool
-) -> ScanScribeModel:
+def train_writer(run: Run, data: Path, encoder: EvidenceEncoder, device: torch.device) -> ScanScribeModel:
     """Runs the recipe and returns the whole model with averaged weights. Raises as `train_evidence` does."""
     recipe = run.recipe
     torch.manual_seed(recipe["seed"])
@@ -189,11 +186,11 @@ def train_writer(
     config = ModelConfig.default(backbone=encoder.config.backbone, visual_width=encoder.width, bridge=recipe["bridge"])
     model = ScanScribeModel(config, encoder=encoder).to(device).train()
     encoder.eval()
-    average = Average(model, recipe["ema"])
+    average = Ema(model, recipe["ema"])
     groups = parameter_groups(model, recipe["weight_decay"])
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
     parts = {"model": model, "average": average.model, "optimiser": optimiser}
-    first = run.resume(parts, device) if resume else 0
+    first = run.resume(parts, device)
     for i in range(first, recipe["steps"]):
         for group in optimiser.param_groups:
             group["lr"] = recipe["learning_rate"] * cosine(i, recipe["steps"], recipe["warmup"])
