@@ -1,7 +1,6 @@
 """The closed terms of a report: product lines, finding types, CT fields. The one place where they are listed.
 
-Codes are SNOMED CT where the concept exists (checked by hand against the international edition's browser names);
-industrial defects have no international code system and carry none.
+Their SNOMED CT codes, where one concept covers the term, are in `reports/codes.py`.
 """
 
 from __future__ import annotations
