@@ -43,13 +43,15 @@ def batch(job: str) -> RunSummary:
     """Report every input of the job with that hash (see `flows.jobs`)."""
     with Session(load_job(job), LISTENER.get()) as session:
         batches = group(discover(session))
+        done = []
         try:
-            done = [read_and_report.with_options(task_run_name=each.name).submit(session, each) for each in batches]
-            for each in done:
-                each.result()
+            for each in batches:
+                done.append(read_and_report.with_options(task_run_name=each.name).submit(session, each))
+            for future in done:
+                future.result()
         except BaseException:
             session.stop()  # let the task that is at work end after the unit it is at
-            wait(done, timeout=60)
+            wait(done)
             raise
         summary = export(session)
     summarise(summary)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
-import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -76,7 +76,8 @@ class RunSummary:
     reported: tuple[IndexEntry, ...]
     already_reported: tuple[IndexEntry, ...]  # finished by an earlier run, or the same content twice in this one
     rejected: tuple[Rejection, ...]
-    passed_over: int  # companion files that are no inputs
+    passed_over: int  # files that are no inputs, and second names of files
+    without_golden_sample: int  # pictures for which the folder of golden samples has none
     seconds: float
     first_report_seconds: float | None  # from the start of the run until the first report was on disk
 
@@ -115,10 +116,11 @@ class Session:
         self._reported: list[IndexEntry] = []
         self._already: list[IndexEntry] = []
         self._rejected: list[Rejection] = []
-        self._passed_over = 0
+        self._passed_over = self._without_golden_sample = 0
         self._done = self._total = 0
         self._first_report: float | None = None
         self._stop = threading.Event()
+        self._at_work = threading.Lock()  # the folder is not let go while a thread may still write into it
 
     def __enter__(self) -> Session:
         return self
@@ -126,10 +128,12 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, KeyboardInterrupt):  # what is done can be looked at
-            with contextlib.suppress(OutputError):
-                self._folder.write_html_index()
-        self._folder.__exit__(kind, error, trace)
+        self.stop()
+        with self._at_work:
+            if isinstance(error, KeyboardInterrupt):  # what is done can be looked at
+                with contextlib.suppress(OutputError):
+                    self._folder.write_html_index()
+            self._folder.__exit__(kind, error, trace)
 
     def stop(self) -> None:
         """Ask `process` in another thread to return after the unit that it is at."""
@@ -138,27 +142,24 @@ class Session:
     def discover(self) -> tuple[ingest.Unit, ...]:
         """What there is to report. Inputs that cannot be used are put on record; golden samples are left out."""
         plan = ingest.plan(self.job.inputs, progress=functools.partial(self._tell, "look"))
-        # The output folder may lie inside an input folder; what a run writes is no input. (`resolve` fails on a loop of
-        # links, `realpath` does not.)
-        out = Path(os.path.realpath(self.job.out))
-        units = tuple(
-            unit
-            for unit in plan.units
-            if not Path(os.path.realpath(unit.files[0].path)).is_relative_to(out) and not self._references.has(unit)
-        )
-        self._rejected = [r for r in plan.rejections if not Path(os.path.realpath(r.path)).is_relative_to(out)]
+        wrote = self._folder.wrote  # output and inputs may share a folder
+        units = tuple(unit for unit in plan.units if not wrote(unit.files[0].path) and not self._references.has(unit))
+        self._rejected = [rejection for rejection in plan.rejections if not wrote(rejection.path)]
         self._folder.start(self.job.inputs, self._rejected)
-        self._passed_over = len(plan.passed_over)
+        self._passed_over = sum(not wrote(each.path) for each in plan.passed_over)
+        self._without_golden_sample = sum(map(self._references.lacks, units))
         self._total = len(units)
         self._tell("report", 0, self._total)
         return units
 
     def process(self, units: Sequence[ingest.Unit]) -> None:
         """Report each unit or put it on record as rejected. The next unit is decoded while the model reads this one."""
-        with ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
-            ahead = [decoder.submit(self._prepare, unit) for unit in units[:1]]
+        with self._at_work, ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
+            if not units or self._stop.is_set():
+                return
+            ahead = [decoder.submit(self._prepare, units[0])]
             for following in (*units[1:], None):
-                if not ahead or self._stop.is_set():
+                if self._stop.is_set():
                     return
                 prepared = ahead.pop().result()
                 if following is not None:
@@ -175,6 +176,7 @@ class Session:
             already_reported=tuple(self._already),
             rejected=tuple(self._rejected),
             passed_over=self._passed_over,
+            without_golden_sample=self._without_golden_sample,
             seconds=time.perf_counter() - self._started,
             first_report_seconds=self._first_report,
         )
@@ -183,13 +185,13 @@ class Session:
         """Decode a unit and its golden sample, unless its report is there: that is known from the bytes alone."""
         started = time.perf_counter()
         golden = self._references.of(unit)
-        request = self._request(unit, golden)
+        request = "" if isinstance(golden, Rejection) else self._request(unit, golden)
         if done := self._folder.finished(request, self.job.formats):
             return _Already(unit, done)
         study = ingest.load(unit)
         if isinstance(study, Rejection):
             return study
-        reference = ingest.load(golden) if golden else None
+        reference = ingest.load(golden) if isinstance(golden, ingest.Unit) else golden
         if isinstance(reference, Rejection):
             reason = f"Its golden sample cannot be used: {reference.reason}"
             return Rejection(unit.path, "golden-sample-unreadable", reason, reference.remedy)
@@ -204,15 +206,20 @@ class Session:
         if isinstance(prepared, Rejection):
             self._reject(prepared)
         elif isinstance(prepared, _Already):
-            self._already.append(prepared.entry)
-            if prepared.unit.kind == "series":  # the slices that the study had to do without are still refused
-                self._rejected += self._folder.reject_again({file.name for file in prepared.unit.files})
+            self._note_done(prepared.unit, prepared.entry)
         elif done := self._folder.finished(prepared.request, self.job.formats):  # the same content twice in one run
-            self._already.append(done)
+            self._note_done(prepared.unit, done)
         else:
             self._report(prepared)
         self._done += 1
         self._tell("report", self._done, self._total)
+
+    def _note_done(self, unit: ingest.Unit, entry: IndexEntry) -> None:
+        """The report is there. What it had to do without is still refused, by the name that it has in this run."""
+        self._already.append(entry)
+        names = [file.name for file in unit.files]
+        for missing in entry.refused:
+            self._reject(replace(missing, path=max(names, key=functools.partial(_shared_ending, missing.path))))
 
     def _request(self, unit: ingest.Unit, golden: ingest.Unit | None) -> str:
         """SHA-256 over what a report depends on: content, golden sample, model, kind, rules. Empty: unreadable."""
@@ -270,9 +277,9 @@ class Session:
             errors=errors,
             model=f"{report.model.name} {report.model.version}",
             seconds=round(prepared.seconds + time.perf_counter() - started, 3),
+            refused=study.rejected_sources,
         )
-        self._folder.add(entry)
-        self._reported.append(entry)
+        self._reported.append(self._folder.add(entry))
         if self._first_report is None:
             self._first_report = time.perf_counter() - self._started
 
@@ -307,27 +314,34 @@ class References:
         """Raises UsageError where `path` cannot serve."""
         self._single: ingest.Unit | None = None
         self._by_stem: dict[str, ingest.Unit] = {}
+        self._unusable: dict[str, Rejection] = {}
         if path is None:
             return
         plan = ingest.plan([path])
         pictures = [unit for unit in plan.units if unit.kind == "picture"]
-        if plan.rejections:
+        if plan.rejections and not pictures:
             worst = plan.rejections[0]
             raise UsageError(f"The golden sample {worst.path} cannot be used: {worst.reason} {worst.remedy}")
-        if not path.is_dir() and len(pictures) == 1:
+        if not path.is_dir() and len(pictures) == 1 and not plan.rejections:
             self._single = pictures[0]
             return
+        archive = f"{ingest.FileRef(path).name}!"
+        self._unusable = {Path(each.path.removeprefix(archive)).stem: each for each in plan.rejections}
         for unit in pictures:
             if self._by_stem.setdefault(_stem(unit), unit) is not unit:
                 raise UsageError(f"{path} holds two golden samples called {_stem(unit)}: keep one of each name.")
         if not self._by_stem:
             raise UsageError(f"{path} holds no picture: --reference takes a golden sample or a folder of them.")
 
-    def of(self, unit: ingest.Unit) -> ingest.Unit | None:
-        """The golden sample to compare `unit` with, if there is one."""
+    def of(self, unit: ingest.Unit) -> ingest.Unit | Rejection | None:
+        """The golden sample to compare `unit` with, or why it cannot be used; None where there is none."""
         if unit.kind != "picture":
             return None
-        return self._single or self._by_stem.get(_stem(unit))
+        return self._single or self._by_stem.get(_stem(unit)) or self._unusable.get(_stem(unit))
+
+    def lacks(self, unit: ingest.Unit) -> bool:
+        """Whether `unit` is a picture for which the folder of golden samples has none."""
+        return bool(self._by_stem) and unit.kind == "picture" and self.of(unit) is None
 
     def has(self, unit: ingest.Unit) -> bool:
         """Whether `unit` is itself a golden sample."""
@@ -344,10 +358,11 @@ def check_job(job: Job) -> None:
     if not job.inputs:
         raise UsageError("There is nothing to report: name at least one file, folder or zip archive.")
     # One missing path among others is a refused input; when nothing is there, the command itself is wrong.
-    missing = [path for path in job.inputs if not path.exists()]
-    if len(missing) == len(job.inputs) or (job.reference and not job.reference.exists()):
-        path = missing[0] if len(missing) == len(job.inputs) else job.reference
-        raise UsageError(f"There is no file or folder {path}: check the spelling and the folder you are in.")
+    faults = [fault for fault in map(_out_of_reach, job.inputs) if fault]
+    if len(faults) == len(job.inputs):
+        raise UsageError(faults[0])
+    if job.reference and (fault := _out_of_reach(job.reference)):
+        raise UsageError(fault)
     if job.kind not in KINDS:
         raise UsageError(f"There is no kind {job.kind!r}: choose one of {', '.join(KINDS)}.")
     if not job.formats:
@@ -357,6 +372,17 @@ def check_job(job: Job) -> None:
     except ValueError as error:
         raise UsageError(f"{error}.") from None
     find(job.model)
+
+
+def _out_of_reach(path: Path) -> str:
+    """What is wrong with a path that leads to nothing; empty where something is there."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"There is no file or folder {path}: check the spelling and the folder you are in."
+    except OSError as error:
+        return f"{path} cannot be reached ({error.strerror}): check the spelling and the rights of its folders."
+    return ""
 
 
 @functools.lru_cache(maxsize=1)
@@ -371,6 +397,12 @@ def _same_proportions(study: ImageStudy, reference: ImageStudy) -> bool:
     """Whether the sides of both pictures have the same ratio, to within a tenth."""
     (height, width), (golden_height, golden_width) = study.pixels.shape[1:3], reference.pixels.shape[1:3]
     return 0.9 < (width * golden_height) / (height * golden_width) < 1 / 0.9
+
+
+def _shared_ending(one: str, other: str) -> int:
+    """How many characters at their ends two names share."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _sha256(file: ingest.FileRef) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -20,6 +21,8 @@ from reports.writing import atomic_write
 
 INDEX: Final = "index.jsonl"
 REJECTED: Final = "rejected.jsonl"
+_OWN_FILES: Final = ((INDEX,), (REJECTED,), ("index.html",))
+_REPORT_ID: Final = re.compile("[0-9a-f]{16}")
 
 
 class OutputError(Exception):
@@ -46,10 +49,12 @@ class IndexEntry:
     seconds: float
     thumbnail: str | None = None  # path, relative to the folder
     errors: Mapping[str, str] = field(default_factory=dict)  # format -> why it could not be written
+    refused: tuple[Rejection, ...] = ()  # files of the series that the report had to do without
     status: str = "done"
 
 
 _FIELDS: Final = {f.name for f in fields(IndexEntry)}
+_REQUIRED: Final = {f.name for f in fields(IndexEntry) if f.default is f.default_factory is MISSING}
 
 
 class RunFolder:
@@ -74,7 +79,6 @@ class RunFolder:
             raise OutputError(
                 "Another run is writing to the output folder: wait until it ends, or name another one with --out."
             ) from None
-        self._earlier: dict[Rejection, None] = {}  # of this run's inputs, before this run
         self._entries = {entry.id: entry for entry in _entries(path / INDEX)}
         self._by_request = {entry.request: entry for entry in self._entries.values() if entry.request}
         self._rejections = dict.fromkeys(_rejections(path / REJECTED))
@@ -104,9 +108,19 @@ class RunFolder:
             return None
         return entry if all((self.path / file).is_file() for file in entry.formats.values()) else None
 
-    def add(self, entry: IndexEntry) -> None:
-        """Record a report. Call it when all of its files are in place."""
+    def add(self, entry: IndexEntry) -> IndexEntry:
+        """Record a report; returns its line. Call it when all of its files are in place.
+
+        What an earlier run wrote on the same request in other formats stays part of it.
+        """
         again = entry.id in self._entries
+        if again and (earlier := self._entries[entry.id]).request == entry.request:
+            kept = {
+                name: file
+                for name, file in earlier.formats.items()
+                if name not in entry.errors and (self.path / file).is_file()
+            }
+            entry = replace(entry, formats=kept | dict(entry.formats))
         self._entries[entry.id] = entry
         if entry.request:
             self._by_request[entry.request] = entry
@@ -114,13 +128,13 @@ class RunFolder:
             _write_lines(self.path / INDEX, self._entries.values())
         else:
             _append_line(self.path / INDEX, entry)
+        return entry
 
     def start(self, inputs: Iterable[Path], rejections: Iterable[Rejection]) -> None:
         """Begin a run over `inputs`: what was refused of them earlier is forgotten, `rejections` are recorded."""
         mine = tuple(os.path.abspath(path) for path in inputs)
         within = tuple(f"{path.rstrip('/')}{separator}" for path in mine for separator in "/!")
-        self._earlier = {r: None for r in self._rejections if f"{os.path.abspath(r.path)}/".startswith(within)}
-        others = [r for r in self._rejections if r not in self._earlier]
+        others = [r for r in self._rejections if not f"{os.path.abspath(r.path)}/".startswith(within)]
         self._rejections = dict.fromkeys((*others, *rejections))
         _write_lines(self.path / REJECTED, self._rejections)
 
@@ -129,6 +143,15 @@ class RunFolder:
         if rejection not in self._rejections:
             self._rejections[rejection] = None
             _append_line(self.path / REJECTED, rejection)
+
+    def wrote(self, path: str | Path) -> bool:
+        """Whether `path` is something that a run writes into this folder. Whatever else lies there is the user's."""
+        # `resolve` fails on a loop of links, `realpath` does not.
+        real, here = Path(os.path.realpath(path)), os.path.realpath(self.path)
+        if not real.is_relative_to(here):
+            return False
+        parts = real.relative_to(here).parts
+        return parts in _OWN_FILES or (len(parts) > 1 and _REPORT_ID.fullmatch(parts[0]) is not None)
 
     def write_html_index(self) -> Path:
         """Write `index.html` over all reports and refused inputs of the folder; returns its path."""
@@ -139,17 +162,20 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(error) from None
 
-    def reject_again(self, paths: Collection[str]) -> list[Rejection]:
-        """Record what an earlier run refused of these files; returns it."""
-        again = [rejection for rejection in self._earlier if rejection.path in paths]
-        for rejection in again:
-            self.reject(rejection)
-        return again
-
 
 def _entries(path: Path) -> list[IndexEntry]:
-    lines = [line for line in _read_lines(path) if set(line) == _FIELDS]
-    return [IndexEntry(**{**line, "inputs": tuple(line["inputs"]), "types": tuple(line["types"])}) for line in lines]
+    return [
+        IndexEntry(
+            **line
+            | {
+                "inputs": tuple(line["inputs"]),
+                "types": tuple(line["types"]),
+                "refused": tuple(Rejection(**each) for each in line.get("refused", ())),
+            }
+        )
+        for line in _read_lines(path)
+        if line.keys() >= _REQUIRED and line.keys() <= _FIELDS
+    ]
 
 
 def _rejections(path: Path) -> list[Rejection]:

@@ -60,9 +60,12 @@ def show(summary: RunSummary) -> None:
     counts = [f"{len(summary.reported)} reported"]
     counts += [f"{len(summary.already_reported)} already there"] if summary.already_reported else []
     counts += [f"{len(summary.rejected)} refused"] if summary.rejected else []
-    counts += [f"{summary.passed_over} companion files left alone"] if summary.passed_over else []
+    counts += [f"{summary.passed_over} other files left alone"] if summary.passed_over else []
     console.print(f"{', '.join(counts)}; reading took {summary.seconds:.1f} s. Drafts for qualified review.")
     console.print(Text(f"Open {summary.index.resolve()}"), soft_wrap=True)
+    if lacking := summary.without_golden_sample:
+        words = "1 picture has" if lacking == 1 else f"{lacking} pictures have"
+        err.print(f"scanscribe: {words} no golden sample of the same name: read without one.", soft_wrap=True)
 
 
 def _reports(entries: tuple[IndexEntry, ...]) -> Table:

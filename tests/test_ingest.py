@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.ingest import Plan, load, plan
+from pipelines.ingest import FileRef, Plan, load, plan
 from pipelines.study import ImageStudy, Rejection
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -106,7 +106,7 @@ def test_each_page_of_a_tiff_is_a_unit(tmp_path: Path) -> None:
 
 
 def test_transparency_becomes_white(tmp_path: Path) -> None:
-    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba = np.zeros((32, 32, 4), np.uint8)
     rgba[0] = (255, 0, 0, 255)
     Image.fromarray(rgba).save(tmp_path / "a.png")
     pixels = read(tmp_path / "a.png").pixels[0]
@@ -273,10 +273,50 @@ def test_loops_of_links_end_and_a_file_is_met_once(tree: Path) -> None:
     planned = plan([tree, tree, tree / "a.png"])
     assert len(planned.units) == 4
     assert codes(planned)["broken.png"] == "not-found"
+    passed = {Path(item.path).relative_to(tree).as_posix(): item.reason for item in planned.passed_over}
+    assert passed["again.png"] == f"the same as {tree / 'a.png'}"
+    assert passed["b/loop"] == f"the same as {tree}"
+
+
+def test_a_second_hard_link_is_passed_over_with_its_reason(tmp_path: Path) -> None:
+    Image.fromarray(GREY).save(tmp_path / "a.png")
+    os.link(tmp_path / "a.png", tmp_path / "b.png")
+    planned = plan([tmp_path])
+    assert len(planned.units) == 1
+    assert [(item.path, item.reason) for item in planned.passed_over] == [
+        (str(tmp_path / "b.png"), f"the same as {tmp_path / 'a.png'}")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ref", "parent", "basename"),
+    [
+        (FileRef(Path("in/hello!a.png")), "in", "hello!a.png"),
+        (FileRef(Path("in!/a.png")), "in!", "a.png"),
+        (FileRef(Path("a.png")), ".", "a.png"),
+        (FileRef(Path("x!.zip"), "a!b.png"), "x!.zip", "a!b.png"),
+        (FileRef(Path("x.zip"), "sub/a.png"), "x.zip!sub", "a.png"),
+    ],
+)
+def test_exclamation_marks_belong_to_the_name(ref: FileRef, parent: str, basename: str) -> None:
+    assert (ref.parent, ref.basename) == (parent, basename)
 
 
 def test_empty_folder_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path).code == "empty-folder"
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name_are_not_one(tmp_path: Path) -> None:
+    for name, pixels in (("1.png", GREY), ("2.png", GREY[::-1])):
+        Image.fromarray(pixels).save(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
+        z.write(tmp_path / "1.png", "a.png")
+        z.write(tmp_path / "2.png", "a.png")
+    planned = plan([tmp_path / "x.zip"])
+    assert len(planned.units) == 1
+    assert [(r.path, r.code) for r in planned.rejections] == [(f"{tmp_path}/x.zip!a.png", "duplicate-member")]
+    assert planned.rejections[0].remedy
 
 
 def test_progress_counts_every_file(tree: Path) -> None:

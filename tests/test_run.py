@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.run import Job, Progress, UsageError, execute
+from pipelines.run import Job, Progress, Session, UsageError, execute
 from pipelines.run_folder import IndexEntry, OutputError, RunFolder
 from pipelines.study import Rejection
 from tests.tiny_reader import CURSED, TinyReader
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
@@ -164,6 +167,90 @@ def test_what_a_run_wrote_is_no_input_of_the_next(tmp_path: Path, reader: TinyRe
     assert execute(job).already_reported
     assert len(lines(job.out / "index.jsonl")) == 1
     assert not lines(job.out / "rejected.jsonl")
+
+
+def test_inputs_may_lie_in_the_output_folder(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "a.png", 1)
+    picture(tmp_path / "deep" / "b.png", 2)
+    (tmp_path / "empty.png").touch()
+    monkeypatch.chdir(tmp_path)
+    first = execute(Job((Path("a.png"),), Path()))
+    assert [entry.inputs[0]["path"] for entry in first.reported] == ["a.png"]
+    for _ in range(2):
+        everything = execute(Job((Path(),), Path()))
+        assert len(everything.reported + everything.already_reported) == 2
+        assert [r.path for r in everything.rejected] == ["empty.png"]
+        assert everything.passed_over == 0
+
+
+def broken_series(folder: Path) -> Path:
+    """The sample series with one slice that cannot be decoded."""
+    shutil.copytree(EXAMPLES / "ct" / "phantom-series", folder)
+    victim = folder / "IM0005.dcm"
+    victim.write_bytes(victim.read_bytes()[:2000])
+    return folder
+
+
+def test_refused_slices_stay_on_record_whatever_the_folder_is_called(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_series(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    [missing] = execute(Job((Path("in"),), out)).rejected
+    assert missing.path == "in/IM0005.dcm"
+    for spelling in (tmp_path / "in", Path("in"), Path("in")):
+        again = execute(Job((spelling,), out))
+        assert again.already_reported
+        assert [r.path for r in again.rejected] == [str(spelling / "IM0005.dcm")]
+        assert [line["path"] for line in lines(out / "rejected.jsonl")] == [str(spelling / "IM0005.dcm")]
+
+
+def test_refused_slices_come_back_after_a_run_that_stopped_before_them(tmp_path: Path, reader: TinyReader) -> None:
+    job = Job((broken_series(tmp_path / "in"),), tmp_path / "out")
+    first = execute(job)
+    with Session(job) as session:
+        session.discover()
+    assert execute(job).rejected == first.rejected
+    assert len(lines(job.out / "rejected.jsonl")) == 1
+
+
+def test_formats_that_are_there_stay_in_the_index(tmp_path: Path, reader: TinyReader) -> None:
+    picture(tmp_path / "a.png")
+    jobs = [Job((tmp_path / "a.png",), tmp_path / "out", formats=(name,)) for name in ("json", "html")]
+    assert [len(execute(job).reported) for job in jobs] == [1, 1]
+    assert [len(execute(job).reported) for job in jobs] == [0, 0]
+    [line] = lines(tmp_path / "out" / "index.jsonl")
+    assert set(line["formats"]) == {"json", "html"}
+
+
+def test_a_path_out_of_reach_costs_that_path_only(tmp_path: Path, reader: TinyReader) -> None:
+    picture(tmp_path / "a.png")
+    too_long = tmp_path / ("x" * 300)  # the system refuses to look, as it does in a folder without access rights
+    summary = execute(Job((too_long, tmp_path / "gone.png", tmp_path / "a.png"), tmp_path / "out"))
+    assert len(summary.reported) == 1
+    assert [r.code for r in summary.rejected] == ["unreadable", "not-found"]
+    with pytest.raises(UsageError, match="cannot be reached"):
+        execute(Job((too_long,), tmp_path / "out"))
+    with pytest.raises(UsageError, match="cannot be reached"):
+        execute(Job((tmp_path / "a.png",), tmp_path / "out", reference=too_long))
+
+
+def test_a_broken_golden_sample_costs_only_the_pictures_that_need_it(tmp_path: Path, reader: TinyReader) -> None:
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        picture(tmp_path / "in" / name, seed)
+    picture(tmp_path / "golden" / "a.png", 10)
+    (tmp_path / "golden" / "b.png").write_bytes(b"no picture")
+    job = Job((tmp_path / "in",), tmp_path / "out", reference=tmp_path / "golden")
+    summary = execute(job)
+    assert len(summary.reported) == 2
+    assert [(Path(r.path).name, r.code) for r in summary.rejected] == [("b.png", "golden-sample-unreadable")]
+    assert summary.without_golden_sample == 1
+    (tmp_path / "golden" / "a.png").unlink()
+    with pytest.raises(UsageError, match=r"b\.png cannot be used"):
+        execute(job)
 
 
 @pytest.mark.parametrize(

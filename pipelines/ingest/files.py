@@ -61,11 +61,15 @@ class FileRef:
 
     @property
     def parent(self) -> str:
-        return self.name[: -len(self.basename)].rstrip("/!")
+        """The folder or archive that holds it."""
+        if self.member is None:
+            return FileRef(self.path.parent).name
+        folder = str(PurePosixPath(self.member).parent)
+        return FileRef(self.path, None if folder == "." else folder).name
 
     @property
     def basename(self) -> str:
-        return self.name.replace("!", "/").rsplit("/", 1)[-1]
+        return PurePosixPath(self.member or FileRef(Path(self.path.name)).name).name
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -111,23 +115,24 @@ class PassedOver:
 def discover(inputs: Iterable[Path]) -> Iterator[Found | Rejection | PassedOver]:
     """Every file under `inputs` in a fixed order: inputs as given, folders and archives by name. Never raises.
 
-    Links are followed; a file or folder that is reached twice is met once, which also ends loops of links.
+    Links are followed; a file or folder that is reached again is passed over, which also ends loops of links.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], str] = {}  # device and number of each file and folder -> its first name
     for path in inputs:
         yield from _walk(path, seen, named=True)
 
 
-def _walk(path: Path, seen: set[tuple[int, int]], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
+def _walk(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
     ref = FileRef(path)
     if not named and (litter := _litter(path.name)):
         yield PassedOver(ref.name, litter)
         return
     try:
         info = path.stat()
-        if (info.st_dev, info.st_ino) in seen:
+        if first := seen.get((info.st_dev, info.st_ino)):
+            yield PassedOver(ref.name, f"the same as {first}")
             return
-        seen.add((info.st_dev, info.st_ino))
+        seen[info.st_dev, info.st_ino] = ref.name
         if stat.S_ISDIR(info.st_mode):
             entries = sorted(os.listdir(path))
             if named and not entries:
@@ -148,25 +153,27 @@ def _walk(path: Path, seen: set[tuple[int, int]], *, named: bool) -> Iterator[Fo
 
 def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
     archive = _archive(path)
-    members = sorted({info.filename: info for info in archive.infolist() if not info.filename.endswith("/")}.items())
+    members = sorted((each for each in archive.infolist() if not each.filename.endswith("/")), key=lambda m: m.filename)
     if not members:
         raise Refusal("empty-folder", "The archive is empty.")
     if "[Content_Types].xml" in archive.namelist():
         raise Refusal("unsupported-format", "It is an office document.")
     if len(members) > MAX_ARCHIVE_MEMBERS:
         raise Refusal("archive-bomb", f"The archive has more than {MAX_ARCHIVE_MEMBERS:,} members.")
-    unpacked = sum(info.file_size for _, info in members)
+    unpacked = sum(info.file_size for info in members)
     packed = max(path.stat().st_size, 1)
     if unpacked > MAX_ARCHIVE_BYTES or (unpacked > 1 << 30 and unpacked / packed > MAX_ARCHIVE_RATIO):
         raise Refusal("archive-bomb", f"The archive would unpack to {unpacked / packed:,.0f} times its size.")
-    if all(info.flag_bits & 1 for _, info in members):
+    if all(info.flag_bits & 1 for info in members):
         raise Refusal("password-locked", "The archive is locked with a password.")
-    for name, info in members:
-        ref = FileRef(path, name)
-        parts = PurePosixPath(name.replace("\\", "/")).parts
+    for info in members:
+        ref = FileRef(path, info.filename)
+        parts = PurePosixPath(info.filename.replace("\\", "/")).parts
         litter = next(filter(None, map(_litter, parts)), None)
         if litter:
             yield PassedOver(ref.name, litter)
+        elif archive.getinfo(info.filename) is not info:  # only the last of a name can be opened by it
+            yield rejection(ref.name, "duplicate-member", "The archive holds another file of the same name.")
         elif info.flag_bits & 1:
             yield rejection(ref.name, "password-locked", "The member of the archive is locked with a password.")
         else:

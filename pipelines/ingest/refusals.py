@@ -25,6 +25,7 @@ REMEDIES: Final[dict[str, str]] = {
     "damaged-archive": "Make the archive again, or unpack it and name the folder.",
     "password-locked": "Unpack the archive with its password and name the folder.",
     "nested-archive": "Unpack the inner archive and name its folder.",
+    "duplicate-member": "Rename or leave out one of the two and make the archive again.",
     "archive-bomb": "If the content is genuine, unpack the archive and name the folder.",
     # pictures
     "truncated": "Copy or export the file again: its end is missing.",
