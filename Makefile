@@ -44,8 +44,14 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY) ## read the sample inputs through the batch flow; two are refused on purpose
-	@$(BIN)/scanscribe batch $$($(BIN)/python examples/paths.py) --reference examples/golden --out demo-out \
-	  || { [ $$? -eq 1 ] && echo "The samples in examples/broken are refused on purpose."; }
+	@rm -f demo-out/index.html; \
+	$(BIN)/scanscribe batch $$($(BIN)/python examples/paths.py) --reference examples/golden --out demo-out; code=$$?; \
+	if [ $$code -eq 1 ] && [ -f demo-out/index.html ] && [ "$$(grep -c . demo-out/rejected.jsonl)" = 2 ] \
+	  && [ "$$(grep -cE 'broken/(truncated\.png|not-an-image\.jpg)"' demo-out/rejected.jsonl)" = 2 ]; then \
+	  echo "The samples in examples/broken are refused on purpose."; \
+	else \
+	  echo "The demo failed (exit code $$code): see above, then run .venv/bin/scanscribe doctor." >&2; exit 1; \
+	fi
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest

@@ -7,6 +7,7 @@ With `--json` standard output carries exactly one object; everything else goes t
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from pipelines.store import StoredModel
 
 OK, SOME_REFUSED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+AFTER_CTRL_C = {  # command -> how to go on
+    "report": "The same command goes on where it stopped.",
+    "batch": "The same command goes on where it stopped.",
+    "train": "The same command with --resume goes on from the last checkpoint.",
+    "evaluate": "The same command starts over.",
+}
 
 app = typer.Typer(
     name="scanscribe",
@@ -115,10 +122,21 @@ def train(context: typer.Context, as_json: Json = False) -> None:
     """Train a model from manifests. `scanscribe train --help` lists its options."""
     from pipelines.training.__main__ import cli
 
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        code = cli(context.args)
-    if as_json:
-        _print_json({"command": "train", "exit_code": code})
+    if not as_json:
+        raise typer.Exit(cli(context.args))
+    terminal, said = sys.stderr, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(said):
+            code = cli(context.args)
+    except SystemExit as left:  # the parser's way out, after it has said what is wrong
+        code = left.code if isinstance(left.code, int) else OK
+    finally:
+        terminal.write(said.getvalue())
+    summary: dict[str, Any] = {"command": "train", "exit_code": code}
+    if code != OK:
+        message = said.getvalue().strip().rpartition("\n")[2].removeprefix("scanscribe train: ")
+        summary["error"] = {"code": "usage", "message": message}
+    _print_json(summary)
     raise typer.Exit(code)
 
 
@@ -254,7 +272,8 @@ def main() -> None:
     except Exception as error:
         code = _fail(*_explain(error), as_json, UNUSABLE)
     if code == INTERRUPTED:
-        _fail("interrupted", "Interrupted. The same command goes on where it stopped.", as_json, INTERRUPTED)
+        going_on = AFTER_CTRL_C.get(sys.argv[1] if sys.argv[1:] else "", "")
+        _fail("interrupted", f"Interrupted. {going_on}".strip(), as_json, INTERRUPTED)
     sys.exit(code if isinstance(code, int) else OK)
 
 

@@ -153,6 +153,85 @@ def test_ctrl_c_exits_130_with_a_sentence(scanscribe, tmp_path: Path, monkeypatc
     assert "goes on where it stopped" in err
 
 
+@pytest.mark.parametrize(
+    ("command", "door", "hint"),
+    [
+        ("train --recipe evidence --data . --out x", "pipelines.training.__main__.cli", "--resume"),
+        ("evaluate --data a.jsonl --out x.json", "pipelines.evaluation.evaluate", "starts over"),
+    ],
+)
+def test_ctrl_c_says_how_that_command_goes_on(scanscribe, monkeypatch, command: str, door: str, hint: str) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(door, interrupt)
+    code, out, err = scanscribe(*command.split(), "--json")
+    assert code == 130
+    assert json.loads(out)["exit_code"] == 130
+    assert hint in err
+    assert "where it stopped" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ("", "--recipe"),
+        ("--recipe evidence --data . --out x --bogus", "--bogus"),
+        ("--recipe bogus --data . --out x", "bogus"),
+    ],
+)
+def test_train_prints_one_object_whatever_goes_wrong(scanscribe, options: str, word: str) -> None:
+    code, out, err = scanscribe("train", *options.split(), "--json")
+    said = json.loads(out)
+    assert code == said["exit_code"] == 2
+    assert said["error"]["code"]
+    assert word in said["error"]["message"]
+    assert word in err
+
+
+def test_pictures_without_a_golden_sample_are_counted_once_on_standard_error(scanscribe, tmp_path: Path) -> None:
+    for seed, name in enumerate(("in/a.png", "in/b.png", "in/c.png", "golden/a.png")):
+        picture(tmp_path / name, seed)
+    code, _, err = scanscribe("report", "in", "--out", "out", "--reference", "golden")
+    assert code == 0
+    assert err.count("2 pictures have no golden sample") == 1
+    _, out, err = scanscribe("report", "in", "--out", "out", "--reference", "golden", "--json")
+    assert "golden sample" not in err
+    assert json.loads(out)["without_golden_sample"] == 2
+
+
+REFUSED_SAMPLES = ('{"path": "examples/broken/truncated.png"}', '{"path": "examples/broken/not-an-image.jpg"}')
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "index", "refused", "good"),
+    [
+        (1, True, REFUSED_SAMPLES, True),
+        (1, False, REFUSED_SAMPLES, False),  # Python itself failed
+        (1, True, (*REFUSED_SAMPLES, '{"path": "examples/steel/patches.png"}'), False),
+        (1, True, REFUSED_SAMPLES[:1], False),
+        (0, True, (), False),
+        (2, True, REFUSED_SAMPLES, False),
+    ],
+)
+def test_the_demo_fails_unless_exactly_the_broken_samples_are_refused(
+    tmp_path: Path, exit_code: int, index: bool, refused: tuple[str, ...], good: bool
+) -> None:
+    for name in ("requirements.lock", "pyproject.toml", "bin/python", "ready"):  # `ready` is the newest: no set-up
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / "demo-out").mkdir()
+    (tmp_path / "demo-out" / "index.html").touch()  # of an earlier run
+    (tmp_path / "demo-out" / "rejected.jsonl").write_text("".join(f"{line}\n" for line in refused))
+    make_index = "touch demo-out/index.html" if index else ":"
+    (tmp_path / "bin" / "scanscribe").write_text(f"#!/bin/sh\n{make_index}\nexit {exit_code}\n")
+    for name in ("python", "scanscribe"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    command = ["make", "-f", str(ROOT / "Makefile"), "demo", "BIN=bin", "READY=ready"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == good, done.stderr
+
+
 def test_doctor_names_each_thing_with_its_state_and_writes_nothing(scanscribe, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
     code, out, _ = scanscribe("doctor", "--json")
@@ -254,6 +333,15 @@ def test_the_samples_are_reported_from_end_to_end_with_the_bundled_model(tmp_pat
         "CT": "ct",
     }
     from reports.schema import Report
+
+    expected = {
+        Path(sample["path"]).name: {finding["type"] for finding in sample["findings"]}
+        for sample in json.loads((ROOT / "examples" / "expected.json").read_text())["samples"]
+        if "findings" in sample
+    }
+    found = {Path(entry["inputs"][0]["path"]).name: set(entry["types"]) for entry in summary["reported"]}
+    for name in ("board.png", "scratches.png"):
+        assert found[name] == expected[name]
 
     for entry in summary["reported"]:
         report = Report.model_validate_json((tmp_path / entry["formats"]["json"]).read_text())
