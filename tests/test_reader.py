@@ -19,7 +19,7 @@ from pipelines.reader import Reader, point_or_pass, view
 from pipelines.store import ModelError, find
 from pipelines.study import ImageStudy
 from reports.grammar import ID, TOKENS, from_tokens
-from reports.taxonomy import CT_FIELDS, DEFECT_TYPES
+from reports.taxonomy import CT_FIELDS, DEFECT_TYPES, noun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EXPECTED = {
@@ -79,8 +79,11 @@ def test_what_is_written_parses_and_agrees_with_the_findings(reader: Reader) -> 
             assert max(reading.fields[name].probabilities, key=reading.fields[name].probabilities.__getitem__) == value
         for finding in reading.findings:
             assert 0 <= finding.confidence <= 1
-        if not any(f.reported for f in reading.findings):
-            assert reading.impression == ""
+        said = {f.type for f in reading.findings if f.reported}
+        assert bool(reading.impression) == bool(said)
+        for name in said:
+            assert noun(name) in reading.impression.lower() or noun(name, plural=True) in reading.impression.lower()
+        assert all(f.reported for f in reading.findings if f.confidence >= 0.5)
 
 
 def test_a_volume_names_its_slices_and_windows(reader: Reader) -> None:
@@ -98,6 +101,17 @@ def test_the_kind_can_be_forced(reader: Reader) -> None:
     strip = load("steel/scratches.png")
     assert reader.read(strip, kind="ct").kind == "ct"
     assert reader.read(strip, kind="defect").kind_confidence == 1.0
+    volume = load("ct/phantom-series")
+    forced = reader.read(volume, kind="defect")
+    assert forced.kind == "defect" and forced.slices_read == (len(volume.pixels) // 2,)
+    assert {f.slice_index for f in forced.findings} <= set(forced.slices_read)
+
+
+@pytest.mark.parametrize("path", ["steel/inclusion.png", "steel/patches.png", "tile/crack.png"])
+def test_drawn_defects_are_found_with_their_type(reader: Reader, path: str) -> None:
+    said = [f for f in reader.read(load(path)).findings if f.reported]
+    for defect in EXPECTED[path]["findings"]:
+        assert any(f.type == defect["type"] and overlap(f.bbox, defect["bbox"]) > 0.3 for f in said)
 
 
 def test_reading_twice_says_the_same(reader: Reader) -> None:
