@@ -36,7 +36,7 @@ class IndexEntry:
     """One line of `index.jsonl`: a report all of whose files are in place."""
 
     id: str
-    request: str  # SHA-256 over content, golden sample, model and kind: by it a later run knows what is done
+    request: str  # SHA-256 over content, golden sample, model, kind, rules: by it a later run knows what is done
     kind: str  # "ct" | "defect"
     title: str
     inputs: tuple[Mapping[str, str], ...]  # path, sha256

@@ -25,6 +25,7 @@ def report(
     device: str = "auto",
     kind: str = "auto",
     reference: str | Path | None = None,
+    rules: str | Path | None = None,
 ) -> RunSummary:
     """Report files, folders, DICOM series folders and zip archives into the folder `out`.
 
@@ -33,6 +34,7 @@ def report(
     an output folder that cannot be written.
     """
     from pipelines.run import Job, execute
+    from reports.rules import DEFAULT_RULES
 
     return execute(
         Job(
@@ -43,5 +45,6 @@ def report(
             device=device,
             kind=kind,
             reference=Path(reference) if reference else None,
+            rules=Path(rules) if rules else DEFAULT_RULES,
         )
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flows.jobs import load_job, run_batch, save_job
-from flows.server import LocalServer, ServerError
+from flows.server import LocalServer, ServerError, import_prefect
 from pipelines.ingest import FileRef, Unit
 from pipelines.run import Job, UsageError, execute
 from pipelines.run_folder import OutputError
@@ -79,6 +79,20 @@ def test_a_flow_that_cannot_write_ends_with_the_run_s_own_error(
     with pytest.raises(OutputError, match="No space left on device"):
         run_batch(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_ctrl_c_while_tasks_are_handed_over_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_prefect()
+    import flows.batch
+
+    def interrupt(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    TinyReader().install(monkeypatch)
+    monkeypatch.setattr(flows.batch.read_and_report, "with_options", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
+    assert (tmp_path / "out" / "index.html").exists()
 
 
 def test_wrong_usage_is_told_before_a_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

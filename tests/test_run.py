@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines.reading import Reading
 from pipelines.run import Job, Progress, Session, UsageError, execute
 from pipelines.run_folder import IndexEntry, OutputError, RunFolder
-from pipelines.study import Rejection
+from pipelines.study import ImageStudy, Rejection
 from tests.tiny_reader import CURSED, TinyReader
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -185,31 +187,30 @@ def test_inputs_may_lie_in_the_output_folder(
         assert everything.passed_over == 0
 
 
-def broken_series(folder: Path) -> Path:
-    """The sample series with one slice that cannot be decoded."""
+def doubled_series(folder: Path) -> Path:
+    """The sample series with one slice twice: the study leaves out the second."""
     shutil.copytree(EXAMPLES / "ct" / "phantom-series", folder)
-    victim = folder / "IM0005.dcm"
-    victim.write_bytes(victim.read_bytes()[:2000])
+    shutil.copy(folder / "IM0005.dcm", folder / "IM0005b.dcm")
     return folder
 
 
 def test_refused_slices_stay_on_record_whatever_the_folder_is_called(
     tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken_series(tmp_path / "in")
+    doubled_series(tmp_path / "in")
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     [missing] = execute(Job((Path("in"),), out)).rejected
-    assert missing.path == "in/IM0005.dcm"
+    assert missing.path == "in/IM0005b.dcm"
     for spelling in (tmp_path / "in", Path("in"), Path("in")):
         again = execute(Job((spelling,), out))
         assert again.already_reported
-        assert [r.path for r in again.rejected] == [str(spelling / "IM0005.dcm")]
-        assert [line["path"] for line in lines(out / "rejected.jsonl")] == [str(spelling / "IM0005.dcm")]
+        assert [r.path for r in again.rejected] == [str(spelling / "IM0005b.dcm")]
+        assert [line["path"] for line in lines(out / "rejected.jsonl")] == [str(spelling / "IM0005b.dcm")]
 
 
 def test_refused_slices_come_back_after_a_run_that_stopped_before_them(tmp_path: Path, reader: TinyReader) -> None:
-    job = Job((broken_series(tmp_path / "in"),), tmp_path / "out")
+    job = Job((doubled_series(tmp_path / "in"),), tmp_path / "out")
     first = execute(job)
     with Session(job) as session:
         session.discover()
@@ -279,6 +280,34 @@ def test_an_output_folder_has_one_run_at_a_time(tmp_path: Path, reader: TinyRead
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="--out"):
         execute(Job((tmp_path / "a.png",), tmp_path / "file"))
+
+
+def test_the_folder_is_not_let_go_while_a_thread_writes_into_it(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tuple(picture(tmp_path / f"{seed}.png", seed) for seed in range(3)), tmp_path / "out")
+    at_work, go_on, locked = threading.Event(), threading.Event(), []
+
+    def read(study: ImageStudy, **options: object) -> Reading:
+        at_work.set()
+        assert go_on.wait(10)
+        return TinyReader().read(study)
+
+    def look() -> None:
+        with pytest.raises(OutputError, match="Another run"):
+            RunFolder(job.out)
+        locked.append(True)
+        go_on.set()
+
+    monkeypatch.setattr(reader, "read", read)
+    with Session(job) as session:
+        worker = threading.Thread(target=session.process, args=(session.discover(),))
+        worker.start()
+        assert at_work.wait(10)
+        threading.Timer(0.2, look).start()
+    assert locked
+    worker.join()
+    assert len(lines(job.out / "index.jsonl")) == 1  # the unit that it was at
 
 
 def test_a_full_disk_stops_the_run_with_a_sentence(
