@@ -323,7 +323,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     for name in ("a", "b", "board", "golden", "odd"):
-        Image.new("L", (40, 30), 90).save(folder / f"{name}.png")
+        Image.linear_gradient("L").resize((40, 30)).save(folder / f"{name}.png")
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:60])
     lines = [
         {"id": "b", "image": "b.png", "findings": [{"type": "crack", "bbox": [0, 0, 10, 10]}]},
