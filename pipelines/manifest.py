@@ -78,15 +78,17 @@ class ManifestWarning(UserWarning):
     """A manifest that can be used, but whose figures need care."""
 
 
-def read_manifest(path: Path, *, split: str | None = None) -> list[Case]:
+def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False) -> list[Case]:
     """All cases of the manifest at `path` (of one `split` if given), in the order of its lines.
 
     Paths in a line are relative to the manifest's folder. Boxes may leave the image by up to 1 px (rounding in the
     tool that drew them) and are clipped to it. The size comes from the image's header where Pillow knows the format,
     else from the line's `width` and `height`; without either a box is only checked to be one.
 
-    Raises `ManifestError` with every fault of the file, also of lines outside `split`. Warns (`ManifestWarning`) when
-    a group has cases in several splits: that is no fault, since published splits do it (DeepPCB's boards).
+    Raises `ManifestError` with every fault of the file, also of lines outside `split`. `lenient`, for scoring, only
+    warns (`ManifestWarning`) of labels that cannot be used, which are left out, and of files that are not there: one
+    faulty line does not cost the answers for all others. Warns also when a group has cases in several splits: that is
+    no fault, since published splits do it (DeepPCB's boards).
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -96,6 +98,7 @@ def read_manifest(path: Path, *, split: str | None = None) -> list[Case]:
 
     cases: list[Case] = []
     faults: list[Fault] = []
+    unusable: list[Fault] = []  # labels and files of lines that are cases all the same
     line_of_id: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -103,10 +106,14 @@ def read_manifest(path: Path, *, split: str | None = None) -> list[Case]:
         case, problems = _read_line(line, path.parent)
         if case is not None:
             if (seen := line_of_id.setdefault(case.id, number)) != number:
-                problems.append(f"id is already used on line {seen}; ids must be unique")
+                faults.append(Fault(number, f"id is already used on line {seen}; ids must be unique"))
             cases.append(case)
-        faults += [Fault(number, problem) for problem in problems]
+        (faults if case is None else unusable).extend(Fault(number, problem) for problem in problems)
 
+    if not lenient:
+        faults = sorted([*faults, *unusable], key=lambda fault: fault.line)
+    elif unusable:
+        warnings.warn(f"left out or missing: {ManifestError(path, unusable)}", ManifestWarning, stacklevel=2)
     if not faults and not cases:
         faults.append(Fault(0, "has no lines; give at least one case"))
     splits = sorted({case.split for case in cases if case.split is not None})

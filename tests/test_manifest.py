@@ -203,3 +203,23 @@ def test_real_manifests_have_no_fault(shared_data: Path, name: str, kind: str, l
     cases = read_manifest(shared_data / name / "manifest.jsonl")
     assert len(cases) == count
     assert {(case.kind, case.product_line) for case in cases} == {(kind, line)}
+
+
+def test_scoring_goes_on_without_labels_and_files_that_cannot_be_used(folder: Path) -> None:
+    lines = [
+        {"id": "good", "image": "a.png", "region": "chest"},
+        {"id": "gone", "image": "gone.png"},
+        {"id": "odd", "image": "a.png", "region": "moon", "findings": [{"type": "open", "bbox": [0, 0, 400, 300]}]},
+    ]
+    path = folder / "lenient.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ManifestError) as raised:
+        read_manifest(path)
+    assert {fault.line for fault in raised.value.faults} == {2, 3}
+    with pytest.warns(ManifestWarning, match="line 2.*line 3"):
+        cases = read_manifest(path, lenient=True)
+    assert [case.id for case in cases] == ["good", "gone", "odd"]
+    assert cases[2].fields == {} and cases[2].boxes == ()
+    path.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[0]) + "\n{")
+    with pytest.raises(ManifestError, match=r"already used.*is not JSON"):
+        read_manifest(path, lenient=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import ingest
 from pipelines.evaluation.predictions import Prediction, read_predictions, to_json_lines
 from pipelines.evaluation.scoring import score
-from pipelines.manifest import Case, groups_in_several_splits, read_manifest
+from pipelines.manifest import Case, ManifestWarning, groups_in_several_splits, read_manifest
 from pipelines.study import ImageStudy, Rejection
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def evaluate(
 
     Raises `ManifestError`, what the model store raises for a model that cannot be used, and OSError.
     """
-    every, cases = read_manifest(manifest), read_manifest(manifest, split=split)
+    every, cases = _read_manifest(manifest, split)
     _make_folders(out, predictions)
 
     from pipelines.reader import Reader  # torch: not for those who only score
@@ -55,11 +56,21 @@ def rescore(manifest: Path, predictions: Path, *, split: str | None = None, out:
 
     Raises `ManifestError`, `PredictionsError` and OSError.
     """
-    every, cases = read_manifest(manifest), read_manifest(manifest, split=split)
+    every, cases = _read_manifest(manifest, split)
     _make_folders(out)
     wanted = {case.id for case in cases}
     answers = [answer for answer in read_predictions(predictions) if answer.id in wanted]
     return _summary(manifest, split, every, cases, answers, None, out)
+
+
+def _read_manifest(manifest: Path, split: str | None) -> tuple[list[Case], list[Case]]:
+    """All cases, and those of the split. What a line has wrong costs that line only."""
+    every = read_manifest(manifest, lenient=True)
+    if split is None:
+        return every, every
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ManifestWarning)  # told already
+        return every, read_manifest(manifest, split=split, lenient=True)
 
 
 def _predict(cases: Sequence[Case], reader: Reader, progress: Listener | None) -> Iterable[Prediction]:
