@@ -252,7 +252,7 @@ class Reader:
 
     def _line(self, fields_BF: Tensor, kind: str) -> tuple[str, float]:
         """The likeliest product line or "ct", and how sure its kind is; `kind` overrides."""
-        p = (self._part(fields_BF, "line") / self.calibration.temperature.get("line", 1.0)).softmax(-1).cpu()
+        p = self._part(fields_BF, "line").exp().cpu()
         ct = float(p[LINE_VALUES.index("ct")])
         if kind == "ct" or (kind == "auto" and ct >= 0.5):
             return "ct", 1.0 if kind == "ct" else ct
@@ -304,7 +304,7 @@ class Reader:
         least = self.calibration.report.get(seen.line, 0.0)
         for i, candidate in enumerate(seen.candidates):
             confidence = self._confidence(candidate.score, seen.line)
-            named = pointed.get(i) if confidence >= least else None
+            named = pointed.get(i)
             zone = zone_of(candidate.bbox, width, height)
             extent = extent_of(candidate.bbox, width, height) if seen.line != "ct" else ""
             if named and (named.type, named.zone, named.extent) != (candidate.type, zone, extent):
@@ -315,7 +315,8 @@ class Reader:
                     candidate.bbox,
                     candidate.slice_index,
                     confidence,
-                    named is not None,
+                    # Sure items are reported also where there are more of them than the decoder has slots for.
+                    confidence >= SURE or (named is not None and confidence >= least),
                     "weak" if seen.line == "ct" else "box",
                     zone,
                     extent,
@@ -323,7 +324,7 @@ class Reader:
             )
         findings.sort(key=lambda finding: -finding.confidence)
         reported = [DraftFinding(0, f.type, f.location, f.extent) for f in findings if f.reported]
-        # The decoder's impression stands where it agrees with its own findings.
+        # The impression sums up what is reported; where the decoder's own contradicts its findings, that is noted.
         impression = summarise(reported)
         if draft.impression != summarise(draft.findings):
             corrections.add("impression")

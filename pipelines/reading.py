@@ -49,7 +49,7 @@ class Reading:
     product_line: str | None  # for defects: "steel", "tile", "board"
     fields: dict[str, FieldReading]  # CT only
     findings: tuple[FindingReading, ...]  # by falling confidence; reported ones and candidates
-    impression: str  # the decoder's sentence(s), English
+    impression: str  # sentence(s) that sum up the reported findings, English; empty when there is none
     slices_read: tuple[int, ...] = (0,)  # which slices of a volume the model looked at
     windows: tuple[str, ...] = ()  # CT display windows that the model looked through
     quality_flags: tuple[str, ...] = ()

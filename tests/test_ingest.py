@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ingest_doors import read, refusal
 from PIL import Image
 
 from pipelines.ingest import FileRef, Plan, load, plan
@@ -23,25 +24,6 @@ from pipelines.study import ImageStudy, Rejection
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GREY = (np.arange(48 * 32, dtype=np.uint16).reshape(48, 32) % 251).astype(np.uint8)
 RGB = np.stack([GREY, GREY[::-1], np.full_like(GREY, 90)], axis=-1)
-
-
-def read(path: Path) -> ImageStudy:
-    units = plan([path]).units
-    assert len(units) == 1
-    study = load(units[0])
-    assert isinstance(study, ImageStudy), study
-    return study
-
-
-def refusal(path: Path) -> Rejection:
-    """The one rejection that `path` gets, from `plan` or from `load`."""
-    planned = plan([path])
-    outcomes = [*planned.rejections, *map(load, planned.units)]
-    assert len(outcomes) == 1
-    assert isinstance(outcomes[0], Rejection)
-    assert outcomes[0].reason
-    assert outcomes[0].remedy
-    return outcomes[0]
 
 
 def codes(planned: Plan) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from ingest_doors import read, refusal
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     BasicTextSRStorage,
@@ -22,28 +23,11 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from pipelines.ingest import load, plan
-from pipelines.study import ImageStudy, Rejection
+from pipelines.ingest import plan
+from pipelines.study import ImageStudy
 
 PHANTOM = Path(__file__).parents[1] / "examples" / "ct" / "phantom-series"
 Edit = Callable[[Dataset], None]
-
-
-def read(*paths: Path) -> ImageStudy:
-    planned = plan(paths)
-    assert planned.rejections == ()
-    assert len(planned.units) == 1
-    study = load(planned.units[0])
-    assert isinstance(study, ImageStudy), study
-    return study
-
-
-def refusal(path: Path) -> Rejection:
-    planned = plan([path])
-    outcomes = [*planned.rejections, *map(load, planned.units)]
-    assert len(outcomes) == 1
-    assert isinstance(outcomes[0], Rejection), outcomes[0]
-    return outcomes[0]
 
 
 def phantom_slices() -> list[Dataset]:

@@ -15,10 +15,10 @@ import torch
 
 from pipelines import ingest
 from pipelines.inputs import channels, grey8, pad, resize, window
-from pipelines.reader import Reader, point_or_pass, view
+from pipelines.reader import Candidate, Reader, point_or_pass, view
 from pipelines.store import ModelError, find
 from pipelines.study import ImageStudy
-from reports.grammar import ID, TOKENS, from_tokens
+from reports.grammar import ID, POINTERS, TOKENS, from_tokens
 from reports.taxonomy import CT_FIELDS, DEFECT_TYPES, noun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -112,6 +112,14 @@ def test_drawn_defects_are_found_with_their_type(reader: Reader, path: str) -> N
     said = [f for f in reader.read(load(path)).findings if f.reported]
     for defect in EXPECTED[path]["findings"]:
         assert any(f.type == defect["type"] and overlap(f.bbox, defect["bbox"]) > 0.3 for f in said)
+
+
+def test_no_sure_item_is_lost_for_want_of_slots(reader: Reader) -> None:
+    board = load("board/board.png")
+    seen = reader.look(board, reference=load("golden/board.png"))
+    many = [Candidate("open", (8.0 * i, 8.0, 8.0 * i + 6, 30.0), 0.99) for i in range(POINTERS + 8)]
+    reading = reader.write(dataclasses.replace(seen, candidates=many))
+    assert sum(f.reported for f in reading.findings) == len(many)
 
 
 def test_reading_twice_says_the_same(reader: Reader) -> None:

@@ -163,7 +163,8 @@ def test_a_run_that_diverges_stops_and_says_where_it_was_good(
     command = ["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(tmp_path / "run"), "--data", str(data)]
     assert cli([*command, "--device", "cpu", "--set", "learning_rate=1e30", "--set", "clip=1e30"]) == 2
     message = capsys.readouterr().err
-    assert "last good checkpoint" in message and "learning_rate" in message
+    assert "last good checkpoint: none was written" in message and "learning_rate" in message
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()  # weights that are no numbers are never kept
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,20 @@ class Prediction:
     product_line: str | None = None
     fields: dict[str, FieldReading] = field(default_factory=dict)
     findings: tuple[PredictedFinding, ...] = ()
+    corrections: tuple[str, ...] = ()  # where the decoder's words did not agree with the evidence
     error: str | None = None
 
     @classmethod
     def from_reading(cls, case_id: str, reading: Reading) -> Prediction:
         findings = (PredictedFinding(f.type, f.bbox, f.confidence, f.reported) for f in reading.findings)
         return cls(
-            case_id, reading.kind, reading.kind_confidence, reading.product_line, reading.fields, tuple(findings)
+            case_id,
+            reading.kind,
+            reading.kind_confidence,
+            reading.product_line,
+            reading.fields,
+            tuple(findings),
+            reading.corrections,
         )
 
 
@@ -72,7 +79,8 @@ def _from_record(record: dict[str, Any]) -> Prediction:
     fields = {name: FieldReading(**value) for name, value in record.pop("fields").items()}
     findings = [PredictedFinding(**finding) for finding in record.pop("findings")]
     boxed = tuple(PredictedFinding(f.type, _four(f.bbox), float(f.confidence), bool(f.reported)) for f in findings)
-    return Prediction(**record, fields=fields, findings=boxed)
+    corrections = tuple(map(str, record.pop("corrections", ())))
+    return Prediction(**record, fields=fields, findings=boxed, corrections=corrections)
 
 
 def _four(values: Iterable[float]) -> Box:

@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class DivergedError(RuntimeError):
-    """The loss became NaN or infinite; the message names the last good checkpoint."""
+    """The loss or the weights became NaN or infinite; the message names the last good checkpoint."""
 
     code = "diverged"
 
@@ -127,7 +127,10 @@ class Run:
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
 
     def save(self, step: int, parts: dict[str, Any]) -> None:
-        """Writes the checkpoint whole or not at all."""
+        """Writes the checkpoint whole or not at all. Raises `DivergedError` for weights that are not finite."""
+        for part in parts.values():
+            if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
+                raise self._diverged(f"weights are not finite at step {step}")
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save({"step": step, "recipe": self.recipe, **{k: v.state_dict() for k, v in parts.items()}}, temporary)
         os.replace(temporary, self.checkpoint)
@@ -145,9 +148,9 @@ class Run:
         """The loss as a number; raises `DivergedError` when it is not one."""
         value = float(loss)
         if not math.isfinite(value):
-            kept = self.checkpoint if self.checkpoint.exists() else "none was written"
-            raise DivergedError(
-                f"the loss is {value} at step {step}; last good checkpoint: {kept}. "
-                "Lower learning_rate and go on with --resume."
-            )
+            raise self._diverged(f"the loss is {value} at step {step}")
         return value
+
+    def _diverged(self, what: str) -> DivergedError:
+        kept = self.checkpoint if self.checkpoint.exists() else "none was written"
+        return DivergedError(f"{what}; last good checkpoint: {kept}. Lower learning_rate and go on with --resume.")
