@@ -15,7 +15,7 @@ from pathlib import Path
 from flows.server import LocalServer, import_prefect, state_folder
 from pipelines import run
 from pipelines.run import Job, Listener, References, RunSummary, check_job
-from reports.writing import atomic_write
+from reports.files import atomic_write
 
 LISTENER: ContextVar[Listener | None] = ContextVar("LISTENER", default=None)  # who watches the flow in this process
 

@@ -23,6 +23,7 @@ from reports.images import Picture, ReportImages
 from reports.measurements import Box
 from reports.rules import Defect, Rules, load_rules
 from reports.schema import (
+    ContextNote,
     Evidence,
     FieldValue,
     Finding,
@@ -96,6 +97,17 @@ def build_report(
             reference=_input(reference.sources[0]) if reference else None,
             study_uid=study.study_uid,
             series_uid=study.series_uid,
+            **{name: _text(value) for name, value in study.identifiers.items()},
+        ),
+        context=tuple(
+            ContextNote(
+                text=_text(note.text) or "",
+                kind=note.kind,
+                name=_text(note.source.path) or "",
+                sha256=note.source.sha256,
+                page=note.source.page,
+            )
+            for note in study.documents
         ),
         technique=technique,
         fields={

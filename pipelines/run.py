@@ -25,8 +25,10 @@ from pipelines.reporting import build_report, report_images
 from pipelines.run_folder import IndexEntry, OutputError, RunFolder, cannot_write
 from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
+from reports.bundle import Bundle
+from reports.formats import check_formats, formats
 from reports.rules import DEFAULT_RULES, load_rules
-from reports.writing import THUMBNAIL, FormatError, check_formats, write_report
+from reports.writing import THUMBNAIL, FormatError, write_report
 
 if TYPE_CHECKING:
     from pipelines.reader import Reader
@@ -249,7 +251,7 @@ class Session:
                 rules=self._rules,
                 timing={"load": round(prepared.seconds, 3), "read": round(time.perf_counter() - started, 3)},
             )
-            images = report_images(study, report, reference=reference)
+            bundle = Bundle(report, report_images(study, report, reference=reference), study.dicom)
         except Exception as error:  # whatever one input does to the model, the others are still reported
             self._reject(_failed(prepared.unit, error))
             return
@@ -257,7 +259,7 @@ class Session:
         directory = self.job.out / report.id
         errors: dict[str, str] = {}
         try:
-            files = write_report(directory, report, images, self.job.formats)
+            files = write_report(directory, bundle, self.job.formats)
         except FormatError as error:
             files, errors = error.written, error.errors
         except OSError as error:
@@ -366,7 +368,7 @@ def check_job(job: Job) -> None:
     if job.kind not in KINDS:
         raise UsageError(f"There is no kind {job.kind!r}: choose one of {', '.join(KINDS)}.")
     if not job.formats:
-        raise UsageError(f"There is no format to write: choose from {', '.join(FORMATS)}.")
+        raise UsageError(f"There is no format to write: choose from {', '.join(formats())}.")
     try:
         check_formats(job.formats)
     except ValueError as error:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from pipelines.study import Rejection
-from reports.writing import atomic_write
+from reports.files import atomic_write
 
 INDEX: Final = "index.jsonl"
 REJECTED: Final = "rejected.jsonl"

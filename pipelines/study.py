@@ -7,11 +7,13 @@ multi-page file. Nothing here knows about models or report formats.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+from reports.dicom_source import DicomSource
 
 PixelUnits = Literal["HU", "display"]
 
@@ -49,6 +51,15 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """A page of text that came with the images: a request form, a prior report, an inspection sheet."""
+
+    text: str  # as it stands in the document
+    kind: Literal["request", "prior-report", "inspection-sheet", "text"]
+    source: SourceFile
+
+
+@dataclass(frozen=True, slots=True)
 class ImageStudy:
     """Pixels in physical units with their geometry and provenance.
 
@@ -69,6 +80,9 @@ class ImageStudy:
     kernel: str | None = None
     contrast_agent: str | None = None  # what the header says, if anything
     body_part: str | None = None  # what the header says, if anything
+    identifiers: Mapping[str, str] = field(default_factory=dict)  # accession, lot, part, serial: where known
+    documents: tuple[Document, ...] = ()
+    dicom: DicomSource | None = None
     quality_flags: tuple[str, ...] = ()  # kebab-case codes, listed in `pipelines/ingest/series.py`
     rejected_sources: tuple[Rejection, ...] = ()  # files of the series that the study had to do without
 

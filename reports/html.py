@@ -14,6 +14,7 @@ from typing import Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from reports import taxonomy
+from reports.bundle import Bundle
 from reports.flags import explain
 from reports.images import Box, EncodedPicture, Picture, ReportImages, around, encode_picture
 from reports.schema import Evidence, Finding, Report
@@ -69,8 +70,9 @@ class Figure:
         return f"0 0 {x1 - x0} {y1 - y0}"
 
 
-def render(report: Report, images: ReportImages) -> bytes:
+def render(bundle: Bundle) -> bytes:
     """The report as one UTF-8 HTML file."""
+    report, images = bundle.report, bundle.images
     text = (
         environment()
         .get_template("report.html.j2")

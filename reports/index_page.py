@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+from reports.files import atomic_write
 from reports.html import environment
-from reports.writing import atomic_write
 
 INDEX: Final = "index.html"
 KINDS: Final = {"ct": "CT", "defect": "Inspection"}

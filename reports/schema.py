@@ -53,8 +53,29 @@ class Source(Record):
     )
     study_uid: str | None = None
     series_uid: str | None = None
+    accession: str | None = None
     lot: str | None = None
     part: str | None = None
+    serial: str | None = None
+
+
+class ContextNote(Record):
+    """What a document beside the images says, in its own words: quoted, never interpreted."""
+
+    text: str
+    kind: Literal["request", "prior-report", "inspection-sheet", "text"]
+    name: str = Field(description="the document's name")
+    sha256: Sha256
+    page: int | None = Field(default=None, description="0-based")
+
+
+class Segment(Record):
+    """A mask over the whole study, kept beside the report (`parts/segments.npz`)."""
+
+    id: str
+    title: str
+    code: Code | None = None
+    method: str
 
 
 class FieldValue(Record):
@@ -144,14 +165,18 @@ class Report(Record):
     kind: Literal["ct", "defect"]
     status: Literal["preliminary"] = "preliminary"
     created: AwareDatetime
+    language: Literal["en", "zh-CN"] = "en"
+    version: Annotated[int, Field(ge=1)] = 1
     title: str
     source: Source
+    context: tuple[ContextNote, ...] = ()
     technique: Technique
     fields: dict[str, FieldValue] = Field(
         default_factory=dict, description="fields that are not technique: laterality, covid19"
     )
     findings: tuple[Finding, ...] = ()
     measurements: tuple[Measurement, ...] = Field(default=(), description="of the whole image or study")
+    segments: tuple[Segment, ...] = ()
     impression: str
     disposition: Literal["accept", "rework", "reject", "hold"] | None = None
     disposition_rule: str | None = Field(default=None, description="the rule that gave severity and disposition")

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from scanscribe.options import Device, Formats, Inputs, Json, Kind, Model, Out, Reference, Rules
+
 if TYPE_CHECKING:
     from pipelines.run import Job, Listener, RunSummary
     from pipelines.store import StoredModel
@@ -39,23 +41,6 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The models that are installed.")
 app.add_typer(models_app, name="models")
-
-Inputs = Annotated[
-    list[Path], typer.Argument(help="Files, folders, DICOM series folders, zip archives.", show_default=False)
-]
-Out = Annotated[Path, typer.Option(help="Folder for the reports, index.jsonl, rejected.jsonl and index.html.")]
-Formats = Annotated[str | None, typer.Option(help="Names with commas: json, html. (default json,html)")]
-Model = Annotated[str | None, typer.Option(help="A model's name, or its folder. (default default)")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default auto)")]
-Kind = Annotated[str | None, typer.Option(help="What the inputs are: auto, ct or defect. (default auto)")]
-Reference = Annotated[
-    Path | None,
-    typer.Option(help="Golden sample to compare pictures with, or a folder of them, matched by file name."),
-]
-Rules = Annotated[
-    Path | None, typer.Option(help="Rule file for severity and disposition. (default reports/default_rules.toml)")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
 def _version(asked: bool) -> None:

@@ -17,6 +17,7 @@ from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Readi
 from pipelines.reporting import box_in_patient, build_report, report_id, report_images
 from pipelines.study import Geometry, ImageStudy, SourceFile
 from reports import taxonomy
+from reports.bundle import Bundle
 from reports.codes import code_of
 from reports.measurements import covered_share
 from reports.rules import DEFAULT_RULES, Defect, RulesError, load_rules
@@ -245,7 +246,7 @@ def test_a_board_without_golden_sample_is_held() -> None:
 def test_file_names_that_are_no_text_can_be_reported(tmp_path: Path) -> None:
     study = photo(name="caf\udce9.png")
     report = build_report(study, defect(), MODEL)
-    files = write_report(tmp_path, report, report_images(study, report), ["json", "html"])
+    files = write_report(tmp_path, Bundle(report, report_images(study, report)), ["json", "html"])
     assert Report.model_validate(json.loads(files["json"].read_text("utf-8"))) == report
 
 

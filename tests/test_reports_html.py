@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from report_strategies import AWKWARD, HEIGHT, WIDTH, images_for, plain_report, reports, texts
 
+from reports.bundle import Bundle
 from reports.html import number, render
 from reports.images import BOX_COLOUR, Picture, ReportImages
 from reports.index_page import write_index
@@ -75,7 +76,7 @@ def assert_harmless(page: Page, scripts: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(report=reports())
 def test_html_states_every_finding_and_nothing_breaks_out(report: Report) -> None:
-    page = Page(render(report, images_for(report)))
+    page = Page(render(Bundle(report, images_for(report))))
     text = flat(page.text)
     assert_harmless(page, scripts=0)
     assert all((attrs["src"] or "").startswith("data:image/") for attrs in page.all("img"))
@@ -97,21 +98,21 @@ def test_html_states_every_finding_and_nothing_breaks_out(report: Report) -> Non
 
 
 def test_a_report_without_findings_never_says_normal() -> None:
-    text = Page(render(plain_report(), ReportImages())).text
+    text = Page(render(Bundle(plain_report()))).text
     assert "No defect of the assessed types was found." in text
     assert "None reported. See what was not assessed" in text
     assert "normal" not in text.lower()
 
 
-def with_box(*bbox: float, size: tuple[int, int] = (WIDTH, HEIGHT)) -> tuple[Report, ReportImages]:
+def with_box(*bbox: float, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Bundle:
     evidence = Evidence(input_index=0, slice_index=0, bbox=bbox, localisation="box")
     finding = Finding(id="F1", type="crack", description="A crack.", evidence=(evidence,), confidence=0.5)
     picture = Picture(np.full((size[1], size[0]), 90, np.uint8))
-    return plain_report(findings=(finding,)), ReportImages({0: picture})
+    return Bundle(plain_report(findings=(finding,)), ReportImages({0: picture}))
 
 
 def test_boxes_keep_the_images_own_pixels_when_the_picture_is_shrunk() -> None:
-    page = Page(render(*with_box(1000, 500, 2000, 900, size=(4000, 2000))))
+    page = Page(render(with_box(1000, 500, 2000, 900, size=(4000, 2000))))
     assert page.all("svg")[0]["viewbox"] == "0 0 4000 2000"
     box = next(a for a in page.all("rect") if a.get("data-finding") == "F1")
     assert [float(box[k] or 0) for k in ("x", "y", "width", "height")] == [1000, 500, 1000, 400]
@@ -187,13 +188,13 @@ def browse(page: Path, profile: Path, *arguments: str) -> bytes:
 def test_a_browser_draws_the_box_where_the_finding_is(tmp_path: Path) -> None:
     """A 600 x 400 picture at (known) page coordinates: its amber pixels span the box, to the pixel."""
     box = (150, 100, 450, 300)
-    report, images = with_box(*box, size=(600, 400))
+    bundle = with_box(*box, size=(600, 400))
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
     # The page as a user gets it, with all but the big figure taken out of sight and that one put in the corner.
     isolate = (
         b"<style>.figures .stage{position:fixed;inset:0 auto auto 0;width:600px;z-index:9;border:0}.tag{display:none}"
     )
-    page.write_bytes(render(report, images).replace(b"</head>", isolate + b"</style></head>"))
+    page.write_bytes(render(bundle).replace(b"</head>", isolate + b"</style></head>"))
     browse(page, tmp_path / "profile", "--force-device-scale-factor=1", "--window-size=800,700", f"--screenshot={shot}")
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)[:400, :600]

@@ -7,15 +7,18 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from report_strategies import images_for, plain_report, reports
 
-from reports import writing
-from reports.images import ReportImages
+from reports.bundle import Bundle, BundleError, load_bundle
+from reports.dicom_source import DicomSource, Instance
+from reports.files import atomic_write
+from reports.formats import Format, UnknownFormatError, formats
 from reports.schema import SCHEMA_PATH, Report, json_schema
-from reports.writing import FormatError, UnknownFormatError, atomic_write, write_report
+from reports.writing import FormatError, write_report
 
 
 def test_published_schema_is_up_to_date() -> None:
@@ -56,7 +59,7 @@ def test_a_written_file_has_the_rights_of_any_other_new_file(tmp_path: Path) -> 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(report=reports())
 def test_json_file_reads_back_as_the_same_report(tmp_path: Path, report: Report) -> None:
-    written = write_report(tmp_path / report.id, report, images_for(report), ["json"])
+    written = write_report(tmp_path / report.id, Bundle(report, images_for(report)), ["json"])
     assert Report.model_validate_json(written["json"].read_bytes()) == report
     assert json.loads(written["json"].read_bytes())["status"] == "preliminary"
     with Image.open(tmp_path / report.id / "thumb.jpg") as thumbnail:
@@ -66,15 +69,16 @@ def test_json_file_reads_back_as_the_same_report(tmp_path: Path, report: Report)
 def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     report = plain_report()
     with pytest.raises(UnknownFormatError, match="known formats are json, html"):
-        write_report(tmp_path / "r", report, ReportImages(), ["json", "papyrus"])
+        write_report(tmp_path / "r", Bundle(report), ["json", "papyrus"])
     assert not (tmp_path / "r").exists()
 
 
 def test_one_failing_format_does_not_cost_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = writing.Format("broken", "report.broken", "reports.writing:no_such_function")
-    monkeypatch.setitem(writing.FORMATS, "broken", broken)
+    broken = Format("broken", "fails", "report.broken", "reports.writing:no_such_function")
+    monkeypatch.setattr("reports.writing.formats", lambda: formats() | {"broken": broken})
+    monkeypatch.setattr("reports.writing.check_formats", lambda names: None)
     with pytest.raises(FormatError) as caught:
-        write_report(tmp_path, plain_report(), ReportImages(), ["broken", "json", "html"])
+        write_report(tmp_path, Bundle(plain_report()), ["broken", "json", "html"])
     assert set(caught.value.written) == {"json", "html"}
     assert "no_such_function" in caught.value.errors["broken"]
     assert all(path.exists() for path in caught.value.written.values())
@@ -82,5 +86,34 @@ def test_one_failing_format_does_not_cost_the_others(tmp_path: Path, monkeypatch
 
 def test_the_leftover_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".report.json.1-aa.tmp").write_bytes(b"half")
-    write_report(tmp_path, plain_report(), ReportImages(), ["json"])
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    write_report(tmp_path, Bundle(plain_report()), ["json"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "report.json"]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(report=reports())
+def test_a_report_folder_reads_back_as_it_was_written(tmp_path: Path, report: Report) -> None:
+    mask = np.zeros((2, 5, 7), bool)
+    mask[1, 2:4, 3:] = True
+    source = DicomSource({"0020000D": {"vr": "UI", "Value": ["1.2"]}}, (Instance("1.2.3", "1.2.840.1", 4),))
+    bundle = Bundle(report, images_for(report), source, {"lung-left": mask})
+    write_report(tmp_path / report.id, bundle, ["json"])
+    again = load_bundle(tmp_path / report.id)
+    assert (again.report, again.dicom) == (report, source)
+    assert np.array_equal(again.segments["lung-left"], mask)
+    assert again.images.slices.keys() == bundle.images.slices.keys()
+    for index, picture in bundle.images.slices.items():
+        assert np.array_equal(again.images.slices[index].pixels, picture.pixels)
+        assert again.images.slices[index].shown_as == picture.shown_as
+
+
+def test_a_folder_without_a_readable_report_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"holds no report\.json"):
+        load_bundle(tmp_path)
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(BundleError, match="no report of this version"):
+        load_bundle(tmp_path)
+    write_report(tmp_path, Bundle(plain_report(), images_for(plain_report())), ["json"])
+    (tmp_path / "parts" / "slice-0001.png").write_bytes(b"torn")
+    with pytest.raises(BundleError, match="damaged"):
+        load_bundle(tmp_path)

@@ -136,6 +136,6 @@ def _make_folders(*files: Path | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from reports.writing import atomic_write  # pydantic: scoring does without, as on a bare training machine
+    from reports.files import atomic_write
 
     atomic_write(path, text)

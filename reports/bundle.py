@@ -1,0 +1,121 @@
+"""All that a report's formats are made from, and how a report folder keeps it, so that any format can be made again.
+
+The folder keeps `report.json` and, under `parts/`, the pictures (PNG, in the image's own pixels), the segments (a bit a
+voxel) and the header of the DICOM source.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+from pydantic import ValidationError
+
+from reports.dicom_source import DicomSource, Instance
+from reports.files import atomic_write
+from reports.images import Picture, ReportImages
+from reports.schema import Report
+
+REPORT: Final = "report.json"
+PARTS: Final = "parts"
+_PICTURES, _DICOM, _SEGMENTS = "pictures.json", "source.dcm.json", "segments.npz"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A report with what its formats need beside it."""
+
+    report: Report
+    images: ReportImages = field(default_factory=ReportImages)
+    dicom: DicomSource | None = None  # of CT that came as DICOM
+    segments: Mapping[str, np.ndarray] = field(default_factory=dict)  # by `Segment.id`: bool [S, H, W]
+
+
+class BundleError(Exception):
+    """A folder that holds no report which can be read. The message says what mends it."""
+
+    code = "no-report"
+
+
+def save_parts(directory: Path, bundle: Bundle) -> None:
+    """Writes what belongs to the report into `directory/parts`, each file whole. Raises OSError."""
+    folder = directory / PARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {f"slice-{index:04d}.png": picture for index, picture in bundle.images.slices.items()}
+    if bundle.images.reference is not None:
+        pictures["reference.png"] = bundle.images.reference
+    for name, picture in pictures.items():
+        buffer = io.BytesIO()
+        Image.fromarray(picture.pixels).save(buffer, "PNG", compress_level=1)  # quick; a third larger than the best
+        atomic_write(folder / name, buffer.getvalue())
+    shown = {name: {"shown_as": p.shown_as, "pixel_aspect": p.pixel_aspect} for name, p in pictures.items()}
+    atomic_write(folder / _PICTURES, json.dumps(shown, ensure_ascii=False))
+    if bundle.dicom is not None:
+        atomic_write(folder / _DICOM, json.dumps(asdict(bundle.dicom)))
+    if bundle.segments:
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {name: np.packbits(mask) for name, mask in bundle.segments.items()}
+        arrays |= {f"{name}.shape": np.array(mask.shape) for name, mask in bundle.segments.items()}
+        np.savez_compressed(buffer, **arrays)
+        atomic_write(folder / _SEGMENTS, buffer.getvalue())
+
+
+def load_bundle(directory: Path) -> Bundle:
+    """Reads back a report folder. Raises BundleError."""
+    try:
+        report = Report.model_validate_json((directory / REPORT).read_bytes())
+    except FileNotFoundError:
+        raise BundleError(f"{directory} holds no {REPORT}: name the folder of one report.") from None
+    except (OSError, ValidationError) as error:
+        raise BundleError(f"{directory / REPORT} is no report of this version ({_first_fault(error)}).") from None
+    folder = directory / PARTS
+    try:
+        return Bundle(report, _load_images(folder), _load_dicom(folder / _DICOM), _load_segments(folder / _SEGMENTS))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fault = f"{type(error).__name__}: {error}"
+        raise BundleError(f"{folder} is damaged ({fault}): make the report again from its source.") from None
+
+
+def _first_fault(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        return f"{'.'.join(map(str, fault['loc'])) or 'report'}: {fault['msg']}"
+    return str(error)
+
+
+def _load_images(folder: Path) -> ReportImages:
+    if not (folder / _PICTURES).is_file():
+        return ReportImages()
+    slices, reference = {}, None
+    for name, shown in json.loads((folder / _PICTURES).read_text("utf-8")).items():
+        with Image.open(folder / name) as image:
+            picture = Picture(np.asarray(image), **shown)
+        if name == "reference.png":
+            reference = picture
+        else:
+            slices[int(Path(name).stem.rpartition("-")[2])] = picture
+    return ReportImages(slices, reference)
+
+
+def _load_dicom(path: Path) -> DicomSource | None:
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text("utf-8"))
+    return DicomSource(stored["header"], tuple(Instance(**each) for each in stored["instances"]))
+
+
+def _load_segments(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        return {}
+    with np.load(path) as stored:
+        shapes = {name: tuple(stored[f"{name}.shape"]) for name in stored if not name.endswith(".shape")}
+        return {
+            name: np.unpackbits(stored[name], count=int(np.prod(shape))).reshape(shape).astype(bool)
+            for name, shape in shapes.items()
+        }
