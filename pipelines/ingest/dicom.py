@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 import pydicom
@@ -33,9 +33,11 @@ from pydicom.uid import (
 )
 
 from pipelines.ingest.files import FileRef
+from pipelines.ingest.header_json import header_json
 from pipelines.ingest.jpeg_lossless import checked_stream
 from pipelines.ingest.refusals import Refusal
 from pipelines.study import SourceFile
+from reports.dicom_source import Instance
 
 # pydicom quotes the values that it finds odd. Patient data stays out of logs and off the terminal.
 config.settings.reading_validation_mode = config.IGNORE
@@ -98,6 +100,7 @@ class About:
     kernel: str | None
     contrast_agent: str | None
     body_part: str | None
+    accession: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Slice:
 
     pixels: np.ndarray  # [H, W] int16, or float32 where the rescale is fractional
     source: SourceFile
+    instance: Instance
     about: About
     position: Position | None  # LPS, mm
     orientation: Direction | None
@@ -138,6 +142,12 @@ def read_header(ref: FileRef) -> Header:
     return Header(series, stack, _text(dataset, "SeriesNumber"))
 
 
+def read_header_json(ref: FileRef) -> dict[str, Any]:
+    """The file's header as the DICOM JSON model, without pixels and bulk data. Raises Refusal."""
+    with ref.open() as stream:
+        return header_json(_parse(stream, stop_before_pixels=True))
+
+
 def load_slices(ref: FileRef) -> list[Slice]:
     """All frames of one file in HU. Raises Refusal."""
     data = ref.read()
@@ -146,6 +156,7 @@ def load_slices(ref: FileRef) -> list[Slice]:
     stored = _decode(dataset)
     digest = hashlib.sha256(data).hexdigest()
     about = _about(dataset)
+    instance = _instance(dataset, len(stored))
     lossy = _text(dataset, "LossyImageCompression") == "01"
     # Frames have places of their own only where per-frame functional groups give them.
     placed = len(stored) == 1 or "PerFrameFunctionalGroupsSequence" in dataset
@@ -164,10 +175,9 @@ def load_slices(ref: FileRef) -> list[Slice]:
                     sha256=digest,
                     media_type="application/dicom",
                     page=index if len(stored) > 1 else None,
-                    sop_instance_uid=_text(dataset, "SOPInstanceUID")
-                    or _text(dataset.file_meta, "MediaStorageSOPInstanceUID")
-                    or None,
+                    sop_instance_uid=instance.sop_instance_uid or None,
                 ),
+                instance=instance,
                 about=about,
                 position=cast("Position | None", position if placed else None),
                 orientation=cast("Direction | None", orientation),
@@ -364,6 +374,18 @@ def _about(dataset: Dataset) -> About:
         or (_text(agents[0], "CodeMeaning") if agents else "")
         or None,
         body_part=_text(dataset, "BodyPartExamined") or (_text(regions[0], "CodeMeaning") if regions else "") or None,
+        accession=_text(dataset, "AccessionNumber") or None,
+    )
+
+
+def _instance(dataset: Dataset, frames: int) -> Instance:
+    """The instance by its data set, or where that is silent by its file meta information."""
+    number = _numbers(dataset, "InstanceNumber", 1)
+    return Instance(
+        sop_instance_uid=_text(dataset, "SOPInstanceUID") or _text(dataset.file_meta, "MediaStorageSOPInstanceUID"),
+        sop_class_uid=_text(dataset, "SOPClassUID") or _text(dataset.file_meta, "MediaStorageSOPClassUID"),
+        instance_number=int(number[0]) if number else None,
+        frames=frames,
     )
 
 

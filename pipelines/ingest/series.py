@@ -26,10 +26,11 @@ from typing import Final
 
 import numpy as np
 
-from pipelines.ingest.dicom import MAX_VOXELS, Direction, Slice, load_slices
+from pipelines.ingest.dicom import MAX_VOXELS, Direction, Slice, load_slices, read_header_json
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.refusals import Refusal, rejected, rejection
 from pipelines.study import Geometry, ImageStudy, Rejection, content_key
+from reports.dicom_source import DicomSource
 
 WORKERS: Final = min(4, os.cpu_count() or 1)
 SAME_PLACE_MM: Final = 0.01
@@ -67,6 +68,11 @@ def load_series(files: Sequence[FileRef], name: str) -> ImageStudy:
         kernel=first.about.kernel,
         contrast_agent=first.about.contrast_agent,
         body_part=first.about.body_part,
+        identifiers={"accession": first.about.accession} if first.about.accession else {},
+        dicom=DicomSource(
+            header=read_header_json(next(ref for ref in files if ref.name == first.source.path)),
+            instances=tuple(s.instance for s in stack.slices),
+        ),
         quality_flags=tuple(sorted(flags)),
         rejected_sources=unread + stack.dropped,
     )
