@@ -22,6 +22,7 @@ class FieldReading:
 
     value: str  # the chosen value, or "undetermined"
     probabilities: dict[str, float]  # calibrated, sums to 1 over the field's values
+    raw_probabilities: dict[str, float] = field(default_factory=dict)  # as the network gave them; empty: not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class FindingReading:
     localisation: str  # "box" (detected) or "weak" (region of a class activation map)
     location: str = ""  # words written by the decoder, e.g. "upper left"
     extent: str = ""  # e.g. "small", "large"
+    raw_confidence: float | None = None  # the network's score before calibration; None: not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +60,4 @@ class Reading:
     ] = ()  # where the decoder's words did not agree with the evidence: "wording", "impression"
     timing_s: dict[str, float] = field(default_factory=dict)  # "encode", "decode"
     tokens: tuple[str, ...] = ()  # the decoder's output, for the audit trail
+    domain: float | None = None  # how likely the study is of a kind that the model was trained on; None: not judged
