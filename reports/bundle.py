@@ -50,11 +50,14 @@ def save_parts(directory: Path, bundle: Bundle) -> None:
     pictures = {f"slice-{index:04d}.png": picture for index, picture in bundle.images.slices.items()}
     if bundle.images.reference is not None:
         pictures["reference.png"] = bundle.images.reference
+    pictures |= {f"detail-{finding}.png": picture for finding, picture in bundle.images.details.items()}
     for name, picture in pictures.items():
         buffer = io.BytesIO()
         Image.fromarray(picture.pixels).save(buffer, "PNG", compress_level=1)  # quick; a third larger than the best
         atomic_write(folder / name, buffer.getvalue())
-    shown = {name: {"shown_as": p.shown_as, "pixel_aspect": p.pixel_aspect} for name, p in pictures.items()}
+    shown = {
+        name: {"shown_as": p.shown_as, "pixel_aspect": p.pixel_aspect, "part": p.part} for name, p in pictures.items()
+    }
     atomic_write(folder / _PICTURES, json.dumps(shown, ensure_ascii=False))
     if bundle.dicom is not None:
         atomic_write(folder / _DICOM, json.dumps(asdict(bundle.dicom)))
@@ -92,15 +95,19 @@ def _first_fault(error: Exception) -> str:
 def _load_images(folder: Path) -> ReportImages:
     if not (folder / _PICTURES).is_file():
         return ReportImages()
-    slices, reference = {}, None
+    slices, reference, details = {}, None, {}
     for name, shown in json.loads((folder / _PICTURES).read_text("utf-8")).items():
+        part = shown.pop("part", None)
         with Image.open(folder / name) as image:
-            picture = Picture(np.asarray(image), **shown)
-        if name == "reference.png":
+            picture = Picture(np.asarray(image), **shown, part=part and tuple(part))
+        what, _, which = Path(name).stem.partition("-")
+        if what == "reference":
             reference = picture
+        elif what == "detail":
+            details[which] = picture
         else:
-            slices[int(Path(name).stem.rpartition("-")[2])] = picture
-    return ReportImages(slices, reference)
+            slices[int(which)] = picture
+    return ReportImages(slices, reference, details)
 
 
 def _load_dicom(path: Path) -> DicomSource | None:

@@ -144,7 +144,7 @@ def _figures(report: Report, images: ReportImages) -> Iterator[Figure]:
 def _crop(finding: Finding, images: ReportImages) -> Figure | None:
     """The neighbourhood of the finding's first evidence that there is a picture of."""
     for evidence in finding.evidence:
-        if picture := images.slices.get(evidence.slice_index):
+        if picture := images.details.get(finding.id) or images.slices.get(evidence.slice_index):
             return _figure(
                 picture,
                 [(finding, evidence)],

@@ -1,7 +1,7 @@
 """The pictures that renderers need beside the report, and the three things they do with them: shrink, cut out, encode.
 
-A `Picture` keeps the image's own pixel grid, so that evidence boxes need no conversion; only what is encoded for a page
-is made smaller.
+Boxes, widths and heights are always in the image's own pixels, so that evidence needs no conversion. A `Picture` is the
+whole image pixel for pixel; of an image that is too large to keep, it is a reduced overview, or one part at full size.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ BOX_COLOUR: Final = (255, 176, 0)  # amber: seen on black, on white and by colou
 class Picture:
     """One picture as a person sees it."""
 
-    pixels: np.ndarray  # uint8 [H, W] grey or [H, W, 3] RGB, as large as the image itself
+    pixels: np.ndarray  # uint8 [H, W] grey or [H, W, 3] RGB
     shown_as: str = ""  # how values became grey, e.g. "soft tissue window, 40 ± 200 HU"
     pixel_aspect: float = 1.0  # a pixel's height over its width; not 1 for some reformatted CT
+    part: Box | None = None  # what it shows, in the image's pixels; None: the whole image, pixel for pixel
 
     def __post_init__(self) -> None:
         grey_or_rgb = self.pixels.ndim == 2 or (self.pixels.ndim == 3 and self.pixels.shape[2] == 3)
@@ -36,12 +37,27 @@ class Picture:
             raise ValueError(f"a picture is uint8 [H, W] or [H, W, 3], not {self.pixels.dtype} {self.pixels.shape}")
 
     @property
+    def shows(self) -> Box:
+        """The part of the image that it shows, in the image's pixels."""
+        return self.part or (0, 0, self.pixels.shape[1], self.pixels.shape[0])
+
+    @property
     def width(self) -> int:
-        return int(self.pixels.shape[1])
+        """Of the part that it shows, in the image's pixels."""
+        return round(self.shows[2] - self.shows[0])
 
     @property
     def height(self) -> int:
-        return int(self.pixels.shape[0])
+        return round(self.shows[3] - self.shows[1])
+
+    def cut(self, box: Box) -> np.ndarray:
+        """The pixels inside `box`, a box in the image's pixels; at least one."""
+        height, width = self.pixels.shape[:2]
+        sx, sy = width / self.width, height / self.height
+        left, top = self.shows[:2]
+        x0, y0 = min(int((box[0] - left) * sx), width - 1), min(int((box[1] - top) * sy), height - 1)
+        x1, y1 = max(int(np.ceil((box[2] - left) * sx)), x0 + 1), max(int(np.ceil((box[3] - top) * sy)), y0 + 1)
+        return self.pixels[y0:y1, x0:x1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +66,7 @@ class ReportImages:
 
     slices: Mapping[int, Picture] = field(default_factory=dict)  # by slice index
     reference: Picture | None = None  # the golden sample
+    details: Mapping[str, Picture] = field(default_factory=dict)  # by finding id, where `slices` are only overviews
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +80,8 @@ class EncodedPicture:
 
 def encode_picture(picture: Picture, *, longest_side: int, box: Box | None = None) -> EncodedPicture:
     """A picture, or the part inside `box`, as a data URI with at most `longest_side` pixels a side."""
-    x0, y0, x1, y1 = (0, 0, picture.width, picture.height) if box is None else whole_pixels(box, picture)
-    image = Image.fromarray(np.ascontiguousarray(picture.pixels[y0:y1, x0:x1]))
+    x0, y0, x1, y1 = whole_pixels(box or picture.shows, picture)
+    image = Image.fromarray(np.ascontiguousarray(picture.cut((x0, y0, x1, y1))))
     image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
     small = image.width * image.height <= PNG_UP_TO_PIXELS
     buffer = io.BytesIO()
@@ -83,11 +100,11 @@ def encode_picture(picture: Picture, *, longest_side: int, box: Box | None = Non
 
 def whole_pixels(box: Box, picture: Picture) -> tuple[int, int, int, int]:
     """`box` grown to whole pixels and kept inside the picture; at least one pixel whatever the box."""
-    width, height = picture.width, picture.height
-    x0 = min(max(int(min(max(box[0], 0), width)), 0), width - 1)
-    y0 = min(max(int(min(max(box[1], 0), height)), 0), height - 1)
-    x1 = min(max(int(np.ceil(min(max(box[2], 0), width))), x0 + 1), width)
-    y1 = min(max(int(np.ceil(min(max(box[3], 0), height))), y0 + 1), height)
+    left, top, right, bottom = map(round, picture.shows)
+    x0 = min(int(min(max(box[0], left), right)), right - 1)
+    y0 = min(int(min(max(box[1], top), bottom)), bottom - 1)
+    x1 = min(max(int(np.ceil(min(max(box[2], left), right))), x0 + 1), right)
+    y1 = min(max(int(np.ceil(min(max(box[3], top), bottom))), y0 + 1), bottom)
     return x0, y0, x1, y1
 
 
@@ -95,8 +112,8 @@ def around(box: Box, picture: Picture) -> Box:
     """The neighbourhood in which a person looks at `box`: a square 2.5 times its longer side, inside the picture."""
     x0, y0, x1, y1 = whole_pixels(box, picture)
     side = min(max(2.5 * max(x1 - x0, y1 - y0), 40.0), picture.width, picture.height)
-    left = min(max((x0 + x1 - side) / 2, 0.0), picture.width - side)
-    top = min(max((y0 + y1 - side) / 2, 0.0), picture.height - side)
+    left = min(max((x0 + x1 - side) / 2, picture.shows[0]), picture.shows[2] - side)
+    top = min(max((y0 + y1 - side) / 2, picture.shows[1]), picture.shows[3] - side)
     return left, top, left + side, top + side
 
 
@@ -109,7 +126,8 @@ def thumbnail(picture: Picture, boxes: Sequence[Box]) -> bytes:
     for box in boxes:
         x0, y0, x1, y1 = whole_pixels(box, picture)
         sx, sy = size[0] / picture.width, size[1] / picture.height
-        corners = (x0 * sx, y0 * sy, max(x1 * sx - 1, x0 * sx), max(y1 * sy - 1, y0 * sy))
+        left, top = (x0 - picture.shows[0]) * sx, (y0 - picture.shows[1]) * sy
+        corners = (left, top, max(left + (x1 - x0) * sx - 1, left), max(top + (y1 - y0) * sy - 1, top))
         draw.rectangle(corners, outline=BOX_COLOUR, width=2)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
