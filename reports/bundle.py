@@ -114,7 +114,12 @@ def _load_dicom(path: Path) -> DicomSource | None:
     if not path.is_file():
         return None
     stored = json.loads(path.read_text("utf-8"))
-    return DicomSource(stored["header"], tuple(Instance(**each) for each in stored["instances"]))
+    instances = tuple(Instance(**each | {"position_mm": _tuple(each["position_mm"])}) for each in stored["instances"])
+    return DicomSource(stored["header"], instances, _tuple(stored["orientation"]))
+
+
+def _tuple(numbers: list[float] | None) -> Any:
+    return None if numbers is None else tuple(numbers)
 
 
 def _load_segments(path: Path) -> dict[str, np.ndarray]:

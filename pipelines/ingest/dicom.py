@@ -13,7 +13,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
@@ -177,7 +177,9 @@ def load_slices(ref: FileRef) -> list[Slice]:
                     page=index if len(stored) > 1 else None,
                     sop_instance_uid=instance.sop_instance_uid or None,
                 ),
-                instance=instance,
+                instance=replace(
+                    instance, frame=index + 1, position_mm=cast("Position | None", position if placed else None)
+                ),
                 about=about,
                 position=cast("Position | None", position if placed else None),
                 orientation=cast("Direction | None", orientation),

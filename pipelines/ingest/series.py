@@ -72,6 +72,7 @@ def load_series(files: Sequence[FileRef], name: str) -> ImageStudy:
         dicom=DicomSource(
             header=read_header_json(next(ref for ref in files if ref.name == first.source.path)),
             instances=tuple(s.instance for s in stack.slices),
+            orientation=stack.geometry.orientation,
         ),
         quality_flags=tuple(sorted(flags)),
         rejected_sources=unread + stack.dropped,
