@@ -58,11 +58,11 @@ from reports.grammar import (
     compile_grammar,
     extent_of,
     from_tokens,
-    impression_text,
     summarise,
     zone_of,
 )
 from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINE_OF_TYPE, LINES, UNDETERMINED
+from reports.texts import summary
 
 SURE = 0.5  # confidence from which a finding is always reported
 MAX_SLICES = 24  # of a volume, spread evenly
@@ -325,16 +325,16 @@ class Reader:
         findings.sort(key=lambda finding: -finding.confidence)
         reported = [DraftFinding(0, f.type, f.location, f.extent) for f in findings if f.reported]
         # The impression sums up what is reported; where the decoder's own contradicts its findings, that is noted.
-        impression = summarise(reported)
+        kind = "ct" if seen.line == "ct" else "defect"
         if draft.impression != summarise(draft.findings):
             corrections.add("impression")
         return Reading(
-            kind="ct" if seen.line == "ct" else "defect",
+            kind=kind,
             kind_confidence=seen.confidence,
             product_line=None if seen.line == "ct" else seen.line,
             fields=fields,
             findings=tuple(findings),
-            impression=impression_text("ct" if seen.line == "ct" else "defect", impression),
+            impression=summary(kind, summarise(reported)),
             slices_read=seen.slices,
             windows=seen.windows,
             corrections=tuple(sorted(corrections)),

@@ -36,16 +36,17 @@ from reports.schema import (
     SourceInput,
     Technique,
 )
+from reports.texts import Language, worded
 
 KIND_UNCERTAIN_BELOW: Final = 0.75
 OBLIQUE_BELOW: Final = 0.8  # cosine between slice normal and nearest body axis: below, the plane has no plain name
 
-_FIELD_TITLES: Final = {"region": "body region", "contrast": "contrast medium", "covid19": "COVID-19 pattern"}
 
-
-def report_id(study_key: str, reference_key: str | None, model: ModelIdentity, kind: str, rules: str) -> str:
-    """The identity of a report, 16 hex digits: the same content, reference, model, asked-for kind and rules (their
-    digest) give the same id.
+def report_id(
+    study_key: str, reference_key: str | None, model: ModelIdentity, kind: str, rules: str, language: Language = "en"
+) -> str:
+    """The identity of a report, 16 hex digits: the same content, reference, model, asked-for kind, rules (their digest)
+    and language give the same id.
 
     `kind` is what the user asked for ("auto", "ct", "defect"), so that the id is known before the model has run.  The
     device is not part of it.
@@ -59,6 +60,7 @@ def report_id(study_key: str, reference_key: str | None, model: ModelIdentity, k
         model.config_sha256,
         kind,
         rules,
+        language,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -71,6 +73,7 @@ def build_report(
     kind: str = "auto",
     reference: ImageStudy | None = None,
     rules: Rules | None = None,
+    language: Language = "en",
     timing: dict[str, float] | None = None,
 ) -> Report:
     """The report on one study.  `kind` is what the user asked for, as in `Reader.read`; `timing` is in seconds."""
@@ -87,12 +90,13 @@ def build_report(
             f.model_copy(update={"severity": severity}) for f, severity in zip(findings, severities, strict=True)
         )
         disposition, rule = rules.decide(list(zip(defects, severities, strict=True)), flags)
-    return Report(
-        id=report_id(study.key, reference.key if reference else None, model, kind, rules.digest),
+    report = Report(
+        id=report_id(study.key, reference.key if reference else None, model, kind, rules.digest, language),
         kind=cast(Literal["ct", "defect"], reading.kind),
         created=datetime.now(UTC).replace(microsecond=0),
-        title=f"{_subject(reading, technique)} · {_text(study.name)}",
+        title="",
         source=Source(
+            name=_text(study.name) or "",
             inputs=tuple(_input(source) for source in _inputs(study)),
             reference=_input(reference.sources[0]) if reference else None,
             study_uid=study.study_uid,
@@ -117,7 +121,7 @@ def build_report(
         },
         findings=findings,
         measurements=_whole(study, reading.kind, findings),
-        impression=_impression(reading, reported),
+        impression="",
         disposition=disposition,
         disposition_rule=rule,
         not_assessed=tuple(_not_assessed(study, reading, technique, reference)),
@@ -131,6 +135,7 @@ def build_report(
         ),
         timing_s=reading.timing_s | (timing or {}),
     )
+    return worded(report, language)
 
 
 def report_images(study: ImageStudy, report: Report, *, reference: ImageStudy | None = None) -> ReportImages:
@@ -164,26 +169,14 @@ def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: R
         id=f"F{number}",
         type=finding.type,
         code=code_of(finding.type) if reading.kind == "ct" else None,
-        description=_description(finding, location, study),
+        description="",
         location=location,
+        extent=cast(Literal["small", "medium", "large"] | None, finding.extent.strip() or None),
         laterality=_laterality(reading) if count == 1 else None,
         evidence=(evidence,),
         measurements=_measure(bbox, finding, study, reading.kind),
         confidence=_unit(finding.confidence),
     )
-
-
-def _description(finding: FindingReading, location: str, study: ImageStudy) -> str:
-    noun = taxonomy.noun(finding.type)
-    extent = "medium-sized" if finding.extent == "medium" else finding.extent.strip()
-    place = "throughout the image" if location == "throughout" else f"in the {location} of the image"
-    words = f"{extent} {noun} {place}".strip()
-    if len(study.pixels) > 1:
-        words += f", slice {finding.slice_index + 1} of {len(study.pixels)}"
-    words = words[0].upper() + words[1:] + "."
-    if finding.localisation != "box":
-        words += " The mark shows the region that the model attended to, not an outline."
-    return words
 
 
 def _laterality(reading: Reading) -> str | None:
@@ -286,34 +279,6 @@ def _plane(geometry: Geometry) -> str | None:
     return ("sagittal", "coronal", "axial")[axis] if normal[axis] >= OBLIQUE_BELOW else None
 
 
-def _subject(reading: Reading, technique: Technique) -> str:
-    if reading.kind == "defect":
-        return f"Inspection of {_line_title(reading)}"
-    region, plane = (
-        taxonomy.title(field.value) if field and field.value != taxonomy.UNDETERMINED else ""
-        for field in (technique.region, technique.plane)
-    )
-    subject = f"{region[:1].upper()}{region[1:]} CT" if region else "CT"
-    return f"{subject}, {plane}" if plane else subject
-
-
-def _line_title(reading: Reading) -> str:
-    return taxonomy.line(reading.product_line).title if reading.product_line else "an unknown product"
-
-
-def _impression(reading: Reading, reported: Sequence[FindingReading]) -> str:
-    if reported:
-        if words := _text(reading.impression.strip()):
-            return words
-        names = dict.fromkeys(taxonomy.noun(f.type) for f in reported)
-        return f"{len(reported)} finding{'s' if len(reported) > 1 else ''}: {', '.join(names)}."
-    if reading.kind == "ct":
-        return "No finding of the assessed types was reported. Other findings are not excluded."
-    if reading.product_line is None:
-        return "The product could not be told, so no type of defect was assessed."
-    return f"No defect of the assessed types was found. Assessed as {_line_title(reading)}."
-
-
 def _whole(study: ImageStudy, kind: str, findings: Sequence[Finding]) -> tuple[Measurement, ...]:
     height, width = study.pixels.shape[1:3]
     if kind == "defect":
@@ -349,49 +314,42 @@ def _not_assessed(
     else:
         yield from _ct_not_assessed(study, reading, technique)
     if not study.geometry.spacing_mm:
-        yield NotAssessed(what="sizes in millimetres", reason="the file does not say how large a pixel is")
+        yield _unsaid("scale")
+
+
+def _unsaid(code: str, **values: str | int | float | tuple[str, ...]) -> NotAssessed:
+    """What the report says nothing about; `reports.texts` has the words for each code."""
+    return NotAssessed(what="", reason="", code=code, values=values)
 
 
 def _defects_not_assessed(reading: Reading, reference: ImageStudy | None) -> Iterable[NotAssessed]:
-    reason = "the picture was read as another product" if reading.product_line else "the product could not be told"
+    code = "other-product" if reading.product_line else "unknown-product"
     for line in taxonomy.PRODUCT_LINES:
         if line.name != reading.product_line:
-            types = ", ".join(taxonomy.title(t) for t in line.types)
-            yield NotAssessed(what=f"defects of {line.title}: {types}", reason=reason)
-    yield NotAssessed(what="any other type of defect", reason="the model knows the listed types only")
+            yield _unsaid(code, line=line.name, types=line.types)
+    yield _unsaid("other-defects")
     if reading.product_line == "board" and reference is None:
-        yield NotAssessed(
-            what="comparison with a golden sample", reason="there was none for this picture; give one with --reference"
-        )
+        yield _unsaid("golden-sample")
 
 
 def _ct_not_assessed(study: ImageStudy, reading: Reading, technique: Technique) -> Iterable[NotAssessed]:
-    types = ", ".join(taxonomy.title(t) for t in taxonomy.CT_TYPES)
-    yield NotAssessed(what=f"anything but: {types}", reason="the model knows these finding types only")
-    yield NotAssessed(what="absence of disease", reason="a finding that is not reported is not excluded")
-    yield NotAssessed(what="earlier studies and clinical history", reason="the model sees this study's pixels only")
+    yield _unsaid("other-findings", types=taxonomy.CT_TYPES)
+    yield _unsaid("absence")
+    yield _unsaid("history")
     for name, field in reading.fields.items():
         decided_by_geometry = technique.read_from.get(name) == "geometry"
         if field.value == taxonomy.UNDETERMINED and not decided_by_geometry:
-            reason = f"the model could not tell{_best_guess(field)}"
-            yield NotAssessed(what=_FIELD_TITLES.get(name, name), reason=reason)
+            guess, probability = max(field.probabilities.items(), key=lambda item: item[1], default=("", 0.0))
+            guessed: dict[str, str | float] = {"guess": guess, "probability": _unit(probability)} if guess else {}
+            yield _unsaid("field-guessed" if guess else "field", field=name, **guessed)
     if "covid19" in reading.fields and not _is_chest(technique):
-        yield NotAssessed(what=_FIELD_TITLES["covid19"], reason="the image was not read as a chest CT")
+        yield _unsaid("covid19")
     if unread := sorted(set(range(len(study.pixels))) - set(reading.slices_read)):
-        count = f"{len(unread)} of {len(study.pixels)} slices"
-        yield NotAssessed(what=f"{count}: {_ranges(unread)}", reason="the model reads a sample of the slices")
+        yield _unsaid("slices", count=len(unread), total=len(study.pixels), slices=_ranges(unread))
     if study.rejected_sources:
-        count = f"{len(study.rejected_sources)} file{'s' if len(study.rejected_sources) > 1 else ''} of the series"
-        yield NotAssessed(what=count, reason="could not be read; rejected.jsonl says why")
+        yield _unsaid("files", count=len(study.rejected_sources))
     if study.units != "HU":
-        yield NotAssessed(what="attenuation in HU", reason="the file holds display values, not Hounsfield units")
-
-
-def _best_guess(field: FieldReading) -> str:
-    if not field.probabilities:
-        return ""
-    value, probability = max(field.probabilities.items(), key=lambda item: item[1])
-    return f"; best guess {taxonomy.title(value)}, {probability:.0%}"
+        yield _unsaid("hounsfield")
 
 
 def _ranges(indices: Sequence[int]) -> str:
@@ -449,12 +407,13 @@ def _picture(study: ImageStudy, index: int, window: tuple[float, float]) -> Pict
     aspect = spacing[0] / spacing[1] if spacing else 1.0
     if study.units == "HU":
         centre, width = window
-        name = {inputs.SOFT_TISSUE: "soft tissue window, ", inputs.LUNG: "lung window, "}.get(
-            window, "the file's own window, "
-        )
-        shown_as = f"{name}centre {centre:g}, width {width:g} HU".replace("-", "−")
-        return Picture(inputs.window(values, centre, width), shown_as, aspect)
+        return Picture(inputs.window(values, centre, width), _window_words(centre, width, "HU"), aspect)
     if values.dtype == np.uint8:
         return Picture(values, pixel_aspect=aspect)
     low, high = inputs.grey_range(values)
-    return Picture(inputs.grey8(values), f"values {low:g} to {high:g} shown as black to white", aspect)
+    return Picture(inputs.grey8(values), _window_words((low + high) / 2, high - low), aspect)
+
+
+def _window_words(level: float, width: float, unit: str = "") -> str:
+    """The grey scale in the notation of viewers, which is the same in every language."""
+    return f"WL {level:g} · WW {width:g} {unit}".strip().replace("-", "−")

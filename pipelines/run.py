@@ -28,6 +28,7 @@ from pipelines.study import ImageStudy, Rejection
 from reports.bundle import Bundle
 from reports.formats import check_formats, formats
 from reports.rules import DEFAULT_RULES, load_rules
+from reports.texts import LANGUAGES, Language
 from reports.writing import THUMBNAIL, FormatError, write_report
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Job:
     kind: str = "auto"
     reference: Path | None = None  # golden sample of all pictures, or a folder of them, matched by file name
     rules: Path = DEFAULT_RULES  # what makes a finding severe and a part a reject
+    language: Language = "en"  # of the reports' texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +226,10 @@ class Session:
             self._reject(replace(missing, path=max(names, key=functools.partial(_shared_ending, missing.path))))
 
     def _request(self, unit: ingest.Unit, golden: ingest.Unit | None) -> str:
-        """SHA-256 over what a report depends on: content, golden sample, model, kind, rules. Empty: unreadable."""
-        parts: list[object] = [self._model.weights_sha256, self._model.config_sha256, self.job.kind, self._rules.digest]
+        """SHA-256 over what a report depends on: content, golden sample, model, kind, rules, language.
+        Empty: unreadable."""
+        parts: list[object] = [self._model.weights_sha256, self._model.config_sha256]
+        parts += [self.job.kind, self._rules.digest, self.job.language]
         try:
             for each in filter(None, (unit, golden)):
                 parts.append([each.page, *sorted(map(_sha256, each.files))])
@@ -249,6 +253,7 @@ class Session:
                 kind=self.job.kind,
                 reference=reference,
                 rules=self._rules,
+                language=self.job.language,
                 timing={"load": round(prepared.seconds, 3), "read": round(time.perf_counter() - started, 3)},
             )
             bundle = Bundle(report, report_images(study, report, reference=reference), study.dicom)
@@ -367,6 +372,8 @@ def check_job(job: Job) -> None:
         raise UsageError(fault)
     if job.kind not in KINDS:
         raise UsageError(f"There is no kind {job.kind!r}: choose one of {', '.join(KINDS)}.")
+    if job.language not in LANGUAGES:
+        raise UsageError(f"There is no language {job.language!r}: choose one of {', '.join(LANGUAGES)}.")
     if not job.formats:
         raise UsageError(f"There is no format to write: choose from {', '.join(formats())}.")
     try:

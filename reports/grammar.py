@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, noun
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES
 
 POINTERS: Final = 32  # evidence items that a report can point at
 ZONES: Final = (
@@ -203,13 +203,3 @@ def compile_grammar() -> np.ndarray:
         for token, target in row.items():
             table[source, token] = target
     return table
-
-
-def impression_text(kind: str, impression: Sequence[tuple[str, str, str]]) -> str:
-    """The impression in English. CT findings are put as possibilities: one image rarely proves one."""
-    sentences = []
-    for count, name, zone in impression:
-        what = f"Possible {noun(name)}" if kind == "ct" else f"{count.capitalize()} {noun(name, plural=count != 'one')}"
-        place = zone if zone == "throughout" else f"in {zone}" if zone == SCATTERED else f"in the {zone}"
-        sentences.append(f"{what}, {place}.")
-    return " ".join(sentences)

@@ -104,9 +104,9 @@ class Rules(Record):
     def decide(
         self, defects: Sequence[tuple[Defect, Severity]], quality_flags: Collection[str]
     ) -> tuple[Disposition, str]:
-        """The disposition of a picture, and the words with which the report names the rule."""
+        """The disposition of a picture, and the name of the rule that decided, in words of no language."""
         rule = next(rule for rule in self.disposition if rule.holds(defects, quality_flags))
-        return rule.disposition, f"rule {rule.rule} of {self.name}, version {self.version} (SHA-256 {self.digest}…)"
+        return rule.disposition, f"{rule.rule} · {self.name} {self.version} · SHA-256 {self.digest}…"
 
 
 def load_rules(path: Path = DEFAULT_RULES) -> Rules:

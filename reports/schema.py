@@ -1,5 +1,9 @@
 """The report object (pydantic). Its JSON Schema is published as `reports/report.schema.json`.
 
+Title, descriptions, impression, what was not assessed and the disclaimer are in the report's language
+(`reports/texts.py` makes them). Types, zones, severities, names and methods of measurements are closed terms, in
+English whatever the language.
+
 Every renderer and exporter reads this one object; nothing else carries report content. A report never says
 "normal" for what was not assessed: what was not looked at stands in `not_assessed`.
 After a change, `python -m reports.schema` writes the published schema anew.
@@ -47,6 +51,7 @@ class SourceInput(Record):
 
 
 class Source(Record):
+    name: str = Field(default="", description="short name of the study or picture, for its title")
     inputs: Annotated[tuple[SourceInput, ...], Field(min_length=1)]
     reference: SourceInput | None = Field(
         default=None, description="the golden sample that the image was compared with"
@@ -136,7 +141,8 @@ class Finding(Record):
     type: str
     code: Code | None = None
     description: str
-    location: str | None = None
+    location: str | None = Field(default=None, description="the zone of the image, a term of `reports.grammar.ZONES`")
+    extent: Literal["small", "medium", "large"] | None = None
     laterality: str | None = None
     evidence: tuple[Evidence, ...] = ()
     measurements: tuple[Measurement, ...] = ()
@@ -145,8 +151,12 @@ class Finding(Record):
 
 
 class NotAssessed(Record):
+    """Something that the report says nothing about. `code` and `values` say it for machines and for other languages."""
+
     what: str
     reason: str
+    code: str = ""
+    values: dict[str, str | int | float | tuple[str, ...]] = Field(default_factory=dict)
 
 
 class ModelInfo(Record):

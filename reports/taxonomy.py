@@ -67,34 +67,9 @@ CT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
 UNDETERMINED: Final = "undetermined"
 
 
-# Types whose bare name does not read as a noun in a sentence.
-_NOUNS: Final = {
-    "open": "open circuit",
-    "short": "short circuit",
-    "mousebite": "mouse bite",
-    "copper": "spot of spurious copper",
-    "uneven": "uneven surface",
-    "fray": "frayed edge",
-    "crazing": "crazed area",
-    "rolled-in-scale": "rolled-in scale",
-    "patches": "patch",
-    "scratches": "scratch",
-    "inflammation": "inflammatory change",
-}
-_PLURALS: Final = {"spot of spurious copper": "spots of spurious copper", "rolled-in scale": "areas of rolled-in scale"}
-
-
 def title(term: str) -> str:
     """A term as people write it: `mass-or-lesion` -> `mass or lesion`."""
     return "pin-hole" if term == "pin-hole" else term.replace("-", " ")
-
-
-def noun(term: str, *, plural: bool = False) -> str:
-    """A finding type as a noun in a sentence: `open` -> `open circuit`, in the plural `open circuits`."""
-    word = _NOUNS.get(term, title(term))
-    if not plural:
-        return word
-    return _PLURALS.get(word, word + ("es" if word.endswith(("s", "sh", "ch")) else "s"))
 
 
 def line(name: str) -> ProductLine:

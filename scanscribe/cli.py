@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from scanscribe.options import Device, Formats, Inputs, Json, Kind, Model, Out, Reference, Rules
+from scanscribe.options import Device, Formats, Inputs, Json, Kind, Language, Model, Out, Reference, Rules
 
 if TYPE_CHECKING:
     from pipelines.run import Job, Listener, RunSummary
@@ -70,12 +70,23 @@ def report(
     kind: Kind = None,
     reference: Reference = None,
     rules: Rules = None,
+    language: Language = None,
     as_json: Json = False,
 ) -> None:
     """Report files and folders now. Running it again goes on where it stopped."""
     from pipelines.run import execute
 
-    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference, rules=rules)
+    job = _job(
+        inputs,
+        out,
+        formats=formats,
+        model=model,
+        device=device,
+        kind=kind,
+        reference=reference,
+        rules=rules,
+        language=language,
+    )
     _run(execute, job, "Starting", as_json)
 
 
@@ -89,12 +100,23 @@ def batch(
     kind: Kind = None,
     reference: Reference = None,
     rules: Rules = None,
+    language: Language = None,
     as_json: Json = False,
 ) -> None:
     """The same work as a Prefect flow, on a server of its own or that of PREFECT_API_URL. Resumable."""
     from flows.jobs import run_batch
 
-    job = _job(inputs, out, formats=formats, model=model, device=device, kind=kind, reference=reference, rules=rules)
+    job = _job(
+        inputs,
+        out,
+        formats=formats,
+        model=model,
+        device=device,
+        kind=kind,
+        reference=reference,
+        rules=rules,
+        language=language,
+    )
     _run(run_batch, job, "Starting the model and the flow server", as_json)
 
 

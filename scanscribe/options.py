@@ -22,4 +22,5 @@ Reference = Annotated[
 Rules = Annotated[
     Path | None, typer.Option(help="Rule file for severity and disposition. (default reports/default_rules.toml)")
 ]
+Language = Annotated[str | None, typer.Option(help="Language of the reports: en or zh-CN. (default en)")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

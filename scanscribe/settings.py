@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from pipelines.run import FORMATS, UsageError
 from reports.rules import DEFAULT_RULES
+from reports.texts import Language
 
 FILE = "scanscribe.toml"  # in the folder where the command is given
 
@@ -31,6 +32,7 @@ class Settings(BaseSettings):
     kind: str = "auto"
     reference: Path | None = None
     rules: Path = DEFAULT_RULES
+    language: Language = "en"
 
     @field_validator("formats", mode="before")
     @classmethod

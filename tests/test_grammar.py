@@ -19,7 +19,6 @@ from reports.grammar import (
     compile_grammar,
     extent_of,
     from_tokens,
-    impression_text,
     summarise,
     to_tokens,
     zone_of,
@@ -112,6 +111,4 @@ def test_the_impression_counts_by_type() -> None:
     ]
     findings.append(DraftFinding(5, "inclusion", "centre", "small"))
     assert summarise(findings) == (("one", "inclusion", "centre"), ("three", "scratches", "several places"))
-    text = impression_text("defect", summarise(findings))
-    assert text == "One inclusion, in the centre. Three scratches, in several places."
     assert COUNTS[-1] in summarise([DraftFinding(i, "open", "centre", "small") for i in range(9)])[0]

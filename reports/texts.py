@@ -1,0 +1,213 @@
+"""The words of reports in each language: one catalogue of terms and sentences (`catalogue/*.toml`), and its use.
+
+A report's texts follow from its structured values: `worded` makes them, when a report is built and when it is wanted in
+another language.  Types, zones, severities, names of measurements and other closed terms stay codes in the report
+itself; formats for people look them up here.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from reports import taxonomy
+from reports.grammar import ZONES, DraftFinding, summarise
+from reports.schema import Finding, NotAssessed, Report
+
+Language = Literal["en", "zh-CN"]
+LANGUAGES: Final[tuple[Language, ...]] = get_args(Language)
+CATALOGUE: Final = Path(__file__).with_name("catalogue")
+
+
+class Words:
+    """The catalogue in one language."""
+
+    def __init__(self, language: Language) -> None:
+        self.language = language
+        self._tables = tomllib.loads((CATALOGUE / f"{language}.toml").read_text("utf-8"))
+
+    def term(self, domain: str, key: str) -> str:
+        """The word for a closed term; an unknown one is put in plain words."""
+        return str(self._tables.get(domain, {}).get(key, key.replace("-", " ") if domain in _CODED else key))
+
+    def heading(self, key: str) -> str:
+        return str(self._tables["heading"][key])
+
+    def sentence(self, key: str, **values: object) -> str:
+        return str(self._tables["sentence"][key]).format_map(values)
+
+    def noun(self, finding_type: str, *, plural: bool = False) -> str:
+        """A finding type inside a sentence."""
+        forms = self.term("noun", finding_type).split("|")
+        return forms[-1 if plural else 0]
+
+    def flag(self, flag: str) -> str:
+        """The sentence of a quality flag."""
+        return str(self._tables["flag"].get(flag) or capital(flag.replace("-", " ")) + ".")
+
+    def list(self, words: Iterable[str]) -> str:
+        return str(self._tables["punctuation"]["list"]).join(words)
+
+    def join(self, sentences: Iterable[str]) -> str:
+        return str(self._tables["punctuation"]["sentences"]).join(sentences)
+
+    def note(self, words: str, note: str) -> str:
+        """Words with a remark in brackets behind them."""
+        return words + str(self._tables["punctuation"]["note"]).format(note=note) if note else words
+
+    def not_assessed(self, item: NotAssessed) -> NotAssessed:
+        """The item in this language; one without a code keeps its words."""
+        template: Mapping[str, str] | None = self._tables["not-assessed"].get(item.code)
+        if template is None:
+            return item
+        values = {name: self._value(name, value, item) for name, value in item.values.items()}
+        words = {part: template[part].format_map(values) for part in ("what", "reason")}
+        return item.model_copy(update=words)
+
+    def _value(self, name: str, value: str | float | tuple[str, ...], item: NotAssessed) -> str:
+        if isinstance(value, tuple):
+            return self.list(self.term("type", each) for each in value)
+        if name == "guess":
+            return self.term(str(item.values["field"]), str(value))
+        if name == "probability":
+            return f"{value:.0%}"
+        return self.term(name, str(value))
+
+
+_CODED: Final = {"type", "noun", "line", "field", "region", "plane", "contrast", "laterality", "covid19"}
+
+
+@cache
+def words(language: Language) -> Words:
+    """The catalogue of a language, read once."""
+    return Words(language)
+
+
+def worded(report: Report, language: Language) -> Report:
+    """The report with its texts made anew, in `language`, from its structured values."""
+    say = words(language)
+    subject = _subject(report, say)
+    return report.model_copy(
+        update={
+            "language": language,
+            "title": f"{subject} · {report.source.name}" if report.source.name else subject,
+            "findings": tuple(
+                f.model_copy(update={"description": _description(f, report, say)}) for f in report.findings
+            ),
+            "impression": _impression(report, say),
+            "not_assessed": tuple(map(say.not_assessed, report.not_assessed)),
+            "disclaimer": say.sentence("disclaimer"),
+        }
+    )
+
+
+def _subject(report: Report, say: Words) -> str:
+    if report.kind == "defect":
+        line = report.technique.product_line
+        return capital(
+            say.sentence("subject-defect", line=say.term("line", line))
+            if line
+            else say.sentence("subject-defect-unknown")
+        )
+    region, plane = (
+        say.term(name, field.value) if field and field.value != taxonomy.UNDETERMINED else ""
+        for name, field in (("region", report.technique.region), ("plane", report.technique.plane))
+    )
+    known = "-".join(name for name, value in (("region", region), ("plane", plane)) if value)
+    key = {"": "subject-ct-only", "region": "subject-ct-region", "plane": "subject-ct-plane"}.get(known, "subject-ct")
+    return say.sentence(key, region=capital(region), plane=plane)
+
+
+def _description(finding: Finding, report: Report, say: Words) -> str:
+    extent = say.term("extent", finding.extent) if finding.extent else ""
+    place = say.term("place", finding.location) if finding.location else ""
+    slices = report.technique.slice_count or 1
+    first = finding.evidence[0] if finding.evidence else None
+    on_slice = {"slice": first.slice_index + 1, "slices": slices} if first and slices > 1 else {}
+    key = "finding-on-slice" if on_slice else "finding"
+    sentence = say.sentence(key, extent=extent, noun=say.noun(finding.type), place=place, **on_slice)
+    sentences = [capital(" ".join(sentence.split()))]
+    if any(evidence.localisation == "weak" for evidence in finding.evidence):
+        sentences.append(say.sentence("weak"))
+    return say.join(sentences)
+
+
+def _impression(report: Report, say: Words) -> str:
+    drafts = [DraftFinding(0, f.type, f.location or ZONES[-1]) for f in report.findings]
+    if sentences := summary(report.kind, summarise(drafts), say.language):
+        return sentences
+    if report.kind == "ct":
+        return say.sentence("no-finding-ct")
+    if not report.technique.product_line:
+        return say.sentence("product-unknown")
+    return say.sentence("no-finding-defect", line=say.term("line", report.technique.product_line))
+
+
+def summary(kind: str, rows: Iterable[tuple[str, str, str]], language: Language = "en") -> str:
+    """A sentence for each (count, type, zone) of `reports.grammar.summarise`; empty when there is none.
+
+    CT findings are put as possibilities: one image rarely proves one.
+    """
+    say = words(language)
+    sentences = []
+    for count, name, zone in rows:
+        place = say.term("place", zone)
+        if kind == "ct":
+            sentences.append(say.sentence("possible", noun=say.noun(name), place=place))
+        else:
+            noun = say.noun(name, plural=count != "one")
+            sentences.append(say.sentence("counted", count=capital(say.term("count", count)), noun=noun, place=place))
+    return say.join(sentences)
+
+
+def capital(text: str) -> str:
+    """With a capital first letter; the rest stays as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def number(value: float) -> str:
+    """A measured value with three significant digits, or all digits before the point; a real minus sign."""
+    size = abs(value)
+    if value == int(value) or size >= 99.95:
+        text = f"{value:,.0f}" if size < 1e12 else f"{value:.3g}"
+    elif size >= 0.01:
+        text = f"{value:.{1 if size >= 9.995 else 2}f}"
+    else:
+        text = f"{value:.2g}"
+    return text.replace("-", "−")
+
+
+# C0 and C1 controls, line and paragraph separators, embeddings, overrides and isolates (UAX #9), tags, byte order mark,
+# halves of surrogate pairs and what Unicode calls no character: nothing of it has a look of its own, and some of it
+# makes other text look like what it is not.
+_UNSEEN: Final = {
+    point: "\ufffd"
+    for low, high in (
+        (0x00, 0x1F),
+        (0x7F, 0x9F),
+        (0x061C, 0x061C),
+        (0x200E, 0x200F),
+        (0x2028, 0x202E),
+        (0x2060, 0x206F),
+        (0xD800, 0xDFFF),
+        (0xFDD0, 0xFDEF),
+        (0xFEFF, 0xFEFF),
+        (0xFFF9, 0xFFFB),
+        (0xE0000, 0xE007F),
+        *((plane << 16 | 0xFFFE, plane << 16 | 0xFFFF) for plane in range(17)),
+    )
+    for point in range(low, high + 1)
+}
+
+
+def visible(text: str) -> str:
+    """User text as it may be shown: controls and characters that reorder text become U+FFFD, white space one space."""
+    return " ".join(text.split()).translate(_UNSEEN)
+
+
+def visible_lines(text: str) -> str:
+    """As `visible`, line by line."""
+    return "\n".join(visible(line) for line in text.splitlines())
