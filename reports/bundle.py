@@ -25,6 +25,7 @@ from reports.schema import Report
 REPORT: Final = "report.json"
 PARTS: Final = "parts"
 _PICTURES, _DICOM, _SEGMENTS = "pictures.json", "source.dcm.json", "segments.npz"
+_SUPERSEDED: Final = "superseded.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Bundle:
     images: ReportImages = field(default_factory=ReportImages)
     dicom: DicomSource | None = None  # of CT that came as DICOM
     segments: Mapping[str, np.ndarray] = field(default_factory=dict)  # by `Segment.id`: bool [S, H, W]
+    superseded_by: str | None = None  # the id of the report that replaced this one
 
 
 class BundleError(Exception):
@@ -69,17 +71,33 @@ def save_parts(directory: Path, bundle: Bundle) -> None:
         atomic_write(folder / _SEGMENTS, buffer.getvalue())
 
 
-def load_bundle(directory: Path) -> Bundle:
-    """Reads back a report folder. Raises BundleError."""
+def load_report(directory: Path) -> Report:
+    """Reads back the report object of a report folder. Raises BundleError."""
     try:
-        report = Report.model_validate_json((directory / REPORT).read_bytes())
+        return Report.model_validate_json((directory / REPORT).read_bytes())
     except FileNotFoundError:
         raise BundleError(f"{directory} holds no {REPORT}: name the folder of one report.") from None
     except (OSError, ValidationError) as error:
         raise BundleError(f"{directory / REPORT} is no report of this version ({_first_fault(error)}).") from None
+
+
+def note_superseded(directory: Path, by: str) -> None:
+    """Leaves a note in a report folder that another report replaced it; the report itself stays as it is."""
+    atomic_write(directory / _SUPERSEDED, json.dumps({"superseded_by": by}))
+
+
+def load_bundle(directory: Path) -> Bundle:
+    """Reads back a report folder. Raises BundleError."""
+    report = load_report(directory)
     folder = directory / PARTS
     try:
-        return Bundle(report, _load_images(folder), _load_dicom(folder / _DICOM), _load_segments(folder / _SEGMENTS))
+        return Bundle(
+            report,
+            _load_images(folder),
+            _load_dicom(folder / _DICOM),
+            _load_segments(folder / _SEGMENTS),
+            _load_superseded(directory / _SUPERSEDED),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         fault = f"{type(error).__name__}: {error}"
         raise BundleError(f"{folder} is damaged ({fault}): make the report again from its source.") from None
@@ -120,6 +138,10 @@ def _load_dicom(path: Path) -> DicomSource | None:
 
 def _tuple(numbers: list[float] | None) -> Any:
     return None if numbers is None else tuple(numbers)
+
+
+def _load_superseded(path: Path) -> str | None:
+    return str(json.loads(path.read_text("utf-8"))["superseded_by"]) if path.is_file() else None
 
 
 def _load_segments(path: Path) -> dict[str, np.ndarray]:

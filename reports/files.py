@@ -1,10 +1,12 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; files that belong together appear together."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,6 +28,36 @@ def atomic_write(path: Path, data: bytes | str) -> None:
             temporary.unlink()
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def all_or_none(directory: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside the others of `directory`; what was written into it moves there at the end.
+
+    No file is moved before all are on the disk; when the block raises, none is and the folder is gone.  Raises OSError.
+    """
+    temporary = directory / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(temporary.iterdir())
+        for file in files:
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        for file in files:
+            os.replace(file, directory / file.name)
+        _sync_folder(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Removes what a killed process left of its temporary files; the folder must have one writer."""
+    for leftover in directory.glob(".*.tmp"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,17 +1,24 @@
-"""The formats that a report can be written in. A new one is one module with a `render(bundle)` and one line here, or,
+"""The formats that reports can be written in. A new one is one module with a `render(bundle)` and one line here, or,
 in another package, an entry point of the group `scanscribe.formats` that names a `Format`.
+
+A format of the scope "run" is written once over all current reports of an output folder: its function is called as
+`write(reports, folder)` with `RunReports` and a folder to put its files into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Final
+from pathlib import Path
+from typing import Any, Final, Literal
 
-from reports.bundle import Bundle
+from reports.bundle import Bundle, load_report
+from reports.lot.sampling import LotPlan
+from reports.schema import Report
 
 ENTRY_POINTS: Final = "scanscribe.formats"
 KINDS: Final = ("ct", "defect")
@@ -30,19 +37,42 @@ class UnknownFormatError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class RunReports:
+    """The current reports of an output folder, read one by one each time that they are iterated over."""
+
+    folder: Path
+    ids: tuple[str, ...]
+    lot: LotPlan = field(default_factory=LotPlan)
+    language: Literal["en", "zh-CN"] = "en"
+
+    def __iter__(self) -> Iterator[Report]:
+        """Raises BundleError at a report that cannot be read."""
+        return (load_report(self.folder / report_id) for report_id in self.ids)
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
-    """One way to write a report: a file, or a few."""
+    """One way to write a report, or all reports of a run: a file, or a few."""
 
     name: str
     summary: str  # for `--help`
     filename: str  # of the file, or of the first where there are several
     renderer: str  # module:function, imported when first used: a format that nobody asks for costs nothing
+    scope: Literal["report", "run"] = "report"
+    also: tuple[str, ...] = ()  # further files of a format over a run, by which the output folder knows its own
 
     def render(self, bundle: Bundle) -> Mapping[str, bytes]:
-        """The files by name. Raises CannotCarryError."""
-        module, function = self.renderer.split(":")
-        rendered = getattr(import_module(module), function)(bundle)
+        """The files of a report by name. Raises CannotCarryError."""
+        rendered = self._function()(bundle)
         return {self.filename: rendered} if isinstance(rendered, bytes) else rendered
+
+    def write(self, reports: RunReports, folder: Path) -> None:
+        """Puts the files over a whole run into `folder`. Raises CannotCarryError, BundleError and OSError."""
+        self._function()(reports, folder)
+
+    def _function(self) -> Callable[..., Any]:
+        module, function = self.renderer.split(":")
+        return getattr(import_module(module), function)  # type: ignore[no-any-return]
 
 
 BUILT_IN: Final = (
@@ -54,8 +84,18 @@ BUILT_IN: Final = (
 @cache
 def formats() -> Mapping[str, Format]:
     """Every format by its name: the product's own and those of other packages."""
-    foreign = [point.load() for point in entry_points(group=ENTRY_POINTS)]
+    foreign = []
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            foreign.append(point.load())
+        except Exception as error:  # whatever is wrong with another package, the product's own formats work
+            warnings.warn(f"The format {point.name} of another package cannot be loaded: {error}", stacklevel=2)
     return {each.name: each for each in (*foreign, *BUILT_IN)}
+
+
+def own_files() -> frozenset[str]:
+    """The names of the files that formats over a whole run put into the output folder."""
+    return frozenset(name for each in formats().values() if each.scope == "run" for name in (each.filename, *each.also))
 
 
 def check_formats(names: Collection[str]) -> None:

@@ -1,4 +1,5 @@
-"""A report folder is written: the report, its parts, its thumbnail, and each format that was asked for."""
+"""A report folder is written: the report, its parts, its thumbnail, and each format that was asked for; and so are the
+formats over a whole run."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from reports.bundle import PARTS, REPORT, Bundle, save_parts
-from reports.files import atomic_write
-from reports.formats import CannotCarryError, check_formats, formats
+from reports.bundle import PARTS, REPORT, Bundle, BundleError, save_parts
+from reports.files import all_or_none, atomic_write, clear_leftovers
+from reports.formats import CannotCarryError, RunReports, check_formats, formats
 from reports.images import thumbnail
 
 THUMBNAIL: Final = "thumb.jpg"
@@ -37,8 +38,7 @@ def write_report(directory: Path, bundle: Bundle, names: Collection[str] = ("jso
     check_formats(names)
     directory.mkdir(parents=True, exist_ok=True)
     for folder in (directory, directory / PARTS):
-        for leftover in folder.glob(".*.tmp"):  # of a run that was killed; a report folder has one writer
-            leftover.unlink(missing_ok=True)
+        clear_leftovers(folder)
     save_parts(directory, bundle)
     _write_thumbnail(directory, bundle)
     atomic_write(directory / REPORT, render_json(bundle))
@@ -50,7 +50,7 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str]) -> di
     check_formats(names)
     written: dict[str, Path] = {}
     errors: dict[str, str] = {}
-    for name in dict.fromkeys(names):
+    for name in report_formats(names):
         try:
             files = formats()[name].render(bundle)
         except CannotCarryError as error:
@@ -59,12 +59,44 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str]) -> di
         except Exception as error:  # a renderer's fault must not cost the person the other formats
             errors[name] = f"{type(error).__name__}: {error}"
             continue
-        for filename, data in files.items():
-            atomic_write(directory / filename, data)
+        with all_or_none(directory) as folder:
+            for filename, data in files.items():
+                (folder / filename).write_bytes(data)
         written[name] = directory / next(iter(files))
     if errors:
         raise FormatError(errors, written)
     return written
+
+
+def write_run_formats(reports: RunReports, names: Collection[str]) -> dict[str, Path]:
+    """Writes the formats among `names` that are over a whole run. Returns and raises as `write_report`."""
+    written: dict[str, Path] = {}
+    errors: dict[str, str] = {}
+    for name in run_formats(names):
+        try:
+            with all_or_none(reports.folder) as folder:
+                formats()[name].write(reports, folder)
+        except (CannotCarryError, BundleError) as error:
+            errors[name] = str(error)
+        except OSError:
+            raise
+        except Exception as error:  # as above
+            errors[name] = f"{type(error).__name__}: {error}"
+        else:
+            written[name] = reports.folder / formats()[name].filename
+    if errors:
+        raise FormatError(errors, written)
+    return written
+
+
+def report_formats(names: Collection[str]) -> tuple[str, ...]:
+    """Those of `names` that are written for each report, each once."""
+    return tuple(name for name in dict.fromkeys(names) if formats()[name].scope == "report")
+
+
+def run_formats(names: Collection[str]) -> tuple[str, ...]:
+    """Those of `names` that are written once over all reports of a run, each once."""
+    return tuple(name for name in dict.fromkeys(names) if formats()[name].scope == "run")
 
 
 def render_json(bundle: Bundle) -> bytes:
