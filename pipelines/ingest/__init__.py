@@ -88,10 +88,10 @@ def _series_name(files: tuple[FileRef, ...], number: str) -> str:
 def _pages(ref: FileRef) -> list[Unit]:
     from pipelines.ingest.pictures import count_pages
 
-    pages = count_pages(ref)
+    pages, called = count_pages(ref)
     if pages == 1:
         return [Unit(ref.basename, "picture", (ref,))]
-    return [Unit(f"{ref.basename} page {page + 1}", "picture", (ref,), page) for page in range(pages)]
+    return [Unit(f"{ref.basename} {called} {page + 1}", "picture", (ref,), page) for page in range(pages)]
 
 
 def load(unit: Unit) -> ImageStudy | Rejection:

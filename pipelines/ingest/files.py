@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import stat
 import struct
@@ -94,6 +95,11 @@ class FileRef:
         if len(data) > MAX_FILE_BYTES:
             raise Refusal("too-large", f"The file is larger than {MAX_FILE_BYTES >> 30} GiB.")
         return data
+
+    def sha256(self) -> str:
+        """Of all bytes, lower-case hex. A file that has not changed is not hashed anew for each of its pages."""
+        info = self.path.stat()
+        return _sha256(self, info.st_mtime_ns, info.st_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +233,12 @@ def _litter(name: str) -> str | None:
 def _archive(path: Path) -> zipfile.ZipFile:
     info = path.stat()
     return _open_archive(path, info.st_mtime_ns, info.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(ref: FileRef, mtime_ns: int, size: int) -> str:
+    with ref.open() as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,75 +1,192 @@
-"""Photos: PNG, JPEG, TIFF, BMP, WebP and GIF, recognised by content, to 8/16-bit grey or 8-bit RGB arrays."""
+"""Photos: PNG, JPEG, TIFF, BMP, WebP and GIF, recognised by content, to 8/16-bit grey or 8-bit sRGB arrays.
+
+Pillow decodes a picture once; from there it goes strip by strip into the array, which lies in a temporary file where it
+is large. The most memory is Pillow's own: a byte a pixel for grey, two for 16 bit, four for colour.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import io
+import shutil
 import struct
+import tempfile
+import threading
 import warnings
-from typing import BinaryIO, Final
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Final, cast
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.refusals import Refusal
-from pipelines.study import ImageStudy, SourceFile, content_key
+from pipelines.study import Geometry, ImageStudy, SourceFile, content_key
 
-MAX_PIXELS: Final = 400_000_000  # 20,000 x 20,000
+MAX_PIXELS: Final = 500_000_000  # of one picture; a scan of 20,000 x 20,000 has 400 million
 MAX_PAGES: Final = 2_000
+MAX_FILM_PIXELS: Final = 8_000_000_000  # of all frames of an animation: each is made from the ones before
+MAX_PNG_CHUNKS: Final = 2_000_000  # that are walked through to see whether the last one is there
 MIN_SIDE: Final = 16  # a side shorter than this shows nothing that could be assessed
 FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
+IN_MEMORY_BYTES: Final = 256 << 20  # of pixels; what is larger is kept in a temporary file
+STRIP_PIXELS: Final = 1 << 22  # that are converted at once
+MM_PER_INCH: Final = 25.4
+SCREEN_DPI: Final = (72, 96)  # what programs write when they know nothing
+PLAUSIBLE_DPI: Final = (2.5, 2_500_000)  # 10 mm to 10 nm a pixel
 
 # Pillow's own limit is lower and at first only warns. `_check_size` takes its place: nothing is decoded before it.
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what it finds odd in a damaged file
 
+_DAMAGED: Final = (SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error)  # its words for a bad file
+# EXIF orientation (tag 0x0112) -> how the stored array is turned upright; 5 and above swap rows and columns.
+_UPRIGHT: Final[dict[int, Callable[[np.ndarray], np.ndarray]]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
 
-def count_pages(ref: FileRef) -> int:
-    """How many pictures the file holds, from its header alone. Raises Refusal.
+
+def count_pages(ref: FileRef) -> tuple[int, str]:
+    """How many pictures the file holds, from its header alone, and what they are called. Raises Refusal.
 
     Pages of a TIFF and frames of an animation count; the previews that phones append to a JPEG do not.
     """
-    with ref.open() as stream, _open(stream) as image:
+    with _seekable(ref) as stream, _open(stream) as image:
         pages = 1 if image.format in ("JPEG", "MPO") else _n_frames(image)
+        moving = image.format != "TIFF"
+        pixels = pages * image.width * image.height
     if pages > MAX_PAGES:
         raise Refusal("too-large", f"The file has {pages:,} pages; the limit is {MAX_PAGES:,}.")
-    return pages
+    if moving and pages > 1 and pixels > MAX_FILM_PIXELS:
+        limit = f"the limit is {MAX_FILM_PIXELS // 1_000_000:,} megapixels"
+        raise Refusal("too-large", f"The {pages:,} frames have {pixels // 1_000_000:,} megapixels in all; {limit}.")
+    return pages, "frame" if moving else "page"
 
 
 def load_picture(ref: FileRef, page: int | None, name: str) -> ImageStudy:
-    """Decode one picture: `[1, H, W]` uint8/uint16 grey, or `[1, H, W, 3]` uint8 RGB where there is colour.
-
-    It is turned as its EXIF tag asks; what is transparent becomes white.  Raises Refusal.
-    """
-    data = ref.read()
-    with _open(io.BytesIO(data)) as image:
+    """Decode one picture. Raises Refusal."""
+    with _at_page(ref, page) as image:
         media_type = Image.MIME.get(image.format or "", "application/octet-stream")
-        try:
-            if page:
-                image.seek(page)
-            _check_size(*image.size)
-            image.load()
-            pixels = _to_array(ImageOps.exif_transpose(image))
-        except (OSError, EOFError) as error:  # Pillow says "image file is truncated" and the like
-            if isinstance(error, EOFError) or "truncated" in str(error):
-                raise Refusal("truncated", "The image data ends too early.") from error
-            raise Refusal("damaged-image", "The image data is damaged.") from error
-        except (SyntaxError, ValueError, struct.error) as error:  # its plugins' other words for a damaged file
-            raise Refusal("damaged-image", "The image data is damaged.") from error
-    if min(pixels.shape[:2]) < MIN_SIDE:
-        height, width = pixels.shape[:2]
-        raise Refusal("too-small", f"The image is {width:,} x {height:,} pixels; each side must have {MIN_SIDE}.")
-    if (pixels == pixels.flat[0]).all():
-        raise Refusal("blank-image", "All pixels of the image have the same value.")
-    digest = hashlib.sha256(data).hexdigest()
-    source = SourceFile(path=ref.name, sha256=digest, media_type=media_type, page=page)
+        picture = decode(image)
+    source = SourceFile(path=ref.name, sha256=ref.sha256(), media_type=media_type, page=page)
+    return picture_study(content_key((source,)), name, picture, source)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """`[H, W]` uint8/uint16 grey or `[H, W, 3]` uint8 sRGB, upright; flags are those of `ImageStudy`."""
+
+    pixels: np.ndarray
+    spacing_mm: tuple[float, float] | None
+    flags: tuple[str, ...]
+
+
+def picture_study(key: str, name: str, picture: Decoded, source: SourceFile) -> ImageStudy:
+    """The study of one decoded picture."""
     return ImageStudy(
-        key=content_key((source,)), name=name, units="display", pixels=pixels[np.newaxis], sources=(source,)
+        key=key,
+        name=name,
+        units="display",
+        pixels=picture.pixels[np.newaxis],
+        sources=(source,),
+        geometry=Geometry(spacing_mm=picture.spacing_mm),
+        quality_flags=picture.flags,
     )
 
 
+def decode(image: Image.Image) -> Decoded:
+    """An opened picture as an array: turned as its EXIF tag asks, its colours brought to sRGB, white where transparent.
+
+    Grey values are kept as they are, whatever profile names their tone curve. Raises Refusal.
+    """
+    flags: set[str] = set()
+    try:
+        _check_size(*image.size)
+        if ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I"):
+            flags.add("reduced-to-8-bit")
+        stored = _orientation(image)  # before `load`, which turns a TIFF itself
+        image.load()
+        pixels = _to_array(image, flags)
+        pixels = _UPRIGHT.get(_orientation(image), lambda a: a)(pixels)
+        spacing = _spacing(image, swapped=stored >= 5)
+    except (OSError, EOFError) as error:  # Pillow says "image file is truncated" and the like
+        if isinstance(error, EOFError) or "truncated" in str(error):
+            raise Refusal("truncated", "The image data ends too early.") from error
+        raise Refusal("damaged-image", "The image data is damaged.") from error
+    except _DAMAGED as error:
+        raise Refusal("damaged-image", "The image data is damaged.") from error
+    height, width = pixels.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise Refusal("too-small", f"The image is {width:,} x {height:,} pixels; each side must have {MIN_SIDE}.")
+    if all((strip == pixels[0, 0]).all() for strip in _strips(pixels)):
+        raise Refusal("blank-image", "All pixels of the image have the same value.")
+    return Decoded(pixels, spacing, tuple(sorted(flags)))
+
+
+# Files
+
+
+@contextlib.contextmanager
+def _seekable(ref: FileRef) -> Iterator[BinaryIO]:
+    """The file itself, or the unpacked member of an archive, in which seeking would unpack it anew each time."""
+    with ref.open() as stream:
+        if ref.member is None:
+            yield stream
+            return
+        with tempfile.SpooledTemporaryFile(max_size=64 << 20) as unpacked:
+            shutil.copyfileobj(stream, unpacked, 1 << 20)
+            unpacked.seek(0)
+            yield cast(BinaryIO, unpacked)
+
+
+_film = contextlib.ExitStack()  # the multi-page file that was read last, kept open
+_film_image: tuple[object, Image.Image] | None = None
+_film_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _at_page(ref: FileRef, page: int | None) -> Iterator[Image.Image]:
+    """The opened file, at that page. Frames build on the ones before: the file stays open for the next."""
+    if page is None:
+        with _seekable(ref) as stream, _open(stream) as image:
+            yield image
+        return
+    global _film_image
+    with _film_lock:
+        info = ref.path.stat()
+        key = (ref, info.st_mtime_ns, info.st_size)
+        try:
+            if _film_image is None or _film_image[0] != key:
+                _film.close()
+                image = _film.enter_context(_open(_film.enter_context(_seekable(ref))))
+                _film_image = key, image
+            image = _film_image[1]
+            try:
+                image.seek(page)
+            except (OSError, EOFError, *_DAMAGED) as error:
+                raise Refusal("truncated", "The file ends before that page.") from error
+            yield image
+            if page + 1 == _n_frames(image):
+                _film_image = None
+                _film.close()
+        except BaseException:
+            _film_image = None
+            _film.close()
+            raise
+
+
 def _open(stream: BinaryIO) -> Image.Image:
+    """Pillow's image with its header read. Raises Refusal for what can be told to be wrong without decoding."""
+    if _is_cut_short(stream):
+        raise Refusal("truncated", "The file ends too early.")
+    stream.seek(0)
     try:
         image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -77,15 +194,40 @@ def _open(stream: BinaryIO) -> Image.Image:
         if _declares_no_pixels(stream.read(32)):
             raise Refusal("no-pixels", "The image is 0 pixels wide or high.") from error
         raise Refusal("damaged-image", "The header is damaged, or of a kind that is not read.") from error
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+    except (OSError, *_DAMAGED) as error:
         raise Refusal("damaged-image", "The header is damaged.") from error
     _check_size(*image.size)
     return image
 
 
+def _is_cut_short(stream: BinaryIO) -> bool:
+    """Whether the container itself says that bytes are missing, which Pillow overlooks."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    head = stream.read(12)
+    if head[:4] == b"RIFF":
+        return size < 8 + struct.unpack("<I", head[4:8])[0]
+    if not head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return False
+    at = 8  # the chunks must go on until IEND (PNG specification, section 5.6)
+    for _ in range(MAX_PNG_CHUNKS):
+        if at + 12 > size:
+            return True
+        stream.seek(at)
+        length, kind = struct.unpack(">I4s", stream.read(8))
+        if kind == b"IEND" or not kind.isalpha():  # whole, or damaged rather than short
+            return False
+        at += 12 + length
+    return False
+
+
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise Refusal("too-large", f"The image is {width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,} in all.")
+        limit = f"the limit is {MAX_PIXELS // 1_000_000} megapixels, such as 20,000 x 25,000"
+        megapixels = width * height / 1e6
+        raise Refusal(
+            "too-large", f"The image is {width:,} x {height:,} pixels ({megapixels:,.0f} megapixels); {limit}."
+        )
 
 
 def _declares_no_pixels(head: bytes) -> bool:
@@ -98,26 +240,119 @@ def _declares_no_pixels(head: bytes) -> bool:
 def _n_frames(image: Image.Image) -> int:
     try:
         return int(getattr(image, "n_frames", 1))
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error) as error:
+    except (OSError, EOFError, *_DAMAGED) as error:
         raise Refusal("damaged-image", "The list of pages is damaged.") from error
 
 
-def _to_array(image: Image.Image) -> np.ndarray:
-    """`[H, W]` uint8/uint16 or `[H, W, 3]` uint8."""
-    if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)
-    if image.mode == "I":
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
-            raise Refusal("unsupported-pixel-format", "The image has 32 bits a pixel.")
-        return pixels.astype(np.uint16)
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if isinstance(value, int) else 1
+
+
+def _spacing(image: Image.Image, *, swapped: bool) -> tuple[float, float] | None:
+    """Millimetres between rows and between columns by the resolution tag (PNG pHYs, JFIF density, TIFF resolution).
+
+    None where it is no scale: a screen's default, implausible, or written by a camera, which cannot know.
+    """
+    dpi = image.info.get("dpi")
+    if not isinstance(dpi, tuple) or len(dpi) != 2:
+        return None
+    across, down = map(float, dpi)
+    if not all(PLAUSIBLE_DPI[0] <= value <= PLAUSIBLE_DPI[1] for value in (across, down)):
+        return None
+    if any(abs(value - screen) < 0.1 for value in (across, down) for screen in SCREEN_DPI):
+        return None
+    exposed = image.getexif().get_ifd(ExifTags.IFD.Exif)
+    if any(tag in exposed for tag in (ExifTags.Base.ExposureTime, ExifTags.Base.FNumber, ExifTags.Base.FocalLength)):
+        return None
+    if swapped:
+        across, down = down, across
+    return MM_PER_INCH / down, MM_PER_INCH / across
+
+
+# Pixels
+
+
+def _to_array(image: Image.Image, flags: set[str]) -> np.ndarray:
+    """`[H, W]` uint8/uint16 or `[H, W, 3]` uint8, as stored."""
+    height, width = image.height, image.width
+    if image.mode.startswith("I"):
+        return _gather((_deep(strip) for strip in _cut(image)), (height, width), np.uint16)
     if image.mode == "F":
         raise Refusal("unsupported-pixel-format", "The image has floating-point pixels.")
-    grey = image.mode in ("1", "L", "LA")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    pixels = np.array(image.convert("L" if grey else "RGB"))
-    if not grey and (pixels[..., :1] == pixels[..., 1:]).all():  # grey in the clothes of colour
-        return pixels[..., 0].copy()
+    if image.mode in ("1", "L", "LA", "La"):
+        grey = (np.asarray(_opaque(strip, flags).convert("L")) for strip in _cut(image))
+        return _gather(grey, (height, width), np.uint8)
+    to_srgb = _to_srgb(image, flags)
+    colour = (np.asarray(to_srgb(_opaque(strip, flags))) for strip in _cut(image))
+    pixels = _gather(colour, (height, width, 3), np.uint8)
+    if all((strip[..., :1] == strip[..., 1:]).all() for strip in _strips(pixels)):  # grey in the clothes of colour
+        return _gather((strip[..., 0] for strip in _strips(pixels)), (height, width), np.uint8)
     return pixels
+
+
+def _rows(width: int) -> int:
+    return max(1, STRIP_PIXELS // max(width, 1))
+
+
+def _cut(image: Image.Image) -> Iterator[Image.Image]:
+    for top in range(0, image.height, step := _rows(image.width)):
+        yield image.crop((0, top, image.width, min(top + step, image.height)))
+
+
+def _strips(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    for top in range(0, len(pixels), step := _rows(pixels.shape[1])):
+        yield pixels[top : top + step]
+
+
+def _gather(strips: Iterable[np.ndarray], shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+    """The strips as one array; a large one is mapped from a temporary file, which the system can drop from memory."""
+    if np.prod(shape, dtype=np.int64) * np.dtype(dtype).itemsize <= IN_MEMORY_BYTES:
+        return np.concatenate([strip.astype(dtype, copy=False) for strip in strips])
+    with tempfile.TemporaryFile() as file:
+        for strip in strips:
+            file.write(np.ascontiguousarray(strip, dtype))
+        file.flush()
+        return np.memmap(file, dtype, "r", shape=shape)
+
+
+def _deep(strip: Image.Image) -> np.ndarray:
+    pixels = np.asarray(strip)
+    if strip.mode == "I" and (pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max):
+        raise Refusal("unsupported-pixel-format", "The image has 32 bits a pixel.")
+    return pixels.astype(np.uint16)
+
+
+def _opaque(strip: Image.Image, flags: set[str]) -> Image.Image:
+    """The strip on white, where it is transparent."""
+    if not strip.has_transparency_data:
+        return strip
+    rgba = strip.convert("RGBA")
+    if rgba.getextrema()[3] == (255, 255):
+        return rgba.convert("RGB")
+    flags.add("transparency-on-white")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, flags: set[str]) -> Callable[[Image.Image], Image.Image]:
+    """What brings a strip of a colour picture to sRGB: by its ICC profile where it has one."""
+    mode = "CMYK" if image.mode == "CMYK" else "RGB"
+
+    def plainly(strip: Image.Image) -> Image.Image:
+        return strip.convert("RGB")
+
+    if image.mode == "LAB":
+        raise Refusal("unsupported-pixel-format", "The image has CIELAB pixels.")
+    if not (embedded := image.info.get("icc_profile")):
+        if mode == "CMYK":
+            flags.add("colours-approximate")
+        return plainly
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return plainly
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, *_DAMAGED):  # damaged, or of another colour space than the pixels
+        flags.add("colours-approximate")
+        return plainly
+    return lambda strip: cast(Image.Image, ImageCms.applyTransform(strip.convert(mode), transform))
