@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import stat
 import struct
@@ -238,7 +239,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 @functools.lru_cache(maxsize=256)
 def _sha256(ref: FileRef, mtime_ns: int, size: int) -> str:
     with ref.open() as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(cast(io.BufferedIOBase, stream), "sha256").hexdigest()
 
 
 @functools.lru_cache(maxsize=4)

@@ -125,7 +125,7 @@ def decode(image: Image.Image) -> Decoded:
     height, width = pixels.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise Refusal("too-small", f"The image is {width:,} x {height:,} pixels; each side must have {MIN_SIDE}.")
-    if all((strip == pixels[0, 0]).all() for strip in _strips(pixels)):
+    if all((strip == pixels.flat[0]).all() for strip in _strips(pixels)):
         raise Refusal("blank-image", "All pixels of the image have the same value.")
     return Decoded(pixels, spacing, tuple(sorted(flags)))
 
@@ -224,10 +224,8 @@ def _is_cut_short(stream: BinaryIO) -> bool:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         limit = f"the limit is {MAX_PIXELS // 1_000_000} megapixels, such as 20,000 x 25,000"
-        megapixels = width * height / 1e6
-        raise Refusal(
-            "too-large", f"The image is {width:,} x {height:,} pixels ({megapixels:,.0f} megapixels); {limit}."
-        )
+        size = f"{width:,} x {height:,} pixels ({width * height / 1e6:,.0f} megapixels)"
+        raise Refusal("too-large", f"The image is {size}; {limit}.")
 
 
 def _declares_no_pixels(head: bytes) -> bool:
@@ -311,7 +309,7 @@ def _gather(strips: Iterable[np.ndarray], shape: tuple[int, ...], dtype: type[np
         return np.concatenate([strip.astype(dtype, copy=False) for strip in strips])
     with tempfile.TemporaryFile() as file:
         for strip in strips:
-            file.write(np.ascontiguousarray(strip, dtype))
+            file.write(np.ascontiguousarray(strip, dtype).data)
         file.flush()
         return np.memmap(file, dtype, "r", shape=shape)
 
@@ -328,7 +326,7 @@ def _opaque(strip: Image.Image, flags: set[str]) -> Image.Image:
     if not strip.has_transparency_data:
         return strip
     rgba = strip.convert("RGBA")
-    if rgba.getextrema()[3] == (255, 255):
+    if rgba.getchannel("A").getextrema() == (255, 255):
         return rgba.convert("RGB")
     flags.add("transparency-on-white")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
