@@ -31,16 +31,17 @@ def window(hu: np.ndarray, centre: float, width: float) -> np.ndarray:
     return np.clip((hu.astype(np.float32) - low) * (255.0 / width) + 0.5, 0, 255).astype(np.uint8)
 
 
-def grey8(pixels: np.ndarray) -> np.ndarray:
+def grey8(pixels: np.ndarray, span: tuple[float, float] | None = None) -> np.ndarray:
     """`[H, W]` uint8/uint16 or `[H, W, 3]` uint8 -> `[H, W]` uint8.
 
-    16-bit pictures rarely use their whole range: the 0.5th to 99.5th percentile is stretched over the grey levels.
+    16-bit pictures rarely use their whole range: `span`, by default the 0.5th to 99.5th percentile, is stretched over
+    the grey levels.
     """
     if pixels.ndim == 3:
         return np.asarray(Image.fromarray(pixels).convert("L"))
     if pixels.dtype == np.uint8:
         return pixels
-    low, high = grey_range(pixels)
+    low, high = span or grey_range(pixels)
     scaled = (pixels.astype(np.float32) - low) * (255.0 / max(high - low, 1.0)) + 0.5
     return np.clip(scaled, 0, 255).astype(np.uint8)
 

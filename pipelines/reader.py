@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from decoder import generate
 from encoders import EncoderOutput
 from encoders.flips import look_from_all_sides
 from encoders.select import Items, select_boxes, select_regions
+from pipelines import tiles
 from pipelines.inputs import (
     GLANCE,
     LONGEST_SIDE,
@@ -118,6 +120,7 @@ class Seen:
     size: tuple[int, int]  # width, height
     slices: tuple[int, ...] = (0,)
     windows: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 class Reader:
@@ -165,6 +168,8 @@ class Reader:
         """The encoder's part of `read`."""
         if study.units == "HU" and kind != "defect":
             return self._look_at_volume(study)
+        if study.units == "display" and tiles.is_large(study.pixels[0]):
+            return self._look_at_tiles(study, kind, reference)
         return self._look_at_picture(study, kind, reference)
 
     @torch.inference_mode()
@@ -204,6 +209,41 @@ class Reader:
             found = _candidates(items, 0, closer, DEFECT_TYPES, middle)
             found = [candidate for candidate in found if LINE_OF_TYPE[candidate.type] == line]
         return Seen(line, confidence, fields, output.visual_BND, found, glance.size, (middle,))
+
+    def _look_at_tiles(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> Seen:
+        """A picture far larger than the network's view: an overview tells what it is, tiles show its defects."""
+        pixels = study.pixels[0]
+        height, width = pixels.shape[:2]
+        golden = reference.pixels[0] if reference is not None and reference.units == "display" else None
+        small = grey8(tiles.overview(pixels))
+        small_golden = None if golden is None else grey8(tiles.overview(golden))
+        glance = view(small, GLANCE, small_golden, square=True)
+        output = self._encode([glance])
+        fields = field_log_probabilities(output)
+        line, confidence = self._line(fields, kind)
+        if line == "ct":
+            whole = replace(glance, scale=glance.scale * max(small.shape) / max(height, width), size=(width, height))
+            found = _candidates(select_regions(output.maps_BTHW, glance.x_CHW.shape[1:]), 0, whole, CT_TYPES)
+            return Seen(line, confidence, fields, output.visual_BND, found, (width, height), flags=("seen-reduced",))
+        places = tiles.layout(height, width, LONGEST_SIDE[line])
+        goldens = repeat(None) if golden is None else tiles.cut(golden, places, pixels.shape)
+        items = []
+        for place, grey, beside in zip(places, tiles.cut(pixels, places), goldens, strict=False):
+            closer = view(grey, LONGEST_SIDE[line], beside, square=False)
+            for each in _candidates(self._inspect(closer, mirrored=False), 0, closer, DEFECT_TYPES):
+                if LINE_OF_TYPE[each.type] == line:
+                    x, y = place[:2]
+                    x0, y0, x1, y1 = each.bbox
+                    items.append((replace(each, bbox=(x0 + x, y0 + y, x1 + x, y1 + y)), place))
+        merged = tiles.merge(
+            [each.bbox for each, _ in items],
+            [each.type for each, _ in items],
+            [each.score for each, _ in items],
+            [place for _, place in items],
+        )
+        found = [replace(items[i][0], bbox=bbox) for i, bbox in merged]
+        flags = ("read-in-tiles", "seen-reduced") if places[0][2] > LONGEST_SIDE[line] else ("read-in-tiles",)
+        return Seen(line, confidence, fields, output.visual_BND, found, (width, height), flags=flags)
 
     def _look_at_volume(self, study: ImageStudy) -> Seen:
         count = len(study.pixels)
@@ -337,6 +377,7 @@ class Reader:
             impression=summary(kind, summarise(reported)),
             slices_read=seen.slices,
             windows=seen.windows,
+            quality_flags=seen.flags,
             corrections=tuple(sorted(corrections)),
             tokens=tuple(words),
         )
