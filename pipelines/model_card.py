@@ -49,7 +49,7 @@ A group is what must not be separated: a patient, a tile, a board. Where groups 
 published split shares boards) the validation figures flatter the model.
 
 Labels to be careful with: `medpix-ct` findings and laterality come from captions by rule and are noisy; severity and
-disposition have no ground truth anywhere and are derived by the written rules of `reports/default_rules.toml`.
+disposition have no ground truth anywhere and are derived by the written rules of `reports/default_rules.yaml`.
 
 ## Recipe
 

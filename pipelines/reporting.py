@@ -13,13 +13,13 @@ from typing import Final, Literal, cast
 
 import numpy as np
 
-from pipelines import inputs
+from pipelines import inputs, tiles
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.study import Geometry, ImageStudy, SourceFile
 from reports import measurements, taxonomy
 from reports.codes import code_of
 from reports.grammar import zone_of
-from reports.images import Picture, ReportImages
+from reports.images import Picture, ReportImages, around
 from reports.measurements import Box
 from reports.rules import Defect, Rules, load_rules
 from reports.schema import (
@@ -39,6 +39,8 @@ from reports.schema import (
 from reports.texts import Language, worded
 
 KIND_UNCERTAIN_BELOW: Final = 0.75
+MAX_DETAILS: Final = 100  # findings of a large picture that are kept at full size
+MAX_DETAIL_SIDE: Final = 2048  # of their surroundings; what is larger shows on the overview
 OBLIQUE_BELOW: Final = 0.8  # cosine between slice normal and nearest body axis: below, the plane has no plain name
 
 
@@ -81,17 +83,16 @@ def build_report(
     flags = _quality_flags(study, reading, reference)
     technique = _technique(study, reading)
     findings = tuple(_finding(n, finding, study, reading, len(reported)) for n, finding in enumerate(reported, 1))
-    disposition, rule = None, None
+    disposition, rule, open_rules = None, None, ()
     rules = rules or load_rules()
     if reading.kind == "defect":
-        defects = [_defect(finding, study) for finding in findings]
-        severities = [rules.severity_of(defect) for defect in defects]
+        judgement = rules.judge([_defect(finding, study) for finding in findings], flags)
         findings = tuple(
-            f.model_copy(update={"severity": severity}) for f, severity in zip(findings, severities, strict=True)
+            f.model_copy(update={"severity": s}) for f, s in zip(findings, judgement.severities, strict=True)
         )
-        disposition, rule = rules.decide(list(zip(defects, severities, strict=True)), flags)
+        disposition, rule, open_rules = judgement.disposition, judgement.rule, judgement.unassessed
     report = Report(
-        id=report_id(study.key, reference.key if reference else None, model, kind, rules.digest, language),
+        id=report_id(study.identity, reference.key if reference else None, model, kind, rules.digest, language),
         kind=cast(Literal["ct", "defect"], reading.kind),
         created=datetime.now(UTC).replace(microsecond=0),
         title="",
@@ -102,6 +103,7 @@ def build_report(
             study_uid=study.study_uid,
             series_uid=study.series_uid,
             **{name: _text(value) for name, value in study.identifiers.items()},
+            read_from={name: _text(place) or "" for name, place in study.identifiers_from.items()},
         ),
         context=tuple(
             ContextNote(
@@ -124,7 +126,10 @@ def build_report(
         impression="",
         disposition=disposition,
         disposition_rule=rule,
-        not_assessed=tuple(_not_assessed(study, reading, technique, reference)),
+        not_assessed=(
+            *_not_assessed(study, reading, technique, reference),
+            *(_unsaid("rule-without-scale", rule=name) for name in open_rules),
+        ),
         quality_flags=flags,
         model=ModelInfo(
             name=model.name,
@@ -146,6 +151,7 @@ def report_images(study: ImageStudy, report: Report, *, reference: ImageStudy | 
     return ReportImages(
         slices={index: _picture(study, index, window) for index in shown or [read[len(read) // 2]]},
         reference=_picture(reference, 0, reference.window or inputs.SOFT_TISSUE) if reference else None,
+        details=_details(study, report) if study.units == "display" and tiles.is_large(study.pixels[0]) else {},
     )
 
 
@@ -199,11 +205,11 @@ def _measure(bbox: Box, finding: FindingReading, study: ImageStudy, kind: str) -
 
 def _defect(finding: Finding, study: ImageStudy) -> Defect:
     height, width = study.pixels.shape[1:3]
-    x0, y0, x1, y1 = finding.evidence[0].bbox
     return Defect(
         type=finding.type,
-        area_percent=100 * (x1 - x0) * (y1 - y0) / (width * height),
-        length_percent=100 * max(x1 - x0, y1 - y0) / max(width, height),
+        bbox=finding.evidence[0].bbox,
+        image_size=(int(width), int(height)),
+        spacing_mm=study.geometry.spacing_mm,
         confidence=finding.confidence,
     )
 
@@ -240,9 +246,10 @@ def _technique(study: ImageStudy, reading: Reading) -> Technique:
             image_size_px=size,
             spacing_mm=geometry.spacing_mm,
             product_line=reading.product_line,
-            read_from={"product_line": "model"} if reading.product_line else {},
+            read_from=({"product_line": "model"} if reading.product_line else {})
+            | ({"spacing_mm": geometry.spacing_from} if geometry.spacing_mm else {}),
         )
-    read_from: dict[str, Literal["model", "header", "geometry"]] = {
+    read_from: dict[str, Literal["model", "header", "geometry", "user"]] = {
         name: "model" for name in ("region", "plane", "contrast") if name in reading.fields
     }
     fields = {name: _field_value(reading.fields[name]) for name in read_from}
@@ -258,6 +265,8 @@ def _technique(study: ImageStudy, reading: Reading) -> Technique:
         "body_part": _text(study.body_part),
     }
     read_from |= {name: "header" for name, value in header.items() if value is not None}
+    if geometry.spacing_mm:
+        read_from["spacing_mm"] = geometry.spacing_from
     return Technique.model_validate(
         header
         | fields
@@ -408,10 +417,39 @@ def _picture(study: ImageStudy, index: int, window: tuple[float, float]) -> Pict
     if study.units == "HU":
         centre, width = window
         return Picture(inputs.window(values, centre, width), _window_words(centre, width, "HU"), aspect)
+    if tiles.is_large(values):
+        return _overview(values, aspect)
     if values.dtype == np.uint8:
         return Picture(values, pixel_aspect=aspect)
     low, high = inputs.grey_range(values)
     return Picture(inputs.grey8(values), _window_words((low + high) / 2, high - low), aspect)
+
+
+def _overview(values: np.ndarray, aspect: float) -> Picture:
+    """A picture that is too large to keep, reduced."""
+    height, width = values.shape[:2]
+    return Picture(tiles.overview(values), _shown_as(values), aspect, (0, 0, width, height))
+
+
+def _details(study: ImageStudy, report: Report) -> dict[str, Picture]:
+    """Of a picture that is kept as an overview: the surroundings of each finding, at full size."""
+    values = study.pixels[0]
+    whole = _overview(values, 1.0)
+    details = {}
+    for finding in report.findings[:MAX_DETAILS]:
+        x0, y0, x1, y1 = (round(edge) for edge in around(finding.evidence[0].bbox, whole))
+        if max(x1 - x0, y1 - y0) <= MAX_DETAIL_SIDE:
+            part = np.ascontiguousarray(values[y0:y1, x0:x1])
+            shown = part if part.dtype == np.uint8 else inputs.grey8(part, tiles.grey_span(values))
+            details[finding.id] = Picture(shown, _shown_as(values), part=(x0, y0, x1, y1))
+    return details
+
+
+def _shown_as(values: np.ndarray) -> str:
+    if values.dtype == np.uint8:
+        return ""
+    low, high = tiles.grey_span(values)
+    return _window_words((low + high) / 2, high - low)
 
 
 def _window_words(level: float, width: float, unit: str = "") -> str:

@@ -20,7 +20,7 @@ Reference = Annotated[
     typer.Option(help="Golden sample to compare pictures with, or a folder of them, matched by file name."),
 ]
 Rules = Annotated[
-    Path | None, typer.Option(help="Rule file for severity and disposition. (default reports/default_rules.toml)")
+    Path | None, typer.Option(help="Rule file for severity and disposition. (default reports/default_rules.yaml)")
 ]
 Language = Annotated[str | None, typer.Option(help="Language of the reports: en or zh-CN. (default en)")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

@@ -20,7 +20,7 @@ from reports import taxonomy
 from reports.bundle import Bundle
 from reports.codes import code_of
 from reports.measurements import covered_share
-from reports.rules import DEFAULT_RULES, Defect, RulesError, load_rules
+from reports.rules import load_rules
 from reports.schema import Report
 from reports.writing import write_report
 
@@ -280,76 +280,6 @@ def test_sixteen_bit_photos_are_scaled() -> None:
     picture = report_images(study, report, reference=photo())
     assert picture.slices[0].pixels.tolist() == [[0, 64], [255, 64]]
     assert picture.reference is not None
-
-
-# Rules
-
-
-def judged(*defects: tuple[str, float, float], flags: tuple[str, ...] = ()) -> tuple[list[str], str, str]:
-    rules = load_rules()
-    asked = [Defect(kind, area, area, confidence) for kind, area, confidence in defects]
-    severities = [rules.severity_of(each) for each in asked]
-    disposition, rule = rules.decide(list(zip(asked, severities, strict=True)), flags)
-    return list(severities), disposition, rule.split()[0]
-
-
-@pytest.mark.parametrize(
-    ("defects", "flags", "severities", "disposition", "rule"),
-    [
-        ([], (), [], "accept", "otherwise-accept"),
-        ([("open", 0.1, 0.9)], (), ["critical"], "reject", "critical-defect"),
-        ([("patches", 20, 0.9)], (), ["major"], "rework", "major-defect"),
-        ([("patches", 20, 0.9)] * 3, (), ["major"] * 3, "reject", "several-major-defects"),
-        ([("patches", 1, 0.9)] * 4, (), ["minor"] * 4, "accept", "otherwise-accept"),
-        ([("patches", 1, 0.9)] * 5, (), ["minor"] * 5, "rework", "many-minor-defects"),
-        ([("patches", 1, 0.4)], (), ["minor"], "hold", "model-unsure"),
-        ([], ("product-line-undetermined",), [], "hold", "not-fully-assessed"),
-        ([("short", 1, 0.9)], ("no-reference",), ["critical"], "reject", "critical-defect"),
-    ],
-)
-def test_default_rules(
-    defects: list, flags: tuple[str, ...], severities: list[str], disposition: str, rule: str
-) -> None:
-    assert judged(*defects, flags=flags) == (severities, disposition, rule)
-
-
-def test_a_house_rule_file_replaces_the_default_and_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "house.toml"
-    path.write_text(
-        'name = "house"\nversion = "7"\n[[severity]]\nrule = "s"\nseverity = "major"\n'
-        '[[disposition]]\nrule = "quarantine"\ndisposition = "hold"\n'
-    )
-    report = build_report(photo(), defect(found("patches", 0, 0, 9, 9)), MODEL, rules=load_rules(path))
-    assert (report.disposition, report.findings[0].severity) == ("hold", "major")
-    assert "quarantine · house 7" in (report.disposition_rule or "")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("[[severity]]", "[severity"), "is not TOML"),
-        (('"mousebite"', '"mouse-bite"'), "unknown defect type mouse-bite"),
-        (("min_area_percent = 10.0", "min_area_percent = 900"), "less than or equal to 100"),
-        (("min_count = 3", "min_kount = 3"), "min_kount"),
-        (
-            ('rule = "anything-else"', 'rule = "anything-else"\nmin_area_percent = 1'),
-            "last .*severity.* rule has a condition",
-        ),
-    ],
-)
-def test_a_faulty_rule_file_is_refused_with_what_would_mend_it(
-    tmp_path: Path, change: tuple[str, str], message: str
-) -> None:
-    path = tmp_path / "rules.toml"
-    path.write_text(DEFAULT_RULES.read_text().replace(*change))
-    with pytest.raises(RulesError, match=message) as caught:
-        load_rules(path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_missing_rule_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RulesError, match="cannot be read"):
-        load_rules(tmp_path / "none.toml")
 
 
 # Codes

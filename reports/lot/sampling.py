@@ -1,7 +1,7 @@
-"""Lot acceptance by single sampling for attributes after ISO 2859-1:1999: tables 1, 2-A to 2-C, and the switching rules.
+"""Lot acceptance by single sampling for attributes, ISO 2859-1:1999: tables 1 and 2-A to 2-C, and the switching rules.
 
-The tables are regular: a cell depends on the place of its letter plus the place of its AQL only, so that each table is one
-row of acceptance numbers along that diagonal.  Where a cell has none, its arrow leads to the next one in the column.
+The tables are regular: a cell depends on the place of its letter plus the place of its AQL only, so that each table is
+one row of acceptance numbers along that diagonal.  A cell that has none leads by its arrow to the next in its column.
 """
 
 from __future__ import annotations
