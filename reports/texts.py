@@ -36,6 +36,16 @@ class Words:
     def heading(self, key: str) -> str:
         return str(self._tables["heading"][key])
 
+    @property
+    def headings(self) -> Mapping[str, str]:
+        """All headings and labels, for templates."""
+        return dict(self._tables["heading"])
+
+    @property
+    def sentences(self) -> Mapping[str, str]:
+        """All sentences, for templates; those with values in braces have to be filled in."""
+        return dict(self._tables["sentence"])
+
     def sentence(self, key: str, **values: object) -> str:
         return str(self._tables["sentence"][key]).format_map(values)
 

@@ -19,11 +19,11 @@ from PIL import Image
 from report_strategies import AWKWARD, HEIGHT, WIDTH, images_for, plain_report, reports, texts
 
 from reports.bundle import Bundle
-from reports.html import number, render
+from reports.html import render
 from reports.images import BOX_COLOUR, Picture, ReportImages
 from reports.index_page import write_index
 from reports.schema import Evidence, Finding, Report
-from reports.taxonomy import title
+from reports.texts import LANGUAGES, Language, number, visible, words
 
 VOID = {"meta", "img", "input", "br", "rect", "link"}
 
@@ -74,25 +74,37 @@ def assert_harmless(page: Page, scripts: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(report=reports())
-def test_html_states_every_finding_and_nothing_breaks_out(report: Report) -> None:
+@given(report=reports(), language=st.sampled_from(LANGUAGES))
+def test_html_states_every_finding_and_nothing_breaks_out(report: Report, language: Language) -> None:
+    report = report.model_copy(update={"language": language})
     page = Page(render(Bundle(report, images_for(report))))
     text = flat(page.text)
     assert_harmless(page, scripts=0)
     assert all((attrs["src"] or "").startswith("data:image/") for attrs in page.all("img"))
     assert all(attrs["alt"] for attrs in page.all("img"))
-    measured = Counter(attrs["value"] for attrs in page.all("data"))
+    assert [attrs["lang"] for attrs in page.all("html")] == [language]
+    rows = [attrs for attrs in page.all("tr") if "data-type" in attrs]
+    assert [row["data-type"] for row in rows] == [visible(finding.type) for finding in report.findings]
+    assert [float(row["data-confidence"] or 0) for row in rows] == [f.confidence for f in report.findings]
+    measured = Counter((a["data-name"], float(a["value"] or 0), a["data-unit"]) for a in page.all("data"))
+    all_measurements = [m for finding in report.findings for m in finding.measurements] + list(report.measurements)
+    assert measured == Counter((visible(m.name), m.value, visible(m.unit)) for m in all_measurements)
+    assert [a["data-disposition"] for a in page.all("p") if "data-disposition" in a] == [
+        report.disposition for _ in [1] if report.disposition
+    ]
     for finding in report.findings:
-        name = title(finding.type)
+        name = visible(words(language).term("type", finding.type))
         assert flat(finding.id + name[:1].upper() + name[1:]) in text
-        assert flat(finding.description) in text
+        assert visible(finding.description) in text
         for measurement in finding.measurements:
-            assert measured[str(measurement.value)] >= 1
-            assert flat(f"{measurement.name} {number(measurement.value)}") in text
-    for words in (report.title, report.impression, report.disclaimer, report.model.weights_sha256, "PRELIMINARY"):
-        assert flat(words) in text
+            assert f"{visible(measurement.name)} {number(measurement.value)}" in text
+    status = words(language).term("status", "preliminary")
+    for said in (report.title, report.impression, report.disclaimer, report.model.weights_sha256, status):
+        assert visible(said) in text
     for item in report.not_assessed:
-        assert flat(f"({item.reason})") in text
+        assert visible(item.reason) in text
+    if report.supersedes:
+        assert words(language).heading("supersedes") + report.supersedes in text
     for source in report.source.inputs:
         assert source.sha256 in text
 
