@@ -148,10 +148,11 @@ def report_images(study: ImageStudy, report: Report, *, reference: ImageStudy | 
     shown = sorted({e.slice_index for finding in report.findings for e in finding.evidence})
     read = report.technique.slices_read or (0,)
     window = study.window or (inputs.LUNG if _is_chest(report.technique) else inputs.SOFT_TISSUE)
+    slices = {index: _picture(study, index, window) for index in shown or [read[len(read) // 2]]}
     return ReportImages(
-        slices={index: _picture(study, index, window) for index in shown or [read[len(read) // 2]]},
+        slices=slices,
         reference=_picture(reference, 0, reference.window or inputs.SOFT_TISSUE) if reference else None,
-        details=_details(study, report) if study.units == "display" and tiles.is_large(study.pixels[0]) else {},
+        details=_details(study, report, slices[0]) if _is_large(study) else {},
     )
 
 
@@ -241,23 +242,26 @@ def _technique(study: ImageStudy, reading: Reading) -> Technique:
     height, width = study.pixels.shape[1:3]
     size = (int(width), int(height))
     geometry = study.geometry
+    read_from: dict[str, Literal["model", "header", "geometry", "user"]] = {}
+    if geometry.spacing_mm:
+        read_from["spacing_mm"] = geometry.spacing_from
     if reading.kind == "defect":
+        if reading.product_line:
+            read_from["product_line"] = "model"
         return Technique(
             image_size_px=size,
             spacing_mm=geometry.spacing_mm,
             product_line=reading.product_line,
-            read_from=({"product_line": "model"} if reading.product_line else {})
-            | ({"spacing_mm": geometry.spacing_from} if geometry.spacing_mm else {}),
+            read_from=read_from,
         )
-    read_from: dict[str, Literal["model", "header", "geometry", "user"]] = {
-        name: "model" for name in ("region", "plane", "contrast") if name in reading.fields
+    fields = {
+        name: _field_value(reading.fields[name]) for name in ("region", "plane", "contrast") if name in reading.fields
     }
-    fields = {name: _field_value(reading.fields[name]) for name in read_from}
+    read_from |= dict.fromkeys(fields, "model")
     if plane := _plane(geometry):  # geometry beats a guess
         fields["plane"] = FieldValue(value=plane, confidence=1, probabilities={plane: 1})
         read_from["plane"] = "geometry"
     header = {
-        "spacing_mm": geometry.spacing_mm,
         "slice_spacing_mm": geometry.slice_spacing_mm,
         "slice_thickness_mm": geometry.slice_thickness_mm,
         "kernel": _text(study.kernel),
@@ -265,8 +269,6 @@ def _technique(study: ImageStudy, reading: Reading) -> Technique:
         "body_part": _text(study.body_part),
     }
     read_from |= {name: "header" for name, value in header.items() if value is not None}
-    if geometry.spacing_mm:
-        read_from["spacing_mm"] = geometry.spacing_from
     return Technique.model_validate(
         header
         | fields
@@ -275,6 +277,7 @@ def _technique(study: ImageStudy, reading: Reading) -> Technique:
             "slices_read": reading.slices_read,
             "windows": reading.windows,
             "image_size_px": size,
+            "spacing_mm": geometry.spacing_mm,
             "read_from": read_from,
         }
     )
@@ -418,31 +421,29 @@ def _picture(study: ImageStudy, index: int, window: tuple[float, float]) -> Pict
         centre, width = window
         return Picture(inputs.window(values, centre, width), _window_words(centre, width, "HU"), aspect)
     if tiles.is_large(values):
-        return _overview(values, aspect)
+        height, width = values.shape[:2]
+        return Picture(tiles.overview(values), _shown_as(values), aspect, (0, 0, width, height))
     if values.dtype == np.uint8:
         return Picture(values, pixel_aspect=aspect)
     low, high = inputs.grey_range(values)
     return Picture(inputs.grey8(values), _window_words((low + high) / 2, high - low), aspect)
 
 
-def _overview(values: np.ndarray, aspect: float) -> Picture:
-    """A picture that is too large to keep, reduced."""
-    height, width = values.shape[:2]
-    return Picture(tiles.overview(values), _shown_as(values), aspect, (0, 0, width, height))
-
-
-def _details(study: ImageStudy, report: Report) -> dict[str, Picture]:
+def _details(study: ImageStudy, report: Report, overview: Picture) -> dict[str, Picture]:
     """Of a picture that is kept as an overview: the surroundings of each finding, at full size."""
     values = study.pixels[0]
-    whole = _overview(values, 1.0)
     details = {}
     for finding in report.findings[:MAX_DETAILS]:
-        x0, y0, x1, y1 = (round(edge) for edge in around(finding.evidence[0].bbox, whole))
+        x0, y0, x1, y1 = (round(edge) for edge in around(finding.evidence[0].bbox, overview))
         if max(x1 - x0, y1 - y0) <= MAX_DETAIL_SIDE:
             part = np.ascontiguousarray(values[y0:y1, x0:x1])
             shown = part if part.dtype == np.uint8 else inputs.grey8(part, tiles.grey_span(values))
-            details[finding.id] = Picture(shown, _shown_as(values), part=(x0, y0, x1, y1))
+            details[finding.id] = Picture(shown, _shown_as(values), overview.pixel_aspect, (x0, y0, x1, y1))
     return details
+
+
+def _is_large(study: ImageStudy) -> bool:
+    return study.units == "display" and tiles.is_large(study.pixels[0])
 
 
 def _shown_as(values: np.ndarray) -> str:

@@ -7,6 +7,7 @@ multi-page file. Nothing here knows about models or report formats.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -48,6 +49,7 @@ class Geometry:
     positions_mm: tuple[tuple[float, float, float], ...] | None = None  # centre of the first pixel, per slice
     slice_spacing_mm: float | None = None  # along the normal; None when irregular or a single slice
     slice_thickness_mm: float | None = None
+    spacing_from: Literal["header", "user"] = "header"  # who says so: the file itself, or the person who asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,21 @@ class ImageStudy:
     contrast_agent: str | None = None  # what the header says, if anything
     body_part: str | None = None  # what the header says, if anything
     identifiers: Mapping[str, str] = field(default_factory=dict)  # accession, lot, part, serial: where known
+    identifiers_from: Mapping[str, str] = field(default_factory=dict)  # the document, file or folder that each stood in
     documents: tuple[Document, ...] = ()
     dicom: DicomSource | None = None
     quality_flags: tuple[str, ...] = ()  # kebab-case codes, listed in `pipelines/ingest/series.py`
     rejected_sources: tuple[Rejection, ...] = ()  # files of the series that the study had to do without
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) over all that a report takes from the study: its key and what is known beside the pixels."""
+        scale = self.geometry.spacing_mm if self.geometry.spacing_from == "user" else None
+        quoted = [(note.source.sha256, note.source.page, note.kind) for note in self.documents]
+        if not (scale or quoted or self.identifiers_from):
+            return self.key
+        beside = [self.key, scale, quoted, sorted(self.identifiers.items()), sorted(self.identifiers_from.items())]
+        return hashlib.sha256(json.dumps(beside).encode()).hexdigest()
 
 
 def content_key(sources: Iterable[SourceFile]) -> str:

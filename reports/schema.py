@@ -62,6 +62,9 @@ class Source(Record):
     lot: str | None = None
     part: str | None = None
     serial: str | None = None
+    read_from: dict[str, str] = Field(
+        default_factory=dict, description="document, file or folder that accession, lot, part and serial stood in"
+    )
 
 
 class ContextNote(Record):
@@ -108,7 +111,7 @@ class Technique(Record):
     body_part: str | None = Field(default=None, description="what the file's header says")
     product_line: str | None = None
     image_size_px: tuple[int, int] = Field(description="width, height")
-    read_from: dict[str, Literal["model", "header", "geometry"]] = Field(
+    read_from: dict[str, Literal["model", "header", "geometry", "user"]] = Field(
         default_factory=dict, description="where each field comes from, by its name; what is not named was counted"
     )
 
