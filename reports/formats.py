@@ -72,12 +72,43 @@ class Format:
 
     def _function(self) -> Callable[..., Any]:
         module, function = self.renderer.split(":")
-        return getattr(import_module(module), function)  # type: ignore[no-any-return]
+        return getattr(import_module(module), function)
 
 
 BUILT_IN: Final = (
     Format("json", "the report object", "report.json", "reports.writing:render_json"),
     Format("html", "one page with the evidence drawn in", "report.html", "reports.html:render"),
+    Format(
+        name="csv",
+        summary="tables for spreadsheets: a row an image, a row a finding, a row a measurement",
+        filename="findings.csv",
+        renderer="reports.tables:write_csv",
+        scope="run",
+        also=("images.csv", "measurements.csv"),
+    ),
+    Format(
+        name="parquet",
+        summary="the same tables with typed columns",
+        filename="findings.parquet",
+        renderer="reports.tables:write_parquet",
+        scope="run",
+        also=("images.parquet", "measurements.parquet"),
+    ),
+    Format("coco", "detections with boxes and scores (COCO)", "instances.json", "reports.coco:write", scope="run"),
+    Format(
+        name="lot",
+        summary="verdict on each lot by ISO 2859-1, p-chart, Pareto, defect map",
+        filename="lot.html",
+        renderer="reports.lot.page:write",
+        scope="run",
+        also=("lot.json",),
+    ),
+    Format("pdf", "PDF/A and PDF/UA, to print and to keep", "report.pdf", "reports.pdf:render"),
+    Format("sr", "DICOM structured report, TID 1500", "findings.sr.dcm", "reports.dicom.sr:render"),
+    Format("sr-text", "DICOM structured report, prose", "narrative.sr.dcm", "reports.dicom.sr_text:render"),
+    Format("sc", "DICOM key images", "key-image-001.sc.dcm", "reports.dicom.secondary_capture:render"),
+    Format("seg", "DICOM segmentation", "masks.seg.dcm", "reports.dicom.seg:render"),
+    Format("dicom-pdf", "PDF in DICOM", "report.pdf.dcm", "reports.dicom.encapsulated_pdf:render"),
 )
 
 

@@ -73,13 +73,18 @@ class ReportImages:
 class EncodedPicture:
     """A picture ready for an `<img>`: where it lies in the original's pixels, and its data."""
 
-    data_uri: str
+    data: bytes
+    media_type: str
     box: Box  # the part of the original that it shows
     display_ratio: float  # width over height on screen
 
+    @property
+    def data_uri(self) -> str:
+        return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode('ascii')}"
+
 
 def encode_picture(picture: Picture, *, longest_side: int, box: Box | None = None) -> EncodedPicture:
-    """A picture, or the part inside `box`, as a data URI with at most `longest_side` pixels a side."""
+    """A picture, or the part inside `box`, as PNG or JPEG with at most `longest_side` pixels a side."""
     x0, y0, x1, y1 = whole_pixels(box or picture.shows, picture)
     image = Image.fromarray(np.ascontiguousarray(picture.cut((x0, y0, x1, y1))))
     image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
@@ -89,10 +94,9 @@ def encode_picture(picture: Picture, *, longest_side: int, box: Box | None = Non
         image.save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=92)
-    media_type = "image/png" if small else "image/jpeg"
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
     return EncodedPicture(
-        data_uri=f"data:{media_type};base64,{data}",
+        data=buffer.getvalue(),
+        media_type="image/png" if small else "image/jpeg",
         box=(x0, y0, x1, y1),
         display_ratio=(x1 - x0) / ((y1 - y0) * picture.pixel_aspect),
     )

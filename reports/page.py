@@ -9,14 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from reports.images import Picture, ReportImages
 from reports.schema import Evidence, FieldValue, Finding, Measurement, Report
 from reports.taxonomy import UNDETERMINED
 from reports.texts import Words, capital, number, visible, visible_lines, words
 
 FIELDS: Final = ("region", "plane", "contrast")
-
-FigureWords = Mapping[int | str, tuple[str, str]]
+INPUTS_LISTED: Final = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +117,7 @@ class Page:
     quality: tuple[Remark, ...]
     provenance: tuple[Fact, ...]
     inputs: tuple[Input, ...]
+    inputs_summary: str  # instead of a list that nobody reads on paper; empty where there are few
     closing: str
     headings: Mapping[str, str] = field(repr=False)
     sentences: Mapping[str, str] = field(repr=False)
@@ -128,6 +127,7 @@ def page_of(report: Report) -> Page:
     """The report in words, in `report.language`."""
     say = words(report.language)
     is_ct = report.kind == "ct"
+    many_inputs = len(report.source.inputs) > INPUTS_LISTED
     return Page(
         language=report.language,
         kind=report.kind,
@@ -161,39 +161,17 @@ def page_of(report: Report) -> Page:
             )
             for note in report.context
         ),
-        not_assessed=tuple(Remark(capital(visible(n.what)), visible(n.reason)) for n in report.not_assessed),
+        not_assessed=tuple(
+            Remark(capital(visible(n.what)), say.bracketed(visible(n.reason))) for n in report.not_assessed
+        ),
         quality=tuple(Remark(visible(say.flag(flag)), visible(flag)) for flag in report.quality_flags),
         provenance=tuple(_provenance(report, say)),
         inputs=tuple(_inputs(report, say)),
+        inputs_summary=say.sentence("inputs-in-json", count=len(report.source.inputs)) if many_inputs else "",
         closing=say.sentence("made-with", schema=report.schema_version),
         headings=say.headings,
         sentences=say.sentences,
     )
-
-
-def figure_words(report: Report, images: ReportImages) -> FigureWords:
-    """(alternative text, caption) of the figures: of slices by index, of close-ups by finding id, of "reference"."""
-    say = words(report.language)
-    slices = report.technique.slice_count or 1
-    figures: dict[int | str, tuple[str, str]] = {}
-    for index, picture in images.slices.items():
-        name = say.sentence("slice-of", slice=index + 1, slices=slices) if slices > 1 else say.heading("image")
-        ids = say.list(dict.fromkeys(f.id for f in report.findings for e in f.evidence if e.slice_index == index))
-        alt = say.sentence("alt-marked" if ids else "alt-unmarked", name=name, ids=ids)
-        figures[index] = visible(alt), visible(" · ".join(filter(None, (name, picture.shown_as))))
-    for finding in report.findings:
-        figures[finding.id] = say.sentence("alt-close-up", id=visible(finding.id)), ""
-    golden = say.heading("golden-sample")
-    figures["reference"] = say.sentence("alt-unmarked", name=golden, ids=""), golden
-    return figures
-
-
-def close_up(finding: Finding, images: ReportImages) -> tuple[Evidence, Picture] | None:
-    """The finding's first evidence that there is a picture of, with that picture."""
-    for evidence in finding.evidence:
-        if picture := images.details.get(finding.id) or images.slices.get(evidence.slice_index):
-            return evidence, picture
-    return None
 
 
 def _identity(report: Report, say: Words) -> Iterator[Fact]:
@@ -261,18 +239,18 @@ def _technique(report: Report, say: Words) -> Iterator[Fact]:
         yield _field(name, value, t.read_from.get(name) == "geometry", read_from.get(name, ""), say)
     if t.product_line:
         note = read_from.get("product_line") or say.term("read_from", "model")
-        yield Fact(say.heading("product"), capital(visible(say.term("line", t.product_line))), note)
+        yield Fact(say.heading("product"), capital(visible(say.term("line", t.product_line))), say.bracketed(note))
     yield Fact(say.heading("image-size"), "{} × {} px".format(*t.image_size_px))
     if t.slice_count:
         note = say.sentence("read-by-model", count=len(t.slices_read)) if t.slices_read else ""
-        yield Fact(say.heading("slices"), str(t.slice_count), note)
+        yield Fact(say.heading("slices"), str(t.slice_count), say.bracketed(note))
     if t.spacing_mm:
         spacing = "{:.3g} × {:.3g} mm".format(*t.spacing_mm)
-        yield Fact(say.heading("pixel-spacing"), spacing, read_from.get("spacing_mm", ""))
+        yield Fact(say.heading("pixel-spacing"), spacing, say.bracketed(read_from.get("spacing_mm", "")))
     for name, millimetres in (("slice-spacing", t.slice_spacing_mm), ("slice-thickness", t.slice_thickness_mm)):
         if millimetres:
             yield Fact(say.heading(name), f"{millimetres:.3g} mm")
-    said = say.sentence("as-header-says")
+    said = say.bracketed(say.sentence("as-header-says"))
     for name, text in (("kernel", t.kernel), ("contrast-agent", t.contrast_agent), ("body-part", t.body_part)):
         if text:
             yield Fact(say.heading(name), visible(text), said)
@@ -283,13 +261,13 @@ def _technique(report: Report, say: Words) -> Iterator[Fact]:
 def _field(name: str, field: FieldValue, known: bool, read_from: str, say: Words) -> Fact:
     title, value = visible(say.term("field", name)), visible(say.term(name, field.value))
     sure = None if known or field.value == UNDETERMINED else field.confidence
-    return Fact(capital(title), capital(value), read_from if known else "", sure)
+    return Fact(capital(title), capital(value), say.bracketed(read_from) if known else "", sure)
 
 
 def _provenance(report: Report, say: Words) -> Iterator[Fact]:
     model = report.model
     device = say.sentence("on-device", device=visible(model.device))
-    yield Fact(say.heading("model"), visible(f"{model.name} {model.version}"), device)
+    yield Fact(say.heading("model"), visible(f"{model.name} {model.version}"), say.bracketed(device))
     yield Fact(say.heading("weights"), model.weights_sha256, code=True)
     yield Fact(say.heading("configuration"), model.config_sha256, code=True)
     for name, uid in (("study-uid", report.source.study_uid), ("series-uid", report.source.series_uid)):

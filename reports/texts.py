@@ -64,9 +64,8 @@ class Words:
     def join(self, sentences: Iterable[str]) -> str:
         return str(self._tables["punctuation"]["sentences"]).join(sentences)
 
-    def note(self, words: str, note: str) -> str:
-        """Words with a remark in brackets behind them."""
-        return words + str(self._tables["punctuation"]["note"]).format(note=note) if note else words
+    def bracketed(self, note: str) -> str:
+        return str(self._tables["punctuation"]["note"]).format(note=note) if note else ""
 
     def not_assessed(self, item: NotAssessed) -> NotAssessed:
         """The item in this language; one without a code keeps its words."""
