@@ -174,25 +174,25 @@ class Switching:
     recent: list[bool] = field(default_factory=list)  # accepted or not, since this inspection began
     refused_tightened: int = 0
 
-    def note(self, plan: Plan, found: int) -> str:
-        """Takes note of a lot that was judged; says in words what follows for the next ones, if anything."""
+    def note(self, plan: Plan, found: int) -> Inspection | None:
+        """Takes note of a lot that was judged; returns the inspection that the next lots get, when it changes."""
         accepted = found <= plan.accept
         self.recent.append(accepted)
         if self.inspection == "normal":
             self._score(plan, found)
-            if self.recent[-5:].count(False) >= 2:
-                return self._switch("tightened", "2 of 5 or fewer consecutive lots were not accepted (9.3.1)")
-            if self.plan.reduced and self.score >= 30:
-                return self._switch("reduced", "the switching score reached 30 (9.3.3)")
+            if self.recent[-5:].count(False) >= 2:  # 9.3.1
+                return self._switch("tightened")
+            if self.plan.reduced and self.score >= 30:  # 9.3.3
+                return self._switch("reduced")
         elif self.inspection == "tightened":
             self.refused_tightened += not accepted
-            if self.refused_tightened >= 5:
-                return self._switch("discontinued", "5 lots were not accepted on tightened inspection (9.4)")
-            if self.recent[-5:] == [True] * 5:
-                return self._switch("normal", "5 consecutive lots were accepted (9.3.2)")
-        elif self.inspection == "reduced" and not accepted:
-            return self._switch("normal", "a lot was not accepted (9.3.4)")
-        return ""
+            if self.refused_tightened >= 5:  # 9.4
+                return self._switch("discontinued")
+            if self.recent[-5:] == [True] * 5:  # 9.3.2
+                return self._switch("normal")
+        elif self.inspection == "reduced" and not accepted:  # 9.3.4
+            return self._switch("normal")
+        return None
 
     def _score(self, plan: Plan, found: int) -> None:
         """9.3.3.2: 3 when it had been accepted with the AQL one step tighter, or 2 where Ac is 0 or 1; else from 0."""
@@ -202,6 +202,6 @@ class Switching:
             limit, gain = plan.accept, 2
         self.score = self.score + gain if found <= limit else 0
 
-    def _switch(self, inspection: Inspection, why: str) -> str:
+    def _switch(self, inspection: Inspection) -> Inspection:
         self.inspection, self.score, self.recent, self.refused_tightened = inspection, 0, [], 0
-        return f"{inspection}: {why}"
+        return inspection
