@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines import ingest
+from pipelines.measures import NOT_MEASURED, measure_study
 from pipelines.reporting import build_report, report_images
 from pipelines.run_folder import IndexEntry, OutputError, RunFolder, cannot_write
 from pipelines.store import find
@@ -232,7 +233,7 @@ class Session:
         parts += [self.job.kind, self._rules.digest, self.job.language]
         try:
             for each in filter(None, (unit, golden)):
-                parts.append([each.page, *sorted(map(_sha256, each.files))])
+                parts.append([each.page, each.frames, *sorted(map(_sha256, each.files))])
         except Exception:  # what is wrong with the file is for `ingest.load` to say
             return ""
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -246,6 +247,8 @@ class Session:
         reader = load_reader(self.job.model, self.job.device)
         try:
             reading = reader.read(study, kind=self.job.kind, reference=reference)
+            read = time.perf_counter()
+            measures = measure_study(study) if reading.kind == "ct" else NOT_MEASURED
             report = build_report(
                 study,
                 reading,
@@ -254,9 +257,14 @@ class Session:
                 reference=reference,
                 rules=self._rules,
                 language=self.job.language,
-                timing={"load": round(prepared.seconds, 3), "read": round(time.perf_counter() - started, 3)},
+                measures=measures,
+                timing={
+                    "load": round(prepared.seconds, 3),
+                    "read": round(read - started, 3),
+                    "measure": round(time.perf_counter() - read, 3),
+                },
             )
-            bundle = Bundle(report, report_images(study, report, reference=reference), study.dicom)
+            bundle = Bundle(report, report_images(study, report, reference=reference), study.dicom, measures.masks)
         except Exception as error:  # whatever one input does to the model, the others are still reported
             self._reject(_failed(prepared.unit, error))
             return

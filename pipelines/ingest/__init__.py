@@ -8,30 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.ingest.files import FileRef, Found, PassedOver, discover
 from pipelines.ingest.refusals import rejected
+from pipelines.ingest.units import SeriesVerdict, Unit
 from pipelines.study import ImageStudy, Rejection
 
-__all__ = ["FileRef", "PassedOver", "Plan", "Unit", "load", "plan"]
+if TYPE_CHECKING:
+    from pipelines.ingest.dicom import Header
 
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What becomes one report: a CT series, a photo, or one page of a multi-page file. Small and picklable."""
-
-    name: str  # short, for people: "series 3", "tile.png", "scan.tif page 2"
-    kind: Literal["series", "picture"]
-    files: tuple[FileRef, ...]
-    page: int | None = None  # 0-based, for multi-page pictures
-
-    @property
-    def path(self) -> str:
-        """The file, or the folder or archive that holds the series, as the user named it."""
-        first = self.files[0]
-        return first.name if len(self.files) == 1 else first.parent
+__all__ = ["FileRef", "PassedOver", "Plan", "SeriesVerdict", "Unit", "load", "plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +29,7 @@ class Plan:
     units: tuple[Unit, ...]
     rejections: tuple[Rejection, ...]
     passed_over: tuple[PassedOver, ...] = ()
+    series: tuple[SeriesVerdict, ...] = ()  # of the DICOM files: also those that make no unit
 
 
 def plan(inputs: Iterable[Path], *, progress: Callable[[int, int], None] | None = None) -> Plan:
@@ -51,38 +40,34 @@ def plan(inputs: Iterable[Path], *, progress: Callable[[int, int], None] | None 
     """
     met = list(discover(Path(path) for path in inputs))
     rejections = [item for item in met if isinstance(item, Rejection)]
-    passed_over = tuple(item for item in met if isinstance(item, PassedOver))
+    passed_over = [item for item in met if isinstance(item, PassedOver)]
     found = [item for item in met if isinstance(item, Found)]
     units: list[tuple[int, Unit]] = []  # with the number of the first file, which gives the order
-    series: dict[object, dict[object, list[tuple[int, FileRef, str]]]] = {}
+    headers: list[Header] = []
     for number, item in enumerate(found):
         try:
             if item.format == "picture":
                 units += [(number, unit) for unit in _pages(item.ref)]
-            else:
+            elif item.format == "dicom":
                 from pipelines.ingest.dicom import read_header
 
-                header = read_header(item.ref)
-                stacks = series.setdefault(header.series, {})
-                stacks.setdefault(header.stack, []).append((number, item.ref, header.series_number))
+                headers.append(read_header(item.ref))
         except Exception as error:  # nothing that a file holds may stop the run
             rejections.append(rejected(item.ref.name, error))
         if progress:
             progress(number + 1, len(found))
-    for stacks in series.values():
-        for part, members in enumerate(stacks.values(), 1):
-            first, _, series_number = members[0]
-            files = tuple(ref for _, ref, _ in members)
-            name = _series_name(files, series_number)
-            units.append((first, Unit(name if len(stacks) == 1 else f"{name} part {part}", "series", files)))
+    series: tuple[SeriesVerdict, ...] = ()
+    if headers:
+        from pipelines.ingest.chooser import choose
+
+        chosen = choose(headers)
+        series = chosen.series
+        met_at = {item.ref: number for number, item in enumerate(found)}
+        units += [(min(map(met_at.__getitem__, each.unit.files)), each.unit) for each in series if each.unit]
+        rejections += chosen.rejections
+        passed_over += chosen.passed_over
     units.sort(key=lambda pair: pair[0])
-    return Plan(tuple(unit for _, unit in units), tuple(rejections), passed_over)
-
-
-def _series_name(files: tuple[FileRef, ...], number: str) -> str:
-    if len(files) == 1:
-        return files[0].basename
-    return f"series {number}" if number else PurePath(files[0].parent).name or "series"
+    return Plan(tuple(unit for _, unit in units), tuple(rejections), tuple(passed_over), series)
 
 
 def _pages(ref: FileRef) -> list[Unit]:
@@ -103,6 +88,6 @@ def load(unit: Unit) -> ImageStudy | Rejection:
             return load_picture(unit.files[0], unit.page, unit.name)
         from pipelines.ingest.series import load_series
 
-        return load_series(unit.files, unit.name)
+        return load_series(unit)
     except Exception as error:  # nothing that a file holds may stop the run
         return rejected(unit.path, error)

@@ -1,42 +1,38 @@
-"""One DICOM file: is it a CT image with Hounsfield units, which series is it of, and its slices in HU.
+"""One DICOM file's header: is it a CT image with Hounsfield units, which series is it of, and where its frames lie.
 
-Works on single-frame CT (PS3.3 A.3) and on Enhanced CT (A.38), whose attributes sit in functional groups, with or
-without preamble, file meta information or SOP class.
+Works on single-frame CT (PS3.3 A.3) and on Enhanced and Legacy Converted Enhanced CT (A.38, A.70), whose attributes sit
+in functional groups, with or without preamble, file meta information or SOP class.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
+import functools
 import logging
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, Final, cast
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final, Literal, cast
 
-import numpy as np
 import pydicom
 from pydicom import config
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate, generate_frames
-from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEGExtended12Bit,
     UID_dictionary,
 )
 
+from pipelines.ingest.codecs import reads
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.header_json import header_json
-from pipelines.ingest.jpeg_lossless import checked_stream
 from pipelines.ingest.refusals import Refusal
-from pipelines.study import SourceFile
+from pipelines.ingest.scan import Plain, scan
 from reports.dicom_source import Instance
 
 # pydicom quotes the values that it finds odd. Patient data stays out of logs and off the terminal.
@@ -44,11 +40,11 @@ config.settings.reading_validation_mode = config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", module=r"pydicom\.")
 
-AIR_HU: Final = -1024
 MAX_VOXELS: Final = 2_000_000_000  # of one file
 MAX_FRAMES: Final = 50_000
 MAX_INFLATED_BYTES: Final = 4 << 30
-COARSE_HU_STEP: Final = 4  # HU between neighbouring stored values: above it, tissue contrast is quantised away
+HEAD_BYTES: Final = 1 << 16  # most headers end before
+CACHED_HEADERS: Final = 20_000
 CT_SOP_CLASSES: Final = frozenset(
     (
         "1.2.840.10008.5.1.4.1.1.2",  # CT Image Storage
@@ -56,180 +52,179 @@ CT_SOP_CLASSES: Final = frozenset(
         "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image Storage
     )
 )
-OTHER_MODALITIES: Final = (
-    "CR",
-    "DX",
-    "MG",
-    "MR",
-    "NM",
-    "PR",
-    "PT",
-    "RF",
-    "RTDOSE",
-    "RTSTRUCT",
-    "SEG",
-    "SR",
-    "US",
-    "XA",
-)
-# In order of preference. GDCM comes last: damaged streams can make it end the process.
-CODECS: Final = ("pydicom", "pyjpegls", "pillow", "gdcm")
-SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"
+SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame kinds, which begin alike
+DOSE_REPORTS: Final = ("1.2.840.10008.5.1.4.1.1.88.67", "1.2.840.10008.5.1.4.1.1.88.68")  # X-ray, radionuclides
+DICOMDIR_CLASS: Final = "1.2.840.10008.1.3.10"
+_MODALITIES: Final = "CR DX IO MG MR NM OT PR PT PX RF RTDOSE RTPLAN RTSTRUCT SEG SR US XA XC"
+OTHER_MODALITIES: Final = frozenset(_MODALITIES.split())
 
+# Attributes that only images of another modality have (PS3.3 C.8.9.1, C.8.3.1, C.8.11): some archives and workstations
+# label such images as CT.
+FOREIGN_ATTRIBUTES: Final = {
+    "DecayCorrection": "PET",
+    "Units": "PET",
+    "EchoTime": "MR",
+    "MagneticFieldStrength": "MR",
+    "CompressionForce": "mammography or tomosynthesis",
+}
+LOCALIZERS: Final = frozenset(("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM", "SCANO", "SCOUT MODE"))
+PROJECTIONS: Final = frozenset(("MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "VRT", "VOLREN", "SSD"))
+REFORMATS: Final = frozenset(("MPR", "REFORMATTED", "CPR", "CURVED", "RESAMPLED", "AVERAGE", "CSA MPR", "MPVR"))
+MAPS: Final = re.compile(r"PERFUSION|\b(CBF|CBV|MTT|TTP|TMAX|PBV|RHO|ZEFF|Z_EFF)\b|IODINE|ELECTRON_DENSITY")
+DOSE_WORDS: Final = re.compile(r"\b(dose|protocol|exam summary)\b", re.IGNORECASE)
+
+Kind = Literal[
+    "original",  # reconstructed from the scan itself
+    "reformatted",  # planes through a volume: multiplanar, averaged
+    "projection",  # MIP, MinIP, volume rendering
+    "derived",  # any other image that was computed from images
+    "localizer",
+    "secondary-capture",
+    "dose-report",
+    "not-ct",
+]
 Numbers = tuple[float, ...]
 Position = tuple[float, float, float]
 Direction = tuple[float, float, float, float, float, float]
+Item = Dataset | Plain
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the pixels are stored (PS3.3 C.7.6.3)."""
+
+    rows: int
+    columns: int
+    frames: int
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: bool
+    syntax: str
+    lossy: bool
+    offset: int | None  # of the Pixel Data element in the file; None where only the full parser finds it
+    padding: tuple[float, float] | None  # first and last stored value that stands for no pixel (C.7.5.1.1.2)
+
+
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """Stored values to Hounsfield units: a line, or a table (PS3.3 C.11.1)."""
+
+    slope: float
+    intercept: float
+    table: tuple[int, tuple[int, ...]] | None = None  # first stored value mapped, then the values; ends are extended
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Where one frame lies, in patient coordinates (LPS, mm), and what its values mean."""
+
+    position: Position | None
+    orientation: Direction | None
+    spacing: tuple[float, float] | None  # mm between rows, between columns
+    thickness: float | None
+    rescale: Rescale
+    # What tells frames at one place apart: PHASES in their order.
+    phases: tuple[str, ...]
+
+
+# In order of meaning: the first that separates frames at the same place is taken.
+PHASES: Final = (
+    "acquisition number",
+    "temporal position",
+    "cardiac phase",
+    "trigger time",
+    "stack",
+    "image type",
+    "kernel",
+    "tube voltage",
+    "acquisition time",
+    "content time",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the header pass needs: files of one series with the same `stack` go on top of each other."""
+    """What the header pass keeps of one file: small, and all that ordering and decoding need."""
 
-    series: tuple[str, ...]
-    stack: tuple[object, ...]
+    ref: FileRef
+    series: tuple[str, ...]  # files of one series have the same
+    study_uid: str
+    series_uid: str
     series_number: str
+    frame_of_reference: str
+    instance: Instance
+    order: tuple[float, float]  # acquisition and instance number; serves where positions do not
+    kind: Kind
+    contrast: str  # a contrast phase in words, or ""
+    fault: tuple[str, str] | None  # code and reason; else the file is a CT image that can be read
+    layout: Layout | None  # None where there is a fault
+    planes: tuple[Plane, ...]  # one a frame; empty where there is a fault
+    flags: frozenset[str]
+
+    @property
+    def lossy(self) -> bool:
+        return self.layout is not None and self.layout.lossy
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What the header says of the whole series."""
+    """What one header says of its whole series."""
 
-    study_uid: str | None
-    series_uid: str | None
     window: tuple[float, float] | None
     kernel: str | None
     contrast_agent: str | None
     body_part: str | None
     accession: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """One frame in Hounsfield units. `order` is (acquisition, instance, frame) and serves where positions do not."""
-
-    pixels: np.ndarray  # [H, W] int16, or float32 where the rescale is fractional
-    source: SourceFile
-    instance: Instance
-    about: About
-    position: Position | None  # LPS, mm
-    orientation: Direction | None
-    spacing: tuple[float, float] | None  # mm between rows, between columns
-    thickness: float | None
-    order: tuple[float, float, int]
-    lossy: bool
-    flags: frozenset[str]
+    json: dict[str, Any]  # the DICOM JSON model
 
 
 def read_header(ref: FileRef) -> Header:
-    """Check that the file is a CT image that can be read, and say which series it is of. Decodes nothing.
+    """Where the file belongs and whether it can be read as a CT image. Decodes nothing.
 
-    Raises Refusal.
+    A file that is no such image has a header with a `fault`. Raises Refusal for what is no DICOM image at all, and
+    OSError.  A file that has not changed is read once.
     """
+    info = ref.path.stat()
+    return _read_header(ref, info.st_mtime_ns, info.st_size)
+
+
+@functools.lru_cache(CACHED_HEADERS)
+def _read_header(ref: FileRef, mtime_ns: int, size: int) -> Header:
     with ref.open() as stream:
-        dataset = _parse(stream, stop_before_pixels=True)
-    check(dataset)
-    frame = _Macros(dataset, 0)
-    uid = _text(dataset, "SeriesInstanceUID")
-    series = (uid,) if uid else (ref.parent, _text(dataset, "StudyInstanceUID"), _text(dataset, "SeriesNumber"))
-    orientation = _numbers(frame["PlaneOrientationSequence"], "ImageOrientationPatient", 6)
-    spacing = _numbers(frame["PixelMeasuresSequence"], "PixelSpacing", 2)
-    stack = (
-        dataset.Rows,
-        dataset.Columns,
-        orientation and tuple(round(v, 2) + 0.0 for v in orientation),
-        spacing and tuple(round(v, 3) for v in spacing),
+        if plain := scan(stream.read(HEAD_BYTES)):
+            return _header(ref, *plain)
+        stream.seek(0)
+        dataset = parse(stream, stop_before_pixels=True)
+        deflated = text(dataset.file_meta, "TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
+        return _header(ref, dataset, None if deflated else stream.tell())
+
+
+def read_about(ref: FileRef) -> About:
+    """What the file's header says of its series. Raises Refusal."""
+    with ref.open() as stream:
+        dataset = parse(stream, stop_before_pixels=True)
+    frame = Macros(dataset, 0)
+    voi = frame["FrameVOILUTSequence"]
+    centre, width = numbers(voi, "WindowCenter"), numbers(voi, "WindowWidth")
+    agents = _items(dataset, "ContrastBolusAgentSequence")
+    regions = _items(frame["FrameAnatomySequence"], "AnatomicRegionSequence")
+    return About(
+        window=(centre[0], width[0]) if centre and width and width[0] >= 1 else None,
+        kernel=text(frame["CTReconstructionSequence"], "ConvolutionKernel") or None,
+        contrast_agent=text(dataset, "ContrastBolusAgent") or _meaning(agents),
+        body_part=text(dataset, "BodyPartExamined") or _meaning(regions),
+        accession=text(dataset, "AccessionNumber") or None,
+        json=header_json(dataset),
     )
-    return Header(series, stack, _text(dataset, "SeriesNumber"))
 
 
-def read_header_json(ref: FileRef) -> dict[str, Any]:
-    """The file's header as the DICOM JSON model, without pixels and bulk data. Raises Refusal."""
-    with ref.open() as stream:
-        return header_json(_parse(stream, stop_before_pixels=True))
+def _meaning(codes: list[Dataset]) -> str | None:
+    return (text(codes[0], "CodeMeaning") if codes else "") or None
 
 
-def load_slices(ref: FileRef) -> list[Slice]:
-    """All frames of one file in HU. Raises Refusal."""
-    data = ref.read()
-    dataset = _parse(io.BytesIO(data), stop_before_pixels=False)
-    check(dataset)
-    stored = _decode(dataset)
-    digest = hashlib.sha256(data).hexdigest()
-    about = _about(dataset)
-    instance = _instance(dataset, len(stored))
-    lossy = _text(dataset, "LossyImageCompression") == "01"
-    # Frames have places of their own only where per-frame functional groups give them.
-    placed = len(stored) == 1 or "PerFrameFunctionalGroupsSequence" in dataset
-    slices = []
-    for index, pixels in enumerate(stored):
-        frame = _Macros(dataset, index)
-        hu, flags = _to_hu(dataset, frame["PixelValueTransformationSequence"], pixels)
-        measures = frame["PixelMeasuresSequence"]
-        position = _numbers(frame["PlanePositionSequence"], "ImagePositionPatient", 3)
-        orientation = _numbers(frame["PlaneOrientationSequence"], "ImageOrientationPatient", 6)
-        slices.append(
-            Slice(
-                pixels=hu,
-                source=SourceFile(
-                    path=ref.name,
-                    sha256=digest,
-                    media_type="application/dicom",
-                    page=index if len(stored) > 1 else None,
-                    sop_instance_uid=instance.sop_instance_uid or None,
-                ),
-                instance=replace(
-                    instance, frame=index + 1, position_mm=cast("Position | None", position if placed else None)
-                ),
-                about=about,
-                position=cast("Position | None", position if placed else None),
-                orientation=cast("Direction | None", orientation),
-                spacing=cast("tuple[float, float] | None", _positive(_numbers(measures, "PixelSpacing", 2))),
-                thickness=_first(_positive(_numbers(measures, "SliceThickness", 1))),
-                order=(_number(dataset, "AcquisitionNumber"), _number(dataset, "InstanceNumber"), index),
-                lossy=lossy,
-                flags=flags | ({"lossy-compression"} if lossy else set()),
-            )
-        )
-    return slices
-
-
-def check(dataset: Dataset) -> None:
-    """Raise Refusal unless the data set is a CT image with Hounsfield units in a form that can be decoded."""
-    sop_class = _text(dataset, "SOPClassUID") or _text(dataset.file_meta, "MediaStorageSOPClassUID")
-    modality = _text(dataset, "Modality")
-    if not sop_class and not modality:
-        raise Refusal("not-an-image", "It is neither a picture nor a DICOM image.")
-    if sop_class.startswith(SECONDARY_CAPTURE):
-        raise Refusal("not-ct-image", "It is a secondary capture (a screenshot), not a CT slice.")
-    if "Rows" not in dataset or "Columns" not in dataset:
-        what = UID(sop_class).name if sop_class in UID_dictionary else "DICOM object"
-        raise Refusal("no-pixels", f"It is a {what}, which holds no image.")
-    if modality != "CT" and (modality or sop_class not in CT_SOP_CLASSES):
-        known = modality if modality in OTHER_MODALITIES else "another one"  # a value of any other kind is not quoted
-        raise Refusal("not-ct", f"Its modality is {known}, not CT.")
-    if sop_class and sop_class not in CT_SOP_CLASSES:
-        raise Refusal("not-ct-image", "It is made from a CT study, but is not a CT image.")
-    if "LOCALIZER" in (image_type := _text(dataset, "ImageType").upper().split("\\")):
-        raise Refusal("localizer", "It is a localizer (scout), not a cross-section.")
-    if _number(dataset, "SamplesPerPixel", 1) != 1:
-        raise Refusal("not-ct-image", "It is a colour image.")
-    voxels = _number(dataset, "Rows") * _number(dataset, "Columns") * frame_count(dataset)
-    if voxels <= 0:
-        raise Refusal("no-pixels", "The image is 0 pixels wide or high.")
-    if voxels > MAX_VOXELS or frame_count(dataset) > MAX_FRAMES:
-        limit = f"the limit is {MAX_VOXELS:,} pixels in {MAX_FRAMES:,} frames"
-        raise Refusal("too-large", f"It declares {voxels:,.0f} pixels in {frame_count(dataset):,} frames; {limit}.")
-    for index in range(frame_count(dataset)):
-        _rescale(_Macros(dataset, index)["PixelValueTransformationSequence"], image_type)
-    _check_syntax(dataset)
-
-
-def frame_count(dataset: Dataset) -> int:
-    """Number of frames; 1 where the header says nothing of use."""
-    return max(int(_number(dataset, "NumberOfFrames", 1)), 1)
-
-
-def _parse(stream: BinaryIO, *, stop_before_pixels: bool) -> Dataset:
+def parse(stream: BinaryIO, *, stop_before_pixels: bool) -> Dataset:
+    """The data set, its transfer syntax guessed where no file meta information names it. Raises Refusal."""
     _check_deflated(stream)
     try:
         dataset = pydicom.dcmread(stream, force=True, stop_before_pixels=stop_before_pixels)
@@ -239,11 +234,285 @@ def _parse(stream: BinaryIO, *, stop_before_pixels: bool) -> Dataset:
         raise
     except Exception as error:  # pydicom meets damaged bytes with errors of many types
         raise Refusal("damaged-file", "The DICOM data set is damaged.") from error
-    if not _text(dataset.file_meta, "TransferSyntaxUID"):
+    if not text(dataset.file_meta, "TransferSyntaxUID"):
         implicit, little = dataset.original_encoding
         explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
     return dataset
+
+
+def _header(ref: FileRef, dataset: Item, offset: int | None) -> Header:
+    sop_class, sop_instance = _sop_uids(dataset)
+    if not sop_class and not text(dataset, "Modality"):
+        raise Refusal("not-an-image", "It is neither a picture nor a DICOM image.")
+    if sop_class == DICOMDIR_CLASS:
+        raise Refusal("not-an-image", "It is a DICOM directory, which holds no image itself.")
+    study, series = text(dataset, "StudyInstanceUID"), text(dataset, "SeriesInstanceUID")
+    number = numbers(dataset, "InstanceNumber", 1)
+    kind = _kind(dataset, sop_class)
+    layout: Layout | None = None
+    planes: tuple[Plane, ...] = ()
+    flags: frozenset[str] = frozenset()
+    fault = None
+    try:
+        _check(dataset, sop_class, kind)
+        layout = _layout(dataset, offset)
+        planes, flags = _planes(dataset, layout.frames)
+    except Refusal as refusal:
+        layout, planes, fault = None, (), (refusal.code, refusal.reason)
+    return Header(
+        ref=ref,
+        series=(study, series) if series else (study, ref.parent, text(dataset, "SeriesNumber")),
+        study_uid=study,
+        series_uid=series,
+        series_number=text(dataset, "SeriesNumber"),
+        frame_of_reference=text(dataset, "FrameOfReferenceUID"),
+        instance=Instance(sop_instance, sop_class, int(number[0]) if number else None, layout.frames if layout else 1),
+        order=(_number(dataset, "AcquisitionNumber"), number[0] if number else 0.0),
+        kind=kind,
+        contrast=_contrast(dataset),
+        fault=fault,
+        layout=layout,
+        planes=planes,
+        flags=flags,
+    )
+
+
+def _sop_uids(dataset: Item) -> tuple[str, str]:
+    """SOP class and instance, by the data set or where that is silent by the file meta information."""
+    meta: Any = dataset.media_uids if isinstance(dataset, Plain) else dataset.file_meta
+    found = (text(dataset, keyword) or text(meta, keyword) for keyword in ("SOPClassUID", "SOPInstanceUID"))
+    return cast("tuple[str, str]", tuple(found))
+
+
+def _kind(dataset: Item, sop_class: str) -> Kind:
+    title = text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")
+    if sop_class in DOSE_REPORTS:
+        return "dose-report"
+    types = _image_type(dataset)
+    if sop_class.startswith(SECONDARY_CAPTURE):
+        return "dose-report" if DOSE_WORDS.search(title) else "secondary-capture"
+    if "Rows" not in dataset or _foreign(dataset, sop_class):
+        return "not-ct"
+    if LOCALIZERS.intersection(types) or LOCALIZERS.intersection(text(dataset, "ScanOptions").upper().split("\\")):
+        return "localizer"
+    if PROJECTIONS.intersection(types):
+        return "projection"
+    if REFORMATS.intersection(types):
+        return "reformatted"
+    return "derived" if types[0] == "DERIVED" else "original"
+
+
+def _foreign(dataset: Item, sop_class: str) -> str:
+    """In words what makes the image one of another modality than CT; "" for a CT image."""
+    modality = text(dataset, "Modality")
+    if modality != "CT" and (modality or sop_class not in CT_SOP_CLASSES):
+        # a value that the standard does not define is not quoted
+        return f"Its modality is {modality if modality in OTHER_MODALITIES else 'another one'}, not CT."
+    for keyword, which in FOREIGN_ATTRIBUTES.items():
+        if text(dataset, keyword) and not (keyword == "Units" and text(dataset, keyword).upper() == "HU"):
+            return f"It is labelled CT, but has attributes of {which}."
+    breast = text(dataset, "BodyPartExamined").upper() == "BREAST" and text(dataset, "PositionerPrimaryAngle")
+    maker = text(dataset, "Manufacturer").upper()
+    if breast or maker.startswith("HOLOGIC") or any(each.startswith("TOMO") for each in _image_type(dataset)):
+        return "It is labelled CT, but is a tomosynthesis."
+    return ""
+
+
+def _check(dataset: Item, sop_class: str, kind: Kind) -> None:
+    """Raise Refusal unless the data set is a CT image in a form that can be decoded."""
+    if sop_class.startswith(SECONDARY_CAPTURE):
+        raise Refusal("not-ct-image", "It is a secondary capture (a screenshot), not a CT slice.")
+    if kind == "dose-report":
+        raise Refusal("dose-report", "It is a dose report, which holds no image.")
+    if "Rows" not in dataset or "Columns" not in dataset:
+        what = UID(sop_class).name if sop_class in UID_dictionary else "DICOM object"
+        raise Refusal("no-pixels", f"It is a {what}, which holds no image.")
+    if foreign := _foreign(dataset, sop_class):
+        raise Refusal("not-ct", foreign)
+    if sop_class and sop_class not in CT_SOP_CLASSES:
+        raise Refusal("not-ct-image", "It is made from a CT study, but is not a CT image.")
+    if kind == "localizer":
+        raise Refusal("localizer", "It is a localizer (scout), not a cross-section.")
+    if _number(dataset, "SamplesPerPixel", 1) != 1:
+        raise Refusal("not-ct-image", "It is a colour image.")
+    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
+        raise Refusal("unsupported-pixel-format", "Its pixels are floating-point numbers, which CT images never are.")
+    count = frame_count(dataset)
+    voxels = _number(dataset, "Rows") * _number(dataset, "Columns") * count
+    if voxels <= 0:
+        raise Refusal("no-pixels", "The image is 0 pixels wide or high.")
+    if voxels > MAX_VOXELS or count > MAX_FRAMES:
+        limit = f"the limit is {MAX_VOXELS:,} pixels in {MAX_FRAMES:,} frames"
+        raise Refusal("too-large", f"It declares {voxels:,.0f} pixels in {count:,} frames; {limit}.")
+
+
+def _layout(dataset: Item, offset: int | None) -> Layout:
+    allocated = int(_number(dataset, "BitsAllocated", 16))
+    stored = int(_number(dataset, "BitsStored", allocated))
+    high_bit = int(_number(dataset, "HighBit", stored - 1))
+    if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or not stored - 1 <= high_bit < allocated:
+        raise Refusal("unsupported-pixel-format", "Its pixels are packed in a way that no decoder reads.")
+    syntax = dataset.syntax if isinstance(dataset, Plain) else text(dataset.file_meta, "TransferSyntaxUID")
+    if not reads(syntax):
+        title = UID(syntax).name if syntax in UID_dictionary else "not a known one"
+        raise Refusal("unsupported-transfer-syntax", f"The transfer syntax is {title}, which no codec here reads.")
+    signed = _number(dataset, "PixelRepresentation") == 1
+    return Layout(
+        rows=int(_number(dataset, "Rows")),
+        columns=int(_number(dataset, "Columns")),
+        frames=frame_count(dataset),
+        bits_allocated=allocated,
+        bits_stored=stored,
+        high_bit=high_bit,
+        signed=signed,
+        syntax=str(syntax),
+        lossy=text(dataset, "LossyImageCompression") == "01",
+        offset=offset,
+        padding=_padding(dataset, allocated, signed=signed),
+    )
+
+
+def frame_count(dataset: Item) -> int:
+    """Number of frames; 1 where the header says nothing of use."""
+    return max(int(_number(dataset, "NumberOfFrames", 1)), 1)
+
+
+def _padding(dataset: Item, bits: int, *, signed: bool) -> tuple[float, float] | None:
+    first = numbers(dataset, "PixelPaddingValue", 1)
+    if first is None:
+        return None
+    last = numbers(dataset, "PixelPaddingRangeLimit", 1) or first
+    # The value's sign is often not that of the pixels: it is the bits that count.
+    span = 1 << bits
+    top = span // 2 if signed else span
+    low, high = sorted((int(v) % span) - (span if int(v) % span >= top else 0) for v in (first[0], last[0]))
+    return low, high
+
+
+def _planes(dataset: Item, frames: int) -> tuple[tuple[Plane, ...], frozenset[str]]:
+    # Frames have places of their own only where per-frame functional groups give them.
+    placed = frames == 1 or "PerFrameFunctionalGroupsSequence" in dataset
+    whole = _image_type(dataset)
+    planes: list[Plane] = []
+    flags: set[str] = set()
+    for index in range(frames):
+        frame = Macros(dataset, index)
+        measures = frame["PixelMeasuresSequence"]
+        position = numbers(frame["PlanePositionSequence"], "ImagePositionPatient", 3)
+        orientation = numbers(frame["PlaneOrientationSequence"], "ImageOrientationPatient", 6)
+        rescale, flag = _rescale(frame["PixelValueTransformationSequence"], whole)
+        flags |= flag
+        planes.append(
+            Plane(
+                position=cast("Position | None", position if placed else None),
+                orientation=cast("Direction | None", orientation),
+                spacing=cast("tuple[float, float] | None", _positive(numbers(measures, "PixelSpacing", 2))),
+                thickness=(_positive(numbers(measures, "SliceThickness", 1)) or (None,))[0],
+                rescale=rescale,
+                phases=_phases(dataset, frame, whole),
+            )
+        )
+    return tuple(planes), frozenset(flags)
+
+
+def _phases(dataset: Item, frame: Macros, whole: list[str]) -> tuple[str, ...]:
+    content, cardiac = frame["FrameContentSequence"], frame["CardiacSynchronizationSequence"]
+    found = {
+        "acquisition number": text(dataset, "AcquisitionNumber") or text(content, "FrameAcquisitionNumber"),
+        "temporal position": text(content, "TemporalPositionIndex") or text(dataset, "TemporalPositionIdentifier"),
+        "cardiac phase": text(cardiac, "NominalPercentageOfCardiacPhase"),
+        "trigger time": text(dataset, "TriggerTime"),
+        "stack": text(content, "StackID"),
+        "image type": text(frame["CTImageFrameTypeSequence"], "FrameType") or "\\".join(whole),
+        "kernel": text(frame["CTReconstructionSequence"], "ConvolutionKernel"),
+        "tube voltage": text(frame["CTXRayDetailsSequence"], "KVP"),
+        "acquisition time": text(content, "FrameAcquisitionDateTime")
+        or text(dataset, "AcquisitionDateTime")
+        or text(dataset, "AcquisitionTime"),
+        "content time": text(dataset, "ContentTime"),
+    }
+    return tuple(found[phase] for phase in PHASES)
+
+
+def _rescale(item: Item, image_type: list[str]) -> tuple[Rescale, frozenset[str]]:
+    """Stored values to HU (PS3.3 C.11.1 and C.7.6.16.2.9), and flags. Raises Refusal where the values are not HU."""
+    if tables := _items(item, "ModalityLUTSequence"):
+        return _table(tables[0]), frozenset()
+    slope, intercept = numbers(item, "RescaleSlope", 1), numbers(item, "RescaleIntercept", 1)
+    if slope is None or intercept is None or slope[0] == 0:
+        raise Refusal("no-hounsfield-units", "The header gives no rescale to Hounsfield units.")
+    rescale = Rescale(slope[0], intercept[0])
+    unit = text(item, "RescaleType").upper()
+    if unit == "HU":
+        return rescale, frozenset()
+    original = image_type[0] == "ORIGINAL"
+    if not original and MAPS.search(" ".join(image_type)):
+        raise Refusal("no-hounsfield-units", "The pixel values are a derived map, not Hounsfield units.")
+    if not unit:
+        return rescale, frozenset()
+    # "US" (unspecified) is written by some archives on original slices; on a derived image it means some other map.
+    if unit == "US" and original:
+        return rescale, frozenset({"unspecified-rescale-type"})
+    raise Refusal("no-hounsfield-units", "The pixel values are a derived map, not Hounsfield units.")
+
+
+def _table(item: Dataset) -> Rescale:
+    """A Modality LUT (PS3.3 C.11.1.1): Descriptor is number of entries, first stored value mapped, bits of an entry."""
+    descriptor = numbers(item, "LUTDescriptor", 3)
+    if text(item, "ModalityLUTType").upper() != "HU" or descriptor is None:
+        raise Refusal("no-hounsfield-units", "Its Modality LUT does not give Hounsfield units.")
+    entries, first, bits = (int(number) for number in descriptor)
+    data = item.get("LUTData")
+    if isinstance(data, bytes):
+        values = tuple(memoryview(data[: len(data) // 2 * 2]).cast("H")) if bits > 8 else tuple(data)
+    else:
+        values = tuple(int(value) for value in numbers(item, "LUTData") or ())
+    if len(values) < (entries or 65536):
+        raise Refusal("no-hounsfield-units", "Its Modality LUT is shorter than it declares.")
+    return Rescale(1.0, 0.0, (first, values[: entries or 65536]))
+
+
+def _contrast(dataset: Item) -> str:
+    """The contrast phase, as far as the header tells: its words are looked up, never quoted."""
+    title = " ".join(text(dataset, keyword) for keyword in ("SeriesDescription", "ProtocolName")).lower()
+    for phase, words in CONTRAST_WORDS.items():
+        if words.search(title):
+            return phase
+    return "contrast-enhanced" if text(dataset, "ContrastBolusAgent") else ""
+
+
+CONTRAST_WORDS: Final = {
+    "non-contrast": re.compile(r"\b(non[- ]?con\w*|native?|nativ|unenhanced|plain|without)\b|\bc-|w/o|sans inj"),
+    "arterial": re.compile(r"\b(art|arterial\w*|arteriell\w*|angio|cta)\b"),
+    "portal-venous": re.compile(r"\b(pv|pvp|portal\w*|portalven\w*)\b"),
+    "venous": re.compile(r"\b(ven|venous|venos\w*|venös)\b"),
+    "delayed": re.compile(r"\b(delay\w*|late|spaet|spät|tardi\w*|excretory|nephro\w*)\b"),
+    "contrast-enhanced": re.compile(r"\b(contrast|enhanced|post|with|km|iv)\b|\bc\+"),
+}
+
+
+class Macros:
+    """The functional group macros of one frame: `Macros(ds, 3)["PlanePositionSequence"]` is the item that holds them.
+
+    Per-frame groups win over shared ones (PS3.3 C.7.6.16.1); a single-frame file answers with the data set itself.
+    """
+
+    def __init__(self, dataset: Item, frame: int) -> None:
+        self.dataset = dataset
+        self.groups = tuple(self._groups(frame)) if isinstance(dataset, Dataset) else ()
+
+    def __getitem__(self, sequence: str) -> Item:
+        for group in self.groups:
+            if items := _items(group, sequence):
+                return items[0]
+        return self.dataset
+
+    def _groups(self, frame: int) -> Iterator[Dataset]:
+        per_frame = _items(self.dataset, "PerFrameFunctionalGroupsSequence")
+        if frame < len(per_frame):
+            yield per_frame[frame]
+        yield from _items(self.dataset, "SharedFunctionalGroupsSequence")
 
 
 def _check_deflated(stream: BinaryIO) -> None:
@@ -266,186 +535,49 @@ def _check_deflated(stream: BinaryIO) -> None:
     stream.seek(0)
 
 
-def _check_syntax(dataset: Dataset) -> None:
-    syntax = UID(_text(dataset.file_meta, "TransferSyntaxUID"))
-    title = syntax.name if syntax in UID_dictionary else "not a known one"
-    # Codecs read .51 with 8 bits only, and find out late.
-    if syntax == JPEGExtended12Bit and _number(dataset, "BitsStored") > 8:
-        raise Refusal(
-            "unsupported-transfer-syntax", f"The transfer syntax is {title} with 12 bits, which no codec here reads."
-        )
-    if _codec(syntax) is None:
-        raise Refusal("unsupported-transfer-syntax", f"The transfer syntax is {title}, which no codec here reads.")
-
-
-def _codec(syntax: UID) -> str | None:
-    """The codec for a transfer syntax: "" for pixels that are not compressed, None where there is none."""
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        return None
-    if not syntax.is_compressed:
-        return ""
-    return next((codec for codec in CODECS if codec in decoder.available_plugins), None)
-
-
-def _decode(dataset: Dataset) -> np.ndarray:
-    """Stored values `[F, H, W]`."""
-    if "PixelData" not in dataset or not dataset.PixelData:
-        raise Refusal("truncated", "The pixel data is missing.")
-    frames = frame_count(dataset)
-    codec = _codec(dataset.file_meta.TransferSyntaxUID)
-    if not codec:
-        expected = frames * dataset.Rows * dataset.Columns * (_number(dataset, "BitsAllocated", 16) // 8)
-        if len(dataset.PixelData) < expected:
-            raise Refusal("truncated", "The pixel data ends too early.")
-    try:
-        if codec == "gdcm":
-            size = dataset.Rows, dataset.Columns, dataset.BitsAllocated
-            streams = generate_frames(dataset.PixelData, number_of_frames=frames)
-            dataset.PixelData = encapsulate([checked_stream(stream, *size) for stream in streams])
-        dataset.pixel_array_options(decoding_plugin=codec or "")
-        return dataset.pixel_array.reshape(frames, dataset.Rows, dataset.Columns)
-    except (Refusal, MemoryError):
-        raise
-    except Exception as error:  # every codec has its own types of error
-        raise Refusal("damaged-image", "The pixel data could not be decoded.") from error
-
-
-def _rescale(item: Dataset, image_type: list[str]) -> tuple[float, float, frozenset[str]]:
-    """(slope, intercept, flags) to HU (PS3.3 C.11.1 and C.7.6.16.2.9). Raises Refusal where the values are not HU."""
-    slope, intercept = _numbers(item, "RescaleSlope", 1), _numbers(item, "RescaleIntercept", 1)
-    if slope is None or intercept is None or slope[0] == 0:
-        raise Refusal("no-hounsfield-units", "The header gives no rescale to Hounsfield units.")
-    kind = _text(item, "RescaleType").upper()
-    if kind in ("", "HU"):
-        return slope[0], intercept[0], frozenset()
-    # "US" (unspecified) is written by some archives on original slices; on a derived image it means some other map.
-    if kind == "US" and image_type[0].strip() == "ORIGINAL":
-        return slope[0], intercept[0], frozenset({"unspecified-rescale-type"})
-    raise Refusal("no-hounsfield-units", "The pixel values are a derived map, not Hounsfield units.")
-
-
-def _to_hu(dataset: Dataset, item: Dataset, stored: np.ndarray) -> tuple[np.ndarray, frozenset[str]]:
-    """Hounsfield units `[H, W]` with padding set to air. Photometric MONOCHROME1 changes the display, not the HU.
-
-    Declared padding (PS3.3 C.7.5.1.1.2) and everything below -1024 HU, which scanners write outside their field of
-    view, become -1024 HU.
-    """
-    slope, intercept, flags = _rescale(item, _text(dataset, "ImageType").upper().split("\\"))
-    hu = stored.astype(np.float64) * slope + intercept
-    outside = hu < AIR_HU
-    padding = _padding(dataset)
-    if padding is not None:
-        outside |= (stored >= padding[0]) & (stored <= padding[1])
-    hu[outside] = AIR_HU
-    if outside.mean() > 0.001:  # fewer are noise in air
-        flags |= {"padding-masked"}
-    if abs(slope) > COARSE_HU_STEP:
-        flags |= {"coarse-hu"}
-    limits = np.iinfo(np.int16)
-    if slope.is_integer() and intercept.is_integer() and hu.max() <= limits.max:
-        return hu.astype(np.int16), flags
-    return hu.astype(np.float32), flags
-
-
-def _padding(dataset: Dataset) -> tuple[float, float] | None:
-    first = _numbers(dataset, "PixelPaddingValue", 1)
-    if first is None:
-        return None
-    last = _numbers(dataset, "PixelPaddingRangeLimit", 1) or first
-    # Implicit VR files give the value unsigned even where pixels are signed.
-    signed = _number(dataset, "PixelRepresentation") == 1
-    low, high = sorted(v - 65536 if signed and v > 32767 else v for v in (first[0], last[0]))
-    return low, high
-
-
-def _about(dataset: Dataset) -> About:
-    frame = _Macros(dataset, 0)
-    voi = frame["FrameVOILUTSequence"]
-    centre, width = _numbers(voi, "WindowCenter"), _numbers(voi, "WindowWidth")
-    window = (centre[0], width[0]) if centre and width and width[0] >= 1 else None
-    agents = dataset.get("ContrastBolusAgentSequence")
-    regions = frame["FrameAnatomySequence"].get("AnatomicRegionSequence")
-    return About(
-        study_uid=_text(dataset, "StudyInstanceUID") or None,
-        series_uid=_text(dataset, "SeriesInstanceUID") or None,
-        window=window,
-        kernel=_text(frame["CTReconstructionSequence"], "ConvolutionKernel") or None,
-        contrast_agent=_text(dataset, "ContrastBolusAgent")
-        or (_text(agents[0], "CodeMeaning") if agents else "")
-        or None,
-        body_part=_text(dataset, "BodyPartExamined") or (_text(regions[0], "CodeMeaning") if regions else "") or None,
-        accession=_text(dataset, "AccessionNumber") or None,
-    )
-
-
-def _instance(dataset: Dataset, frames: int) -> Instance:
-    """The instance by its data set, or where that is silent by its file meta information."""
-    number = _numbers(dataset, "InstanceNumber", 1)
-    return Instance(
-        sop_instance_uid=_text(dataset, "SOPInstanceUID") or _text(dataset.file_meta, "MediaStorageSOPInstanceUID"),
-        sop_class_uid=_text(dataset, "SOPClassUID") or _text(dataset.file_meta, "MediaStorageSOPClassUID"),
-        instance_number=int(number[0]) if number else None,
-        frames=frames,
-    )
-
-
-class _Macros:
-    """The functional group macros of one frame: `_Macros(ds, 3)["PlanePositionSequence"]` is the item that holds them.
-
-    Per-frame groups win over shared ones (PS3.3 C.7.6.16.1); a single-frame file answers with the data set itself.
-    """
-
-    def __init__(self, dataset: Dataset, frame: int) -> None:
-        self.dataset = dataset
-        self.frame = frame
-
-    def __getitem__(self, sequence: str) -> Dataset:
-        for group in self._groups():
-            items = group.get(sequence)
-            if items:
-                return items[0]
-        return self.dataset
-
-    def _groups(self) -> Iterator[Dataset]:
-        per_frame = self.dataset.get("PerFrameFunctionalGroupsSequence") or ()
-        if self.frame < len(per_frame):
-            yield per_frame[self.frame]
-        yield from self.dataset.get("SharedFunctionalGroupsSequence") or ()
-
-
-def _text(item: Dataset, keyword: str) -> str:
+def text(item: Item, keyword: str) -> str:
     """The value as stripped text, values of a list joined by a backslash; "" when absent."""
-    value = item.get(keyword)
+    try:
+        value = item.get(keyword)
+    except Exception:  # pydicom meets values that break their VR with errors of many types
+        return ""
     if value is None:
         return ""
-    values = value if isinstance(value, pydicom.multival.MultiValue) else [value]
+    values = value if isinstance(value, list | pydicom.multival.MultiValue) else [value]
     return "\\".join(str(v).strip().strip("\0") for v in values)
 
 
-def _numbers(item: Dataset, keyword: str, count: int | None = None) -> Numbers | None:
+def numbers(item: Item, keyword: str, count: int | None = None) -> Numbers | None:
     """The value as finite numbers, or None when it is absent, malformed or not of `count` numbers."""
     try:
         value = item.get(keyword)
         if value is None or value == "":
             return None
-        values = value if isinstance(value, pydicom.multival.MultiValue) else [value]
-        numbers = tuple(float(v) for v in values)
-    except (TypeError, ValueError, OverflowError):
+        values = value if isinstance(value, list | pydicom.multival.MultiValue) else [value]
+        found = tuple(float(v) for v in values)
+    except Exception:  # as above
         return None
-    if (count is not None and len(numbers) != count) or not numbers or not all(map(math.isfinite, numbers)):
+    if (count is not None and len(found) != count) or not found or not all(map(math.isfinite, found)):
         return None
-    return numbers
+    return found
 
 
-def _number(item: Dataset, keyword: str, default: float = 0) -> float:
-    return (_numbers(item, keyword, 1) or (default,))[0]
+def _number(item: Item, keyword: str, default: float = 0) -> float:
+    return (numbers(item, keyword, 1) or (default,))[0]
 
 
-def _positive(numbers: Numbers | None) -> Numbers | None:
-    return numbers if numbers and min(numbers) > 0 else None
+def _positive(found: Numbers | None) -> Numbers | None:
+    return found if found and min(found) > 0 else None
 
 
-def _first(numbers: Numbers | None) -> float | None:
-    return numbers[0] if numbers else None
+def _items(item: Item, keyword: str) -> list[Dataset]:
+    """The items of a sequence; empty where it is absent or no sequence."""
+    try:
+        value = item.get(keyword)
+    except Exception:  # as above
+        return []
+    return list(value) if isinstance(value, pydicom.sequence.Sequence) else []
+
+
+def _image_type(dataset: Item) -> list[str]:
+    return [value.strip() for value in text(dataset, "ImageType").upper().split("\\")]

@@ -18,7 +18,7 @@ REMEDIES: Final[dict[str, str]] = {
     "empty-file": "Copy the file again from where it came from: it holds no bytes.",
     "empty-folder": "Name a folder that holds images.",
     "not-a-file": "Name a regular file, a folder or a zip archive.",
-    "not-an-image": "Give a PNG, JPEG, TIFF, BMP, WebP, GIF or DICOM CT file; leave this one out.",
+    "not-an-image": "Give a PNG, JPEG, TIFF, BMP, WebP, GIF, PDF or DICOM CT file; leave this one out.",
     "unsupported-format": "Convert it to PNG, TIFF or DICOM first.",
     "too-large": "Cut or scale the image below the limit, or split the file.",
     # archives
@@ -27,6 +27,11 @@ REMEDIES: Final[dict[str, str]] = {
     "nested-archive": "Unpack the inner archive and name its folder.",
     "duplicate-member": "Rename or leave out one of the two and make the archive again.",
     "archive-bomb": "If the content is genuine, unpack the archive and name the folder.",
+    # documents
+    "document-alone": "Put it into the folder of the images that it speaks of, or leave it out.",
+    "encrypted-document": "Save the PDF without a password, then run again.",
+    "damaged-document": "Open it in a PDF viewer and print or export it to a new PDF.",
+    "not-text": "Save it as plain text in UTF-8, or leave it out.",
     # pictures
     "truncated": "Copy or export the file again: its end is missing.",
     "damaged-image": "Open it in an image viewer and save it again, or export it again from its source.",
@@ -38,11 +43,13 @@ REMEDIES: Final[dict[str, str]] = {
     # DICOM
     "not-ct": "Give CT series only; this modality cannot be reported.",
     "not-ct-image": "Give the original CT slices; screenshots and captures carry no Hounsfield units.",
+    "dose-report": "Nothing to mend: dose reports go with the study. Leave it out to silence this line.",
     "localizer": "Nothing to mend: localizers (scouts) only plan the scan. Leave it out to silence this line.",
     "no-hounsfield-units": "Give the original series with Rescale Slope and Intercept to Hounsfield units.",
     "unsupported-transfer-syntax": "Convert it to Explicit VR Little Endian or JPEG 2000 Lossless, then run again.",
     "duplicate-slice": "Leave out one of the two copies, or give each phase of the scan its own series.",
-    "mixed-orientation": "Give each orientation its own series.",
+    "missing-from-file-set": "Copy the whole medium again, or make its DICOMDIR anew.",
+    "path-traversal": "Make the archive or the DICOMDIR again with names that stay inside its own folder.",
 }
 
 

@@ -1,185 +1,179 @@
-"""One CT series: its files decoded side by side, put in order along the slice normal, checked, stacked.
+"""One CT series: its files decoded side by side straight into the volume, in the order of their positions.
 
 Quality flags that a study can carry:
 
     missing-slices            gaps of whole multiples of the usual spacing
-    irregular-spacing         slices at uneven distances
-    missing-geometry          no usable position or orientation: ordered by instance number instead
+    irregular-spacing         slices at uneven distances, or shifted against each other
+    missing-geometry          no usable position, orientation or pixel size
+    mixed-orientation         each slice lies in a plane of its own
     gantry-tilt               slices sheared against their normal
-    duplicate-slices          copies at the same position were left out
+    duplicate-slices          further slices at the same position were left out
     unreadable-slices         files of the series could not be read and were left out
-    mixed-orientation         slices of another orientation were left out
     padding-masked            pixels outside the scanned field were set to -1024 HU
+    padding-looks-like-tissue the declared padding value maps to HU that tissue has; it was masked all the same
+    unused-bits-masked        bits beyond Bits Stored were not empty and were taken off
+    excess-pixel-data         the file holds more pixel data than its frames need
     lossy-compression         the pixels went through lossy compression
     coarse-hu                 neighbouring stored values are more than 4 HU apart
+    implausible-hu            values that no CT has: far too dense, or nothing as light as fat anywhere
     unspecified-rescale-type  the header does not name HU as the unit; original slices are taken as HU
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from pipelines.ingest.dicom import MAX_VOXELS, Direction, Slice, load_slices, read_header_json
+from pipelines.ingest.codecs import CORES
+from pipelines.ingest.dicom import MAX_VOXELS, Header, read_about, read_header
 from pipelines.ingest.files import FileRef
-from pipelines.ingest.refusals import Refusal, rejected, rejection
-from pipelines.study import Geometry, ImageStudy, Rejection, content_key
+from pipelines.ingest.geometry import FrameOf, Stack, arrange
+from pipelines.ingest.pixels import Overflow, fits_int16, read_stored, to_hu
+from pipelines.ingest.refusals import Refusal, rejected
+from pipelines.ingest.units import Unit
+from pipelines.study import ImageStudy, Rejection, SourceFile, content_key
 from reports.dicom_source import DicomSource
 
-WORKERS: Final = min(4, os.cpu_count() or 1)
-SAME_PLACE_MM: Final = 0.01
-REGULAR_MM: Final = 0.05  # headers round positions; a scanner's own jitter stays below this
+FAT_HU: Final = 100  # a series without any pixel below, air and fat being everywhere, is not in HU
 
 
-def load_series(files: Sequence[FileRef], name: str) -> ImageStudy:
+def load_series(unit: Unit) -> ImageStudy:
     """Decode and stack one series: `[S, H, W]` HU, slices by rising position along the normal (feet to head for
     axial slices). Files that cannot be read stand in `rejected_sources`. Raises Refusal where none can."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        outcomes = list(pool.map(_read, files))
-    slices = [s for outcome in outcomes if isinstance(outcome, list) for s in outcome]
-    unread = tuple(outcome for outcome in outcomes if isinstance(outcome, Rejection))
-    if not slices:
+    headers, unread = _headers(unit)
+    chosen = dict(zip(unit.files, unit.frames, strict=True)) if unit.frames else {}
+    frames = [FrameOf(h, index) for h in headers for index in chosen.get(h.ref, range(len(h.planes)))]
+    if not frames:
         raise Refusal(unread[0].code, unread[0].reason)
-    if sum(s.pixels.size for s in slices) > MAX_VOXELS:
-        raise Refusal("too-large", f"The series has more than {MAX_VOXELS:,} voxels.")
+    stack = arrange(frames)
+    volume, read, failed = _decode(stack)
+    unread += failed
+    if not any(read):
+        raise Refusal(unread[0].code, unread[0].reason)
+    if not all(read):  # the order stands, but whether it still makes a volume has to be seen anew
+        dropped = stack.dropped
+        stack = arrange([frame for frame, done in zip(stack.frames, read, strict=True) if done])
+        stack = replace(stack, dropped=dropped, flags=stack.flags | ({"duplicate-slices"} if dropped else set()))
+        volume = volume[[done is not None for done in read]]
+    results = [done for done in read if done]
+    return _study(unit, stack, volume, results, unread)
 
-    stack = _stack(slices)
-    first = stack.slices[0]
-    dtype = np.result_type(*{s.pixels.dtype for s in stack.slices})
-    flags = stack.flags.union(*(s.flags for s in stack.slices))
-    if unread:
-        flags |= {"unreadable-slices"}
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What decoding found out of one frame beside its pixels."""
+
+    sha256: str
+    flags: frozenset[str]
+
+
+def _headers(unit: Unit) -> tuple[list[Header], list[Rejection]]:
+    headers, unread = [], []
+    for ref in unit.files:
+        try:
+            header = read_header(ref)
+            if header.fault is not None:  # the file has changed since it was planned
+                raise Refusal(*header.fault)
+            headers.append(header)
+        except Exception as error:  # one broken file must not take the series with it
+            unread.append(rejected(ref.name, error))
+    return headers, unread
+
+
+def _decode(stack: Stack) -> tuple[np.ndarray, list[_Read | None], list[Rejection]]:
+    """The volume, what each slice's decoding found (None where it failed), and what failed."""
+    layout = stack.frames[0].header.layout
+    assert layout is not None
+    shape = (len(stack.frames), layout.rows, layout.columns)
+    if np.prod(shape, dtype=np.int64) > MAX_VOXELS:
+        raise Refusal("too-large", f"The series has more than {MAX_VOXELS:,} voxels.")
+    whole = all(fits_int16(frame.plane.rescale) for frame in stack.frames)
+    try:
+        return _fill(stack, np.empty(shape, np.int16 if whole else np.float32))
+    except Overflow:
+        return _fill(stack, np.empty(shape, np.float32))
+
+
+def _fill(stack: Stack, volume: np.ndarray) -> tuple[np.ndarray, list[_Read | None], list[Rejection]]:
+    places: dict[FileRef, list[int]] = {}  # file -> its slices
+    for place, frame in enumerate(stack.frames):
+        places.setdefault(frame.header.ref, []).append(place)
+    read: list[_Read | None] = [None] * len(stack.frames)
+    failed: list[Rejection] = []
+
+    def one_file(ref: FileRef, spread: Callable[[Callable[[int], None], list[int]], Iterable[None]]) -> None:
+        header = stack.frames[places[ref][0]].header
+        try:
+            stored = read_stored(header, frames=len(stack.frames))
+
+            def one_frame(place: int) -> None:
+                frame, layout = stack.frames[place], header.layout
+                assert layout is not None
+                flags = to_hu(stored.frame(frame.index), layout, frame.plane.rescale, volume[place])
+                read[place] = _Read(stored.sha256, stored.flags | flags)
+
+            list(spread(one_frame, places[ref]))
+        except Overflow:
+            raise
+        except Exception as error:  # one broken file must not take the series with it
+            for place in places[ref]:
+                read[place] = None
+            failed.append(rejected(ref.name, error))
+
+    with ThreadPoolExecutor(CORES) as pool:
+        if len(places) < CORES:  # a few files of many frames
+            for ref in places:
+                one_file(ref, pool.map)
+        else:
+            list(pool.map(lambda ref: one_file(ref, map), places))
+    return volume, read, failed
+
+
+def _study(unit: Unit, stack: Stack, volume: np.ndarray, read: Sequence[_Read], unread: list[Rejection]) -> ImageStudy:
+    sources = tuple(_source(frame, done.sha256) for frame, done in zip(stack.frames, read, strict=True))
+    flags = stack.flags.union(*(done.flags for done in read), *(frame.header.flags for frame in stack.frames))
+    flags |= {"lossy-compression"} if any(frame.header.lossy for frame in stack.frames) else set()
+    flags |= {"unreadable-slices"} if unread else set()
+    flags |= {"implausible-hu"} if volume[::2, ::4, ::4].min() > FAT_HU else set()
+    first = stack.frames[0].header
+    about = read_about(first.ref)
     return ImageStudy(
-        key=content_key(s.source for s in stack.slices),
-        name=name,
+        key=content_key(sources),
+        name=unit.name,
         units="HU",
-        pixels=np.stack([s.pixels for s in stack.slices], dtype=dtype),
-        sources=tuple(s.source for s in stack.slices),
+        pixels=volume,
+        sources=sources,
         geometry=stack.geometry,
-        window=first.about.window,
-        study_uid=first.about.study_uid,
-        series_uid=first.about.series_uid,
-        kernel=first.about.kernel,
-        contrast_agent=first.about.contrast_agent,
-        body_part=first.about.body_part,
-        identifiers={"accession": first.about.accession} if first.about.accession else {},
+        window=about.window,
+        study_uid=first.study_uid or None,
+        series_uid=first.series_uid or None,
+        kernel=about.kernel,
+        contrast_agent=about.contrast_agent,
+        body_part=about.body_part,
+        identifiers={"accession": about.accession} if about.accession else {},
         dicom=DicomSource(
-            header=read_header_json(next(ref for ref in files if ref.name == first.source.path)),
-            instances=tuple(s.instance for s in stack.slices),
+            header=about.json,
+            instances=tuple(
+                replace(frame.header.instance, frame=frame.index + 1, position_mm=frame.plane.position)
+                for frame in stack.frames
+            ),
             orientation=stack.geometry.orientation,
         ),
         quality_flags=tuple(sorted(flags)),
-        rejected_sources=unread + stack.dropped,
+        rejected_sources=(*unread, *stack.dropped),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    slices: list[Slice]  # in order
-    geometry: Geometry
-    flags: frozenset[str]
-    dropped: tuple[Rejection, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    depth: float  # mm along the normal
-    slice: Slice
-
-
-def _read(ref: FileRef) -> list[Slice] | Rejection:
-    try:
-        return load_slices(ref)
-    except Exception as error:  # one broken file must not take the series with it
-        return rejected(ref.name, error)
-
-
-def _stack(slices: list[Slice]) -> _Stack:
-    slices, dropped = _same_orientation(slices)
-    flags = {rejection.code for rejection in dropped}
-    orientation = slices[0].orientation
-    normal = _normal(orientation)
-    placed = [_Placed(float(np.dot(normal, s.position)), s) for s in slices if s.position and normal is not None]
-    if len(placed) < len(slices):
-        ordered = sorted(slices, key=lambda s: s.order)
-        geometry = Geometry(spacing_mm=slices[0].spacing, slice_thickness_mm=slices[0].thickness)
-        return _Stack(ordered, geometry, frozenset(flags | {"missing-geometry"}), dropped)
-
-    placed, copies = _without_copies(sorted(placed, key=lambda p: (p.depth, p.slice.order)))
-    if copies:
-        flags.add("duplicate-slices")
-    positions = tuple(p.slice.position for p in placed if p.slice.position)
-    spacing = None
-    if len(placed) > 1:
-        spacing, spacing_flags = _spacing(np.diff([p.depth for p in placed]))
-        flags |= spacing_flags
-        run = np.subtract(positions[-1], positions[0])
-        along = placed[-1].depth - placed[0].depth
-        if np.linalg.norm(run) > along * 1.0002:  # a shear of more than about one degree
-            flags.add("gantry-tilt")
-    ordered = [p.slice for p in placed]
-    geometry = Geometry(
-        spacing_mm=ordered[0].spacing,
-        orientation=orientation,
-        positions_mm=positions,
-        slice_spacing_mm=spacing,
-        slice_thickness_mm=ordered[0].thickness,
+def _source(frame: FrameOf, sha256: str) -> SourceFile:
+    header = frame.header
+    return SourceFile(
+        path=header.ref.name,
+        sha256=sha256,
+        media_type="application/dicom",
+        page=frame.index if len(header.planes) > 1 else None,
+        sop_instance_uid=header.instance.sop_instance_uid or None,
     )
-    return _Stack(ordered, geometry, frozenset(flags), dropped + copies)
-
-
-def _same_orientation(slices: list[Slice]) -> tuple[list[Slice], tuple[Rejection, ...]]:
-    """Frames of one file can differ in orientation; keep the most frequent one."""
-    keys = [s.orientation and tuple(round(v, 2) + 0.0 for v in s.orientation) for s in slices]
-    usual = Counter(keys).most_common(1)[0][0]
-    others = {s.source.path: s for s, key in zip(slices, keys, strict=True) if key != usual}
-    reason = "It holds slices of another orientation than most of the series."
-    return (
-        [s for s, key in zip(slices, keys, strict=True) if key == usual],
-        tuple(rejection(path, "mixed-orientation", reason) for path in others),
-    )
-
-
-def _without_copies(placed: list[_Placed]) -> tuple[list[_Placed], tuple[Rejection, ...]]:
-    """Of slices (sorted by depth) at one place keep one: lossless before lossy, then the first by number."""
-    places: list[list[_Placed]] = []
-    for p in placed:
-        if places and p.depth - places[-1][0].depth < SAME_PLACE_MM:
-            places[-1].append(p)
-        else:
-            places.append([p])
-    kept = []
-    copies: dict[str, Rejection] = {}
-    for place in places:
-        best, *others = sorted(place, key=lambda p: (p.slice.lossy, p.slice.order, p.slice.source.path))
-        kept.append(best)
-        for other in others:
-            path = other.slice.source.path
-            copies[path] = rejection(path, "duplicate-slice", "Another slice of its series lies at the same position.")
-    return kept, tuple(copies.values())
-
-
-def _spacing(steps: np.ndarray) -> tuple[float | None, set[str]]:
-    """(mm between slices, flags); None when the distances differ."""
-    usual = float(np.median(steps))
-    if np.all(np.abs(steps - usual) < max(REGULAR_MM, 0.01 * usual)):
-        return float(np.mean(steps)), set()
-    multiples = steps / usual
-    if np.all(np.abs(multiples - np.round(multiples)) < 0.1) and multiples.min() > 0.5:
-        return None, {"missing-slices"}
-    return None, {"irregular-spacing"}
-
-
-def _normal(orientation: Direction | None) -> np.ndarray | None:
-    """Unit normal of the slice plane, or None where the direction cosines make no plane."""
-    if orientation is None:
-        return None
-    normal = np.cross(orientation[:3], orientation[3:])
-    length = float(np.linalg.norm(normal))
-    return normal / length if 0.9 < length < 1.1 else None

@@ -1,5 +1,5 @@
-"""Makes JPEG Lossless streams safe to decode. The only codec at hand for them, GDCM, ends the whole process on headers
-that contradict the image or themselves, so they are checked here first (ITU-T T.81 annexes B and H)."""
+"""Checks JPEG Lossless and 12-bit JPEG streams before GDCM sees them: it ends its process, or makes up pixels, on
+headers that contradict the image or themselves (ITU-T T.81 annexes B and H)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Final
 
 from pipelines.ingest.refusals import Refusal
 
-SOI, EOI, SOS, DHT, SOF3, DRI = 0xD8, 0xD9, 0xDA, 0xC4, 0xC3, 0xDD
+SOI, SOS, DHT, DQT, SOF1, SOF3, DRI = 0xD8, 0xDA, 0xC4, 0xDB, 0xC1, 0xC3, 0xDD
 SKIPPED: Final = frozenset((*range(0xE0, 0xF0), 0xFE))  # application data and comments
 
 
 def checked_stream(frame: bytes, rows: int, columns: int, bits_allocated: int) -> bytes:
     """`frame` without comments and application data, of which GDCM accepts some only.
 
-    Raises Refusal unless it is one complete lossless scan of one component of the given size.
+    Raises Refusal unless it is one scan of one component of the given size, lossless or sequential.
     """
     try:
         return _checked(frame, rows, columns, bits_allocated)
@@ -26,9 +26,7 @@ def checked_stream(frame: bytes, rows: int, columns: int, bits_allocated: int) -
 def _checked(frame: bytes, rows: int, columns: int, bits_allocated: int) -> bytes:
     if frame[:2] != bytes((0xFF, SOI)):
         raise _damaged("does not start as one")
-    if bytes((0xFF, EOI)) not in frame[-8:]:
-        raise Refusal("truncated", "The JPEG data ends too early.")
-    at, tables, sized, kept = 2, set(), False, frame[:2]
+    at, tables, process, kept = 2, set(), 0, frame[:2]
     while True:
         marker, length = frame[at + 1], struct.unpack_from(">H", frame, at + 2)[0]
         segment = frame[at + 4 : at + 2 + length]
@@ -36,27 +34,28 @@ def _checked(frame: bytes, rows: int, columns: int, bits_allocated: int) -> byte
             raise _damaged("has a broken segment")
         if marker == DHT:
             tables |= _huffman_tables(segment)
-        elif marker == SOF3:
+        elif marker in (SOF1, SOF3):
             precision, height, width, components = struct.unpack_from(">BHHB", segment)
             expected = (rows, columns, 1, 9)
-            if sized or (height, width, components, len(segment)) != expected or not 2 <= precision <= bits_allocated:
+            if process or (height, width, components, len(segment)) != expected or not 2 <= precision <= bits_allocated:
                 raise _damaged("is of another size than the image")
             component, sampling = segment[6], segment[7]
             if sampling != 0x11:
                 raise _damaged("is subsampled")
-            sized = True
+            process = marker
         elif marker == SOS:
             # one component, a table that is there, a predictor of 1 to 7, no point transform beyond the precision
-            if not sized or len(segment) != 6 or segment[:2] != bytes((1, component)):
+            if not process or len(segment) != 6 or segment[:2] != bytes((1, component)):
                 raise _damaged("has a broken scan")
-            if segment[2] >> 4 not in tables or not 1 <= segment[3] <= 7 or segment[4] or segment[5] >= precision:
+            lossless = 1 <= segment[3] <= 7 and not segment[4] and segment[5] < precision
+            if segment[2] >> 4 not in tables or (process == SOF3 and not lossless):
                 raise _damaged("has a broken scan")
             return kept + frame[at:]
         elif marker == DRI:
             # a restart has to fall on the start of a row
             if len(segment) != 2 or struct.unpack(">H", segment)[0] % columns:
                 raise _damaged("has a broken restart interval")
-        elif marker not in SKIPPED:
+        elif marker not in SKIPPED and marker != DQT:
             raise _damaged("is of another process")
         if marker not in SKIPPED:
             kept += frame[at : at + 2 + length]
@@ -64,7 +63,7 @@ def _checked(frame: bytes, rows: int, columns: int, bits_allocated: int) -> byte
 
 
 def _huffman_tables(segment: bytes) -> set[int]:
-    """The numbers of the DC tables in a DHT segment; raises Refusal for tables that are no prefix code."""
+    """The numbers of the tables in a DHT segment, AC tables from 16 on; raises Refusal where one is no prefix code."""
     found, at = set(), 0
     while at < len(segment):
         number, counts = segment[at], segment[at + 1 : at + 17]
@@ -73,7 +72,9 @@ def _huffman_tables(segment: bytes) -> set[int]:
         room = 1.0
         for bits, count in enumerate(counts, 1):
             room -= count / (1 << bits)
-        if number > 3 or len(counts) != 16 or not values or at > len(segment) or max(values) > 16 or room < 0:
+        if number & 0xEC or len(counts) != 16 or not values or at > len(segment) or room < 0:
+            raise _damaged("has a broken code table")
+        if number < 16 and max(values) > 16:
             raise _damaged("has a broken code table")
         found.add(number)
     return found

@@ -1,0 +1,146 @@
+"""Compressed frames to stored values; run as a script, the same in a child process.
+
+A child is worth its start where the codec holds Python's global lock (all but Pillow's) and there are many frames, and
+is a must for GDCM, which ends its whole process on some damaged streams.  Imports nothing of this project, so that a
+child that serves GDCM alone starts in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+MAX_BYTES: Final = 4 << 30  # of a child's memory
+SIZE_BYTES: Final = 8
+
+RLE: Final = "1.2.840.10008.1.2.5"
+JPEG_BASELINE: Final = "1.2.840.10008.1.2.4.50"
+JPEG_EXTENDED: Final = "1.2.840.10008.1.2.4.51"
+JPEG_LOSSLESS: Final = "1.2.840.10008.1.2.4.57"
+JPEG_LOSSLESS_SV1: Final = "1.2.840.10008.1.2.4.70"
+CODECS: Final = {  # transfer syntax -> the codec that reads it
+    RLE: "pydicom",
+    JPEG_BASELINE: "pillow",
+    JPEG_EXTENDED: "gdcm",
+    JPEG_LOSSLESS: "gdcm",
+    JPEG_LOSSLESS_SV1: "gdcm",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg",
+    "1.2.840.10008.1.2.4.201": "pylibjpeg",
+    "1.2.840.10008.1.2.4.202": "pylibjpeg",
+    "1.2.840.10008.1.2.4.203": "pylibjpeg",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One compressed frame of one component, and what the header says of it."""
+
+    syntax: str
+    stream: bytes
+    rows: int
+    columns: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+
+    @property
+    def codec(self) -> str:
+        # GDCM reads the 12-bit streams of JPEG Extended, which Pillow does not.
+        return "pillow" if self.syntax == JPEG_EXTENDED and self.bits_stored <= 8 else CODECS[self.syntax]
+
+
+def decode(frame: Frame) -> tuple[str, bytes]:
+    """(numpy type, values row by row). Raises whatever the codec raises."""
+    if frame.codec == "gdcm":
+        return _with_gdcm(frame)
+    from pydicom.encaps import encapsulate
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import UID
+
+    options: Any = dict(  # pydicom's own hints take no keywords
+        rows=frame.rows,
+        columns=frame.columns,
+        number_of_frames=1,
+        samples_per_pixel=1,
+        bits_allocated=frame.bits_allocated,
+        bits_stored=frame.bits_stored,
+        pixel_representation=int(frame.signed),
+        photometric_interpretation="MONOCHROME2",
+        pixel_keyword="PixelData",
+    )
+    stream = encapsulate([frame.stream])
+    array, _ = get_decoder(UID(frame.syntax)).as_array(stream, index=0, decoding_plugin=frame.codec, **options)
+    return array.dtype.str, array.tobytes()
+
+
+def _with_gdcm(frame: Frame) -> tuple[str, bytes]:
+    import gdcm
+
+    fragment = gdcm.Fragment()
+    fragment.SetByteStringValue(frame.stream)
+    fragments = gdcm.SequenceOfFragments.New()
+    fragments.AddFragment(fragment)
+    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
+    element.SetValue(fragments.__ref__())
+    image = gdcm.Image()
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((frame.columns, frame.rows, 1))
+    image.SetDataElement(element)
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.MONOCHROME2))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(frame.syntax)))
+    high_bit = frame.bits_stored - 1
+    image.SetPixelFormat(gdcm.PixelFormat(1, frame.bits_allocated, frame.bits_stored, high_bit, int(frame.signed)))
+    values = image.GetBuffer()
+    if values is None:
+        raise ValueError("GDCM cannot read the stream")
+    # GDCM hands bytes over as text
+    return f"<{'i' if frame.signed else 'u'}{frame.bits_allocated // 8}", values.encode("utf-8", "surrogateescape")
+
+
+def send(pipe: IO[bytes], value: Any) -> None:
+    """Write one value with its size in front."""
+    data = pickle.dumps(value, protocol=5)
+    pipe.write(len(data).to_bytes(SIZE_BYTES, "little"))
+    pipe.write(data)
+    pipe.flush()
+
+
+def receive(pipe: IO[bytes]) -> Any:
+    """Read one value. Raises EOFError where the other side has gone."""
+    size = pipe.read(SIZE_BYTES)
+    if len(size) < SIZE_BYTES:
+        raise EOFError
+    return pickle.loads(pipe.read(int.from_bytes(size, "little")))
+
+
+def _serve() -> None:
+    """Answer frames from standard input with (type, values), or None where the codec fails, until the input ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    for chatty in (1, 2):  # codecs print what they find odd
+        os.dup2(quiet, chatty)
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while True:
+        try:
+            fields = receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = decode(Frame(*fields))
+        except Exception:
+            answer = None
+        send(answers, answer)
+
+
+if __name__ == "__main__":
+    _serve()

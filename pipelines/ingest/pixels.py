@@ -1,0 +1,221 @@
+"""The pixels of one DICOM file: stored values frame by frame, and their way to Hounsfield units."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from pydicom.encaps import generate_frames
+
+from pipelines.ingest.codecs import NATIVE, decode
+from pipelines.ingest.decoders import Frame
+from pipelines.ingest.dicom import Header, Layout, Rescale, parse
+from pipelines.ingest.refusals import Refusal
+
+AIR_HU: Final = -1024
+COARSE_HU_STEP: Final = 4  # HU between neighbouring stored values: above it, tissue contrast is quantised away
+PADDING_SHARE: Final = 0.01  # of the pixels: so many of one value below air are no noise
+TISSUE_HU: Final = (-900, 2000)  # padding that maps to a value in between hides tissue
+LOSSY_SMEAR_HU: Final = 200
+METAL_HU: Final = 16_000  # dense metal on extended scales stays below
+_UNDEFINED: Final = 0xFFFFFFFF
+_INT16: Final = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A file's frames as they are stored. `frame(i)` gives `[H, W]` integers; raises Refusal."""
+
+    sha256: str
+    frame: Callable[[int], np.ndarray]
+    flags: frozenset[str]
+
+
+def read_stored(header: Header, *, frames: int) -> Stored:
+    """Read a file's bytes and find its frames, which are decoded one by one as they are asked for.
+
+    `frames`: how many are decoded in all, in this file and others.  Raises Refusal and OSError.
+    """
+    layout = header.layout
+    assert layout is not None  # files with a fault get no further
+    data = header.ref.read()
+    digest = hashlib.sha256(data).hexdigest()
+    value, encapsulated = _pixel_value(data, layout)
+    size = layout.rows * layout.columns * layout.bits_allocated // 8
+    if not encapsulated and (layout.syntax in NATIVE or len(value) in (size * layout.frames, size * layout.frames + 1)):
+        if len(value) < size * layout.frames:
+            raise Refusal("truncated", "The pixel data ends too early.")
+        flags = {"excess-pixel-data"} if len(value) > size * layout.frames + 1 else set()
+        order = NATIVE.get(layout.syntax, "<")
+        kind = f"{order}{'i' if layout.signed else 'u'}{layout.bits_allocated // 8}"
+
+        def native(index: int) -> np.ndarray:
+            flat = np.frombuffer(value, kind, layout.rows * layout.columns, index * size)
+            return flat.reshape(layout.rows, layout.columns)
+
+        return Stored(digest, native, frozenset(flags))
+    if not encapsulated or layout.syntax in NATIVE:
+        raise Refusal("damaged-image", "The pixel data is not encoded as the file's transfer syntax says.")
+    streams = _streams(value, layout.frames)
+
+    def compressed(index: int) -> np.ndarray:
+        fields = layout.rows, layout.columns, layout.bits_allocated, layout.bits_stored, layout.signed
+        return decode(Frame(layout.syntax, streams[index], *fields), frames=frames)
+
+    return Stored(digest, compressed, frozenset())
+
+
+def _pixel_value(data: bytes, layout: Layout) -> tuple[memoryview, bool]:
+    """The value of the Pixel Data element, and whether it is encapsulated (PS3.5 A.4)."""
+    if layout.offset is None:
+        pixels = parse(io.BytesIO(data), stop_before_pixels=False).get("PixelData")
+        if not isinstance(pixels, bytes) or not pixels:
+            raise Refusal("truncated", "The pixel data is missing.")
+        return memoryview(pixels), False
+    at = layout.offset
+    order: Literal["big", "little"] = "big" if NATIVE.get(layout.syntax) == ">" else "little"
+    group = (0x7FE0).to_bytes(2, order) + (0x0010).to_bytes(2, order)
+    if data[at : at + 4] != group or len(data) < at + 8:
+        raise Refusal("truncated", "The pixel data is missing.")
+    explicit = data[at + 4 : at + 6] in (b"OW", b"OB", b"UN")
+    start = at + (12 if explicit else 8)
+    length = int.from_bytes(data[start - 4 : start], order)
+    value = memoryview(data)[start:]
+    if length == _UNDEFINED:
+        return value, True
+    if length == 0:
+        raise Refusal("truncated", "The pixel data is missing.")
+    return value[:length], False
+
+
+def _streams(value: memoryview, frames: int) -> list[bytes]:
+    """The compressed frames; fragments are joined, with an offset table or without."""
+    _check_fragments(value)
+    try:
+        streams = list(generate_frames(io.BytesIO(value), number_of_frames=frames))
+    except Exception as error:  # pydicom meets broken fragments with errors of many types
+        raise Refusal("damaged-image", "The fragments of the pixel data are damaged.") from error
+    if len(streams) < frames:
+        raise Refusal("truncated", f"The pixel data holds {len(streams):,} of {frames:,} frames.")
+    return streams
+
+
+def _check_fragments(value: memoryview) -> None:
+    """Raise Refusal where a fragment reaches beyond the file: what follows would be decoded as if it were whole."""
+    at = 0
+    while at + 8 <= len(value):
+        tag, length = bytes(value[at : at + 4]), int.from_bytes(value[at + 4 : at + 8], "little")
+        if tag == b"\xfe\xff\xdd\xe0":
+            return
+        if tag != b"\xfe\xff\x00\xe0":
+            raise Refusal("damaged-image", "The fragments of the pixel data are damaged.")
+        at += 8 + length
+    if at > len(value):
+        raise Refusal("truncated", "The compressed pixel data ends too early.")
+
+
+class Overflow(Exception):  # noqa: N818 - tells that integers do not hold the values, which is no error
+    """The Hounsfield units of a slice do not fit into 16-bit integers."""
+
+
+def fits_int16(rescale: Rescale) -> bool:
+    """Whether the rescale gives whole numbers; if they are too large for int16 shows in the pixels."""
+    return rescale.slope.is_integer() and rescale.intercept.is_integer() and abs(rescale.slope) <= _INT16.max
+
+
+def to_hu(stored: np.ndarray, layout: Layout, rescale: Rescale, out: np.ndarray) -> frozenset[str]:
+    """Write the Hounsfield units of `stored` `[H, W]` into `out` (int16 or float32), padding as -1024 HU; gives flags.
+
+    Padding is what the header declares (PS3.3 C.7.5.1.1.2), or one value below -1024 HU that fills a part of the image.
+    Photometric MONOCHROME1 changes the display, not the HU.  Raises Overflow where int16 is too small.
+    """
+    stored, dirty = _used_bits(stored, layout)
+    flags: set[str] = {"unused-bits-masked"} if dirty else set()
+    padding = _declared_padding(stored, layout)
+    if rescale.table is not None:
+        first, values = rescale.table
+        table = np.array(values)
+        ends = int(table.min()), int(table.max())
+        _check_fits(ends, out)
+        out[...] = table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
+        low, high = float(out.min()), float(out.max())
+    else:
+        ends = int(stored.min()), int(stored.max())
+        low, high = sorted(end * rescale.slope + rescale.intercept for end in ends)
+        _check_fits((low, high), out)
+        if out.dtype == np.int16:  # modulo 2^16 all the way, which is exact because the result fits
+            slope, intercept = _modulo(rescale.slope), _modulo(rescale.intercept)
+            if slope == 1:
+                np.add(_as_int16(stored), intercept, out=out)
+            else:
+                np.multiply(_as_int16(stored), slope, out=out)
+                out += intercept
+        else:
+            out[...] = stored.astype(np.float64) * rescale.slope + rescale.intercept
+        if abs(rescale.slope) > COARSE_HU_STEP:
+            flags.add("coarse-hu")
+    if padding is not None and padding.any():
+        hidden = out[padding]
+        if ((hidden > TISSUE_HU[0]) & (hidden < TISSUE_HU[1])).any():
+            flags.add("padding-looks-like-tissue")
+    if low < AIR_HU and (filler := _filler(out, lossy=layout.lossy)) is not None:
+        padding = filler if padding is None else padding | filler
+    if padding is not None:
+        out[padding] = AIR_HU
+        if padding.mean() > 0.001:
+            flags.add("padding-masked")
+    if high > METAL_HU and (out > METAL_HU).mean() > 0.005:
+        flags.add("implausible-hu")
+    return frozenset(flags)
+
+
+def _check_fits(ends: tuple[float, float], out: np.ndarray) -> None:
+    if out.dtype == np.int16 and not (_INT16.min <= ends[0] and ends[1] <= _INT16.max):
+        raise Overflow
+
+
+def _filler(hu: np.ndarray, *, lossy: bool) -> np.ndarray | None:
+    """Where a value below air fills what was not scanned, though the header does not declare it as padding."""
+    below = hu[hu < AIR_HU]
+    if below.size < PADDING_SHARE * hu.size:
+        return None
+    value = np.median(below)
+    # Lossy compression smears the edge of the filling.
+    filler = hu < (AIR_HU + value) / 2 if lossy and value < AIR_HU - LOSSY_SMEAR_HU else hu == value
+    return filler if filler.mean() > PADDING_SHARE else None
+
+
+def _modulo(number: float) -> np.ndarray:
+    return np.array(int(number) & 0xFFFF, np.uint16).view(np.int16)
+
+
+def _as_int16(stored: np.ndarray) -> np.ndarray:
+    same_bits = stored.dtype in (np.uint16, np.int16) and stored.dtype.isnative
+    return stored.view(np.int16) if same_bits else stored.astype(np.int16)
+
+
+def _used_bits(stored: np.ndarray, layout: Layout) -> tuple[np.ndarray, bool]:
+    """The values in their Bits Stored below High Bit, and whether other bits (old overlays, dirt) were taken off."""
+    bits = 8 * stored.dtype.itemsize
+    unused_below = layout.high_bit + 1 - layout.bits_stored if layout.syntax in NATIVE else 0
+    if bits == layout.bits_stored or bits < layout.bits_stored:
+        return stored, False
+    top = 1 << layout.bits_stored
+    lowest, highest = (-top // 2, top // 2 - 1) if layout.signed else (0, top - 1)
+    if not unused_below and lowest <= stored.min() and stored.max() <= highest:
+        return stored, False
+    values = stored.astype(stored.dtype.newbyteorder("="))
+    unused_above = bits - layout.bits_stored - unused_below
+    return (values << unused_above) >> (unused_above + unused_below), not unused_below
+
+
+def _declared_padding(stored: np.ndarray, layout: Layout) -> np.ndarray | None:
+    if layout.padding is None:
+        return None
+    first, last = layout.padding
+    return stored == first if first == last else (stored >= math.floor(first)) & (stored <= math.ceil(last))
