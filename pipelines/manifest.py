@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,7 +22,9 @@ Box = tuple[float, float, float, float]
 _LINE_OF_PRODUCT: Final = {line.title: line.name for line in PRODUCT_LINES} | {name: name for name in LINES}
 _FILE_KEYS: Final = ("image", "template")
 _READ_KEYS: Final = {"id", "split", "group", "product", "findings", *_FILE_KEYS, *CT_FIELDS}
-_QUOTED: Final = 10  # faults quoted in an exception's text; `ManifestError.faults` has them all
+_QUOTED: Final = 100  # faults listed in an exception's text; `ManifestError.faults` has them all
+# Lines of which a published split divides what belongs together (DeepPCB's boards): there, that is only warned of.
+_DIVIDED: Final = frozenset({"board"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,11 @@ class Fault:
 
     line: int
     message: str
+    data_set: str = ""  # the manifest's folder, where several are read together
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.message}" if self.line else self.message
+        place = [self.data_set] * bool(self.data_set) + [f"line {self.line}"] * bool(self.line)
+        return f"{', '.join(place)}: {self.message}" if place else self.message
 
 
 class ManifestError(ValueError):
@@ -68,14 +72,19 @@ class ManifestError(ValueError):
 
     def __init__(self, path: Path, faults: list[Fault]) -> None:
         self.faults = tuple(faults)
-        quoted = [str(fault) for fault in faults[:_QUOTED]]
-        if len(faults) > _QUOTED:
-            quoted.append(f"and {len(faults) - _QUOTED} more")
-        super().__init__(f"{path}: " + "; ".join(quoted))
+        super().__init__(_listed(str(path), faults))
 
 
 class ManifestWarning(UserWarning):
     """A manifest that can be used, but whose figures need care."""
+
+
+def _listed(what: str, faults: Sequence[Fault]) -> str:
+    """A line for each fault, up to a cap; one fault stands behind `what`."""
+    if len(faults) == 1:
+        return f"{what}: {faults[0]}"
+    more = [f"and {len(faults) - _QUOTED:,} more"] * (len(faults) > _QUOTED)
+    return "\n  ".join([f"{what}: {len(faults):,} faults", *map(str, faults[:_QUOTED]), *more])
 
 
 def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False) -> list[Case]:
@@ -86,9 +95,9 @@ def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False
     else from the line's `width` and `height`; without either a box is only checked to be one.
 
     Raises `ManifestError` with every fault of the file, also of lines outside `split`. `lenient`, for scoring, only
-    warns (`ManifestWarning`) of labels that cannot be used, which are left out, and of files that are not there: one
-    faulty line does not cost the answers for all others. Warns also when a group has cases in several splits: that is
-    no fault, since published splits do it (DeepPCB's boards).
+    warns (`ManifestWarning`) of labels that cannot be used, which are left out, of files that are not there, and of
+    groups in several splits: one faulty line does not cost the answers for all others. A group of boards in several
+    splits is only warned of in any case, since the published split of DeepPCB divides them.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -110,10 +119,13 @@ def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False
             cases.append(case)
         (faults if case is None else unusable).extend(Fault(number, problem) for problem in problems)
 
+    divided = _divided_groups(cases, line_of_id)
+    tolerated = [fault for case, fault in divided if lenient or case.product_line in _DIVIDED]
     if not lenient:
+        unusable += [fault for case, fault in divided if case.product_line not in _DIVIDED]
         faults = sorted([*faults, *unusable], key=lambda fault: fault.line)
     elif unusable:
-        warnings.warn(f"left out or missing: {ManifestError(path, unusable)}", ManifestWarning, stacklevel=2)
+        warnings.warn(_listed(f"{path}: left out or missing", unusable), ManifestWarning, stacklevel=2)
     if not faults and not cases:
         faults.append(Fault(0, "has no lines; give at least one case"))
     splits = sorted({case.split for case in cases if case.split is not None})
@@ -121,13 +133,31 @@ def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False
         faults.append(Fault(0, f"has no case in split {split!r}; its splits are: {', '.join(splits) or 'none'}"))
     if faults:
         raise ManifestError(path, faults)
-    if leaks := groups_in_several_splits(cases):
-        warnings.warn(
-            f"{path}: {leaks} group(s) have cases in several splits: figures on such a split flatter the model",
-            ManifestWarning,
-            stacklevel=2,
-        )
+    if tolerated:
+        care = f"{path}: groups in several splits, so that figures on such a split flatter the model"
+        warnings.warn(_listed(care, tolerated), ManifestWarning, stacklevel=2)
     return [case for case in cases if split is None or case.split == split]
+
+
+def read_data_sets(folder: Path, *, lenient: bool = False) -> dict[str, list[Case]]:
+    """The cases of every `*/manifest.jsonl` below `folder`, by the name of its folder.
+
+    Raises `ManifestError` with the faults of all manifests together, or when there is no manifest.
+    """
+    sets: dict[str, list[Case]] = {}
+    faults: list[Fault] = []
+    manifests = sorted(folder.glob("*/manifest.jsonl"))
+    for manifest in manifests:
+        name = manifest.parent.name
+        try:
+            sets[name] = read_manifest(manifest, lenient=lenient)
+        except ManifestError as error:
+            faults += [Fault(fault.line, fault.message, name) for fault in error.faults]
+    if not manifests:
+        faults.append(Fault(0, "has no data sets; give a folder of folders with a manifest.jsonl each"))
+    if faults:
+        raise ManifestError(folder, faults)
+    return sets
 
 
 def groups_in_several_splits(cases: Iterable[Case]) -> int:
@@ -136,6 +166,22 @@ def groups_in_several_splits(cases: Iterable[Case]) -> int:
     for case in cases:
         splits_of.setdefault(case.group, set()).add(case.split)
     return sum(len(splits) > 1 for splits in splits_of.values())
+
+
+def _divided_groups(cases: Iterable[Case], line_of_id: Mapping[str, int]) -> list[tuple[Case, Fault]]:
+    """For each further split that a group is in, its first case there, and the fault."""
+    seen: dict[str, dict[str | None, int]] = {}
+    divided = []
+    for case in cases:
+        lines = seen.setdefault(case.group, {})
+        if case.split not in lines:
+            lines[case.split] = line_of_id[case.id]
+            first, line = next(iter(lines.items()))
+            if first != case.split:
+                message = f"group {case.group!r} is in split {case.split!r} here, in {first!r} on line {line}"
+                fault = Fault(line_of_id[case.id], f"{message}; images that belong together must share a split")
+                divided.append((case, fault))
+    return divided
 
 
 def _read_line(line: str, folder: Path) -> tuple[Case | None, list[str]]:

@@ -1,21 +1,30 @@
-"""The model card: what the bundled model is, what it was trained on, and what was measured on validation data.
+"""The model card: what a model is, what it was trained on, and what was measured on validation data.
 
-    python -m pipelines.model_card --model models/default --data data/
+    scanscribe evaluate --data data/ --split val --model models/default --out models/default/evaluation \\
+        --predictions answers/ --outside pictures-of-other-things/
+    python -m pipelines.model_card --model models/default
 
-scores the model on the `val` split of every data set below DATA, keeps the figures as `evaluation/<set>.json` in the
-model's folder, and writes `MODEL_CARD.md` from them.
+The second command writes `MODEL_CARD.md` from what the first one measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pipelines.evaluation import evaluate
-from pipelines.manifest import read_manifest
-from pipelines.store import find
+from pipelines.evaluation.names import (
+    ABOUT_BASELINES,
+    ABOUT_ECE,
+    ABOUT_INTERVALS,
+    ABOUT_TEXT,
+    BASELINES,
+    name_of,
+)
+from pipelines.store import ModelError, StoredModel, find
 
 CARD: Final = """# Model card: {name} {version}
 
@@ -59,12 +68,19 @@ the zoom adapted, so that views have the same scale. {mirrored} are inspected in
 
 ## Measured on validation data
 
-Figures with 95% intervals (bootstrap over groups, 500 resamples); the baseline is the trivial answer (majority, chance,
-or nothing found). Validation sets are small and were used for calibration: expect less on new sources.
+{about} Validation sets are small and were used for calibration: expect less on new sources.
 
 {figures}
 
-Print them again: `scanscribe evaluate --data DATA/<set>/manifest.jsonl --split val --out figures.json`.
+## Calibration
+
+{about_ece}
+
+{calibration}
+
+## Images of other kinds
+
+{outside}
 
 ## Limits
 
@@ -76,52 +92,35 @@ Print them again: `scanscribe evaluate --data DATA/<set>/manifest.jsonl --split 
 - A picture of anything else is still read as the nearest known kind; low kind confidence is flagged in the report.
 - A board without its golden sample is read with less certainty, and the report says so.
 - Confidences are calibrated on the validation sets above and on nothing else.
+- Not shown to be better than a trivial answer (the interval reaches the best baseline): {unproven}.
 """
 
 
-def _figure(row: dict[str, Any]) -> str:
-    text = f"{row['value']:.3f}"
-    if row["ci95"]:
-        text += f" ({row['ci95'][0]:.3f} to {row['ci95'][1]:.3f})"
-    return text
+Summaries = Mapping[str, dict[str, Any]]  # by data set: what an evaluation wrote
 
 
-def _table(name: str, summary: dict[str, Any]) -> str:
-    lines = [
-        f"### {name} ({summary['n']} images)",
-        "",
-        "| figure | value (95% interval) | baseline | n |",
-        "|---|---|---|---|",
-    ]
-    for metric, row in summary["metrics"].items():
-        if row["value"] is not None:
-            baseline = "" if row["baseline"] is None else f"{row['baseline']:.3f}"
-            lines.append(f"| {metric.replace('_', ' ')} | {_figure(row)} | {baseline} | {row['n']} |")
-    return "\n".join(lines)
+def read_evaluations(stored: StoredModel) -> dict[str, dict[str, Any]]:
+    """The evaluations in the model's folder. Raises `ModelError` when there is none, or one of other weights."""
+    summaries = {}
+    for path in sorted((stored.folder / "evaluation").glob("*.json")):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if (summary["model"] or {}).get("weights_sha256") != stored.weights_sha256 or "splits" not in summary:
+            raise ModelError(f"{path} is of other weights or another version; run scanscribe evaluate again")
+        summaries[path.stem] = summary
+    if not summaries:
+        raise ModelError(f"{stored.folder / 'evaluation'} is empty; run scanscribe evaluate with it as --out")
+    return summaries
 
 
-def write_card(model: Path, data: Path) -> None:
-    """Scores the model in the folder `model` and writes its card."""
+def write_card(model: Path) -> None:
+    """Writes the card of the model in the folder `model` from its evaluations. Raises `ModelError`."""
     from pipelines.inputs import MIRRORED
     from pipelines.model import ModelConfig
 
     stored = find(model)
     config = ModelConfig.from_dict(stored.config)
-    (model / "evaluation").mkdir(exist_ok=True)
-    summaries, rows = {}, []
-    for manifest in sorted(data.glob("*/manifest.jsonl")):
-        cases = read_manifest(manifest)
-        name, splits = manifest.parent.name, [case.split for case in cases]
-        if "val" not in splits:
-            rows.append(f"| `{name}` | {splits.count('train')} | 0 | none |")
-            continue
-        summary = evaluate(manifest, split="val", model=str(model))
-        summary["manifest"] = f"{name}/manifest.jsonl"
-        (model / "evaluation" / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-        summaries[name] = summary
-        shared = summary["groups_in_several_splits"] or "none"
-        rows.append(f"| `{name}` | {splits.count('train')} | {splits.count('val')} | {shared} |")
     decoder = config.decoder
+    summaries = read_evaluations(stored)
     card = CARD.format(
         name=stored.name,
         version=stored.version,
@@ -138,16 +137,107 @@ def write_card(model: Path, data: Path) -> None:
         decoder_parameters=decoder.parameters,
         size=stored.weights.stat().st_size / 2**20,
         sha=stored.weights_sha256,
-        data_rows="\n".join(rows),
         mirrored=" and ".join(sorted(MIRRORED)).capitalize(),
-        figures="\n\n".join(_table(name, summary) for name, summary in summaries.items()),
+        **measured_parts(summaries),
     )
-    (model / "MODEL_CARD.md").write_text(card)
+    (model / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+
+
+def measured_parts(summaries: Summaries) -> dict[str, str]:
+    """The parts of the card that come from evaluations, as Markdown."""
+    scored = {name: summary for name, summary in summaries.items() if summary["n"]}
+    return {
+        "data_rows": "\n".join(_data_row(name, summary) for name, summary in summaries.items()),
+        "about": f"{ABOUT_INTERVALS} {ABOUT_BASELINES} {ABOUT_TEXT}",
+        "figures": "\n\n".join(_figures(name, summary) for name, summary in scored.items()),
+        "about_ece": ABOUT_ECE,
+        "calibration": _calibration(scored),
+        "outside": _outside(scored),
+        "unproven": _unproven(scored),
+    }
+
+
+def _data_row(name: str, summary: dict[str, Any]) -> str:
+    splits, shared = summary["splits"], summary["groups_in_several_splits"] or "none"
+    return f"| `{name}` | {splits.get('train', 0)} | {splits.get('val', 0)} | {shared} |"
+
+
+def _figures(name: str, summary: dict[str, Any]) -> str:
+    rows = [
+        [name_of(key), _interval(row), *(_number(row["baselines"].get(each)) for each in BASELINES), str(row["n"])]
+        for key, row in summary["metrics"].items()
+        if row["value"] is not None and not key.startswith("ece_")
+    ]
+    head = ["figure", "value (95 % interval)", *BASELINES.values(), "images"]
+    return f"### {name} ({summary['n']} images in {summary['groups']} groups)\n\n{_table(head, rows)}"
+
+
+def _calibration(scored: Summaries) -> str:
+    rows = []
+    for name, summary in scored.items():
+        metrics = summary["metrics"]
+        for what, reliability in summary["calibration"].items():
+            ways = [metrics.get(f"ece_{what}{how}") for how in ("_uncalibrated", "", "_adaptive")]
+            statements = sum(each["n"] for each in reliability["bins"])
+            rows.append(
+                [f"{name}, {what}", *("" if way is None else _interval(way) for way in ways), f"{statements:,}"]
+            )
+    return _table(["statements about", "before", "after calibration", "after, equally filled bins", "statements"], rows)
+
+
+def _outside(scored: Summaries) -> str:
+    rows = [
+        [
+            name,
+            f"{outside['n']} + {outside['refused']}",
+            *(_interval(outside[figure]) for figure in ("auroc", "caught", "false_alarms")),
+        ]
+        for name, summary in scored.items()
+        if (outside := summary["outside"])
+    ]
+    if not rows:
+        return "Not measured."
+    words = (
+        "How well the in-domain probability tells images of other kinds from the validation images of a data set, how "
+        "many of them are flagged at the shipped threshold, and how many validation images are flagged by mistake. "
+        "Images that were refused before the model saw them are only counted."
+    )
+    head = ["data set", "other images + refused", "AUROC", "flagged", "false alarms"]
+    return f"{words}\n\n{_table(head, rows)}"
+
+
+def _unproven(scored: Summaries) -> str:
+    """Figures whose interval does not lie above every baseline, where a baseline is not perfect itself."""
+    weak = []
+    for name, summary in scored.items():
+        for key, row in summary["metrics"].items():
+            best = max((value for value in row["baselines"].values() if value is not None), default=None)
+            if key not in _NO_CONTEST and row["ci95"] and best is not None and row["ci95"][0] <= best < 1:
+                weak.append(f"{name}: {name_of(key)}")
+    return "; ".join(weak) or "none"
+
+
+_NO_CONTEST: Final = ("laterality_answered", "f1_reported_minus_best")  # more is not better
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    text = _number(row["value"])
+    return f"{text} ({row['ci95'][0]:.3f} to {row['ci95'][1]:.3f})" if row["ci95"] else text
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    args = parser.parse_args()
-    write_card(args.model, args.data)
+    try:
+        write_card(parser.parse_args().model)
+    except ModelError as error:
+        sys.exit(f"model card: {error}")

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -30,7 +29,7 @@ AFTER_CTRL_C = {  # command -> how to go on
     "report": "The same command goes on where it stopped.",
     "batch": "The same command goes on where it stopped.",
     "train": "The same command with --resume goes on from the last checkpoint.",
-    "evaluate": "The same command starts over.",
+    "evaluate": "With --predictions, the same command with --resume goes on from the last answer.",
 }
 
 app = typer.Typer(
@@ -141,35 +140,43 @@ def train(context: typer.Context, as_json: Json = False) -> None:
         terminal.write(said.getvalue())
     summary: dict[str, Any] = {"command": "train", "exit_code": code}
     if code != OK:
-        message = said.getvalue().strip().rpartition("\n")[2].removeprefix("scanscribe train: ")
+        words = said.getvalue().strip()
+        _, own, message = words.rpartition("scanscribe train: ")  # a manifest's faults take many lines
+        message = message if own else words.rpartition("\n")[2]
         summary["error"] = {"code": "usage", "message": message}
     _print_json(summary)
     raise typer.Exit(code)
 
 
-@app.command(
-    epilog="Example: [cyan]scanscribe evaluate --data manifest.jsonl --out scores.json --predictions answers.jsonl[/]"
-)
+@app.command(epilog="Example: [cyan]scanscribe evaluate --data manifest.jsonl --out scores.json --html scores.html[/]")
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Manifest: JSON lines that name images and their labels.")],
-    out: Annotated[Path, typer.Option(help="File for the figures (JSON).")],
+    data: Annotated[
+        Path, typer.Option(help="Manifest (JSON lines that name images and labels), or a folder of data sets.")
+    ],
+    out: Annotated[Path, typer.Option(help="File for the figures (JSON); of a folder of data sets, a folder.")],
     predictions: Annotated[
-        Path | None, typer.Option(help="File for the model's answers: a JSON line an image.")
+        Path | None,
+        typer.Option(help="File for the model's answers, a JSON line an image; of a folder of data sets, a folder."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="File for a page with diagrams and the worst cases.")] = None,
+    outside: Annotated[
+        Path | None,
+        typer.Option(help="Manifest or folder of images of other kinds: does the model notice that they are?"),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only this split, such as train or val. (default all)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the --predictions of a stopped run.")] = False,
     model: Model = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Score the model on a labelled data set."""
+    """Score the model on labelled data sets, beside trivial baselines and with intervals."""
     from pipelines import evaluation
     from pipelines.manifest import ManifestWarning
     from scanscribe import console
     from scanscribe.settings import settings
 
     chosen = settings(model=model, device=device)
-    with warnings.catch_warnings(record=True) as noted, console.progress("Loading the model") as tell:
-        warnings.simplefilter("default", ManifestWarning)
+    with console.telling(ManifestWarning), console.progress("Loading the model") as tell:
         figures = evaluation.evaluate(
             data,
             split=split,
@@ -177,15 +184,19 @@ def evaluate(
             device=chosen.device,
             out=out,
             predictions=predictions,
+            html=html,
+            outside=outside,
+            resume=resume,
             progress=lambda done, total: tell("Reading images", done, total),
         )
-    for message in dict.fromkeys(str(each.message) for each in noted if each.category is ManifestWarning):
-        print(f"scanscribe: {message}", file=sys.stderr)
+    sets = list(figures["sets"].values()) if "sets" in figures else [figures]
     if as_json:
         _print_json(figures)
     else:
-        console.show_figures(figures, out)
-    raise typer.Exit(SOME_REFUSED if figures["failed"] else OK)
+        for each in sets:
+            console.show_figures(each)
+        console.show_places({"All figures": out, "Answers": predictions, "Page": html})
+    raise typer.Exit(SOME_REFUSED if any(each["failed"] for each in sets) else OK)
 
 
 @app.command(epilog="Example: [cyan]scanscribe doctor --json[/]")

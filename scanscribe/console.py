@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,19 +121,54 @@ def show_checks(checks: Sequence[Check]) -> None:
     output().print(table)
 
 
-def show_figures(figures: Mapping[str, Any], written: Path) -> None:
-    """The headline figures of an evaluation, and where all of them are."""
-    table = Table(title=f"{figures['n']} images", title_justify="left")
-    for name in ("figure", "value", "95 % interval", "trivial baseline"):
+def show_figures(figures: Mapping[str, Any]) -> None:
+    """The figures of one data set beside their baselines."""
+    from pipelines.evaluation.names import BASELINES, name_of
+
+    split = f", {figures['split']}" if figures["split"] else ""
+    table = Table(title=f"{figures['name']}{split}: {figures['n']} images", title_justify="left")
+    for name in ("figure", "value", "95 % interval", *BASELINES.values(), "images"):
         table.add_column(name, justify="left" if name == "figure" else "right")
     for name, metric in figures["metrics"].items():
         interval = " to ".join(map(_figure, metric["ci95"] or ()))
-        table.add_row(name, _figure(metric["value"]), interval, _figure(metric["baseline"]))
+        trivial = [_figure(metric["baselines"].get(baseline)) for baseline in BASELINES]
+        table.add_row(name_of(name), _figure(metric["value"]), interval, *trivial, str(metric["n"]))
     console = output()
     console.print(table)
+    if outside := figures["outside"]:
+        rates = {name: outside[name]["value"] for name in ("auroc", "caught", "false_alarms")}
+        console.print(
+            f"{outside['n']} images of other kinds: AUROC {rates['auroc']:.3f}; {rates['caught']:.1%} of them "
+            f"are flagged, and {rates['false_alarms']:.1%} of the images above by mistake."
+        )
     if figures["failed"]:
         console.print(f"{figures['failed']} images could not be read; the predictions file says why.")
-    console.print(Text(f"All figures: {written.resolve()}"), soft_wrap=True)
+
+
+def show_places(places: Mapping[str, Path | None]) -> None:
+    """Where what was written lies."""
+    for what, path in places.items():
+        if path is not None:
+            output().print(Text(f"{what}: {path.resolve()}"), soft_wrap=True)
+
+
+@contextmanager
+def telling(category: type[Warning]) -> Iterator[None]:
+    """Warnings of that category are told on standard error when they come, each once; others are left to Python."""
+    told: set[str] = set()
+    show = warnings.showwarning
+
+    def tell(message: Warning | str, kind: type[Warning], *where: Any, **how: Any) -> None:
+        if not issubclass(kind, category):
+            show(message, kind, *where, **how)
+        elif (words := str(message)) not in told:
+            told.add(words)
+            err.print(Text(f"scanscribe: {words}"), soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", category)
+        warnings.showwarning = tell  # type: ignore[assignment]
+        yield
 
 
 def _figure(value: float | None) -> str:

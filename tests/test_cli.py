@@ -157,7 +157,7 @@ def test_ctrl_c_exits_130_with_a_sentence(scanscribe, tmp_path: Path, monkeypatc
     ("command", "door", "hint"),
     [
         ("train --recipe evidence --data . --out x", "pipelines.training.__main__.cli", "--resume"),
-        ("evaluate --data a.jsonl --out x.json", "pipelines.evaluation.evaluate", "starts over"),
+        ("evaluate --data a.jsonl --out x.json", "pipelines.evaluation.evaluate", "--resume"),
     ],
 )
 def test_ctrl_c_says_how_that_command_goes_on(scanscribe, monkeypatch, command: str, door: str, hint: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.evaluation import PredictionsError, evaluate, read_predictions, rescore, score
+from pipelines.evaluation.baselines import constant_answers, nearest_answers
+from pipelines.evaluation.figures import DEFECT_FREE, Pair, image_type
+from pipelines.evaluation.outside import outside_figures
 from pipelines.evaluation.predictions import PredictedFinding, Prediction, to_json_lines
-from pipelines.evaluation.scoring import DEFECT_FREE, image_type
+from pipelines.evaluation.worst import worst_cases
 from pipelines.manifest import BoxLabel, Case, read_manifest
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.study import ImageStudy
@@ -26,11 +30,11 @@ BOX = (0.0, 0.0, 10.0, 10.0)
 
 def defect(id_: str, *boxes: BoxLabel, group: str | None = None, split: str = "val") -> Case:
     types = tuple(sorted({box.type for box in boxes}))
-    return Case(id_, Path("x.png"), split, group or id_, "defect", "tile", types, boxes, {}, None, None)
+    return Case(id_, Path("x.png"), split, group or id_, "defect", "tile", types, boxes, {}, None)
 
 
 def ct(id_: str, types: tuple[str, ...] | None = None, group: str | None = None, **fields: str) -> Case:
-    return Case(id_, Path("x.png"), "val", group or id_, "ct", None, types, (), fields, None, None)
+    return Case(id_, Path("x.png"), "val", group or id_, "ct", None, types, (), fields, None)
 
 
 def seen(type_: str, confidence: float, *, reported: bool = True) -> PredictedFinding:
@@ -47,6 +51,12 @@ def reading(value: str, **probabilities: float) -> FieldReading:
 
 def values(result: dict[str, Any]) -> dict[str, float]:
     return {name: metric["value"] for name, metric in result["metrics"].items()}
+
+
+def baselines(cases: list[Case], figure: str, train: list[Case] | None = None) -> dict[str, float]:
+    """What the constant answers reach."""
+    constant = constant_answers(cases, train or [])
+    return score(cases, [Prediction(case.id) for case in cases], baselines=constant)["metrics"][figure]["baselines"]
 
 
 CRACK, FRAY = BoxLabel("crack", BOX), BoxLabel("fray", BOX)
@@ -70,15 +80,28 @@ def test_defect_figures() -> None:
             "map_50_95": 1.0,
             "f1_reported": 2 / 4,  # one hit, one false alarm, two boxes
             "f1_best": 2 / 3,  # from 0.9 up
+            "f1_reported_minus_best": 2 / 4 - 2 / 3,
             "ece_detections": (0.1 + 0.6 + 0.8 + 0.3) / 4,
+            "ece_detections_adaptive": (0.1 + 0.6 + 0.8 + 0.3) / 4,
             "image_type_accuracy": 3 / 4,
             "image_type_macro_f1": (2 / 3 + 0 + 1) / 3,
             "defect_type_accuracy": 1 / 2,
             "presence_auroc": 1.0,
+            "report_types_match": 2 / 4,  # an image that was not read has no report
+            "report_exact_match": 2 / 4,
         }
     )
-    assert result["metrics"]["image_type_accuracy"]["baseline"] == 0.5  # always defect-free
-    assert result["metrics"]["map_50"]["baseline"] == 0
+    assert baselines(cases, "image_type_accuracy") == {"majority": 0.5, "normal": 0.5}
+    assert baselines(cases, "map_50") == {"majority": 0.5, "normal": 0}  # all cracks are at the usual place
+    assert baselines(cases, "presence_auroc") == {"majority": 0.5, "normal": 0.5}
+    assert result["confusion"]["image type"] == {
+        "truth": ["crack", "fray", DEFECT_FREE],
+        "answer": ["crack", "fray", DEFECT_FREE],
+        "counts": [[1, 0, 0], [1, 0, 0], [0, 0, 2]],
+    }
+    bins = result["calibration"]["detections"]["bins"]
+    assert [(b["confidence"], b["correct"], b["n"]) for b in bins] == [(0.2, 1, 1), (0.3, 0, 1), (0.6, 0, 1), (0.9, 1, 1)]
+    assert result["calibration"]["detections"]["uncalibrated"] is None
     assert result["per_type"]["crack"] == {"boxes": 1, "ap_33": 1, "ap_50": 1, "ap_50_95": 1}
     assert set(result["per_type"]) == {"crack", "fray"}
 
@@ -130,12 +153,15 @@ def test_ct_figures() -> None:
             "covid19_f1": 2 / 3,
             # By bin: .9 right; .8 right; .7 right; .6 once right, once wrong; .5 ("left") wrong.
             "ece_fields": (0.1 + 0.2 + 0.3 + abs(0.6 + 0.6 - 1) + 0.5) / 6,
+            # By rank, the two that tie at .6 together.
+            "ece_fields_adaptive": (0.1 + 0.2 + 0.3 + abs(0.6 + 0.6 - 1) + 0.5) / 6,
         }
     )
-    metrics = result["metrics"]
-    assert metrics["region_accuracy"]["baseline"] == pytest.approx(2 / 3)
-    assert (metrics["covid19_auroc"]["baseline"], metrics["covid19_auroc"]["n"]) == (0.5, 2)
-    assert metrics["covid19_f1"]["baseline"] == pytest.approx(2 / 3)
+    assert result["metrics"]["covid19_auroc"]["n"] == 2
+    assert baselines(cases, "region_accuracy") == pytest.approx({"majority": 2 / 3, "normal": 2 / 3})
+    assert baselines(cases, "covid19_auroc") == {"majority": 0.5, "normal": 0.5}
+    assert baselines(cases, "covid19_accuracy") == {"majority": 0.5, "normal": 0.5}
+    assert result["confusion"]["laterality"]["answer"] == ["right", "left", "undetermined"]
 
 
 def test_finding_types_need_five_positives() -> None:
@@ -145,17 +171,111 @@ def test_finding_types_need_five_positives() -> None:
         Prediction(case.id, "ct", findings=(seen("nodule", 0.1 + 0.05 * (i < 5)),)) for i, case in enumerate(cases)
     ]
     result = score(cases, answers)
-    assert result["metrics"]["finding_auroc_macro"] == {"value": 1, "ci95": [1, 1], "baseline": 0.5, "n": 10}
-    assert result["per_type"] == {"nodule": {"positives": 5, "auroc": 1}}
+    auroc = result["metrics"]["finding_auroc_macro"]
+    assert (auroc["value"], auroc["ci95"], auroc["n"]) == (1, [1, 1], 10)
+    assert result["metrics"]["finding_f1_macro"]["value"] == pytest.approx(2 * 5 / 15)  # reported everywhere
+    assert result["per_type"] == {"nodule": {"positives": 5, "auroc": 1, "f1": pytest.approx(2 * 5 / 15)}}
+    assert baselines(cases, "finding_auroc_macro") == {"majority": 0.5, "normal": 0.5}
 
 
 def test_the_majority_is_learned_in_training_where_it_can_be() -> None:
     cases = [ct("1", region="chest"), ct("2", region="chest"), ct("3", region="abdomen")]
-    answers = [Prediction(case.id, "ct") for case in cases]
     train = [ct("4", region="abdomen"), ct("5")]
-    assert score(cases, answers, train=train)["metrics"]["region_accuracy"]["baseline"] == pytest.approx(
-        1 / 3, abs=1e-6
-    )
+    assert baselines(cases, "region_accuracy", train)["majority"] == pytest.approx(1 / 3)
+
+
+def test_the_majority_puts_the_usual_defect_at_its_usual_place() -> None:
+    train = [defect(str(i), BoxLabel("crack", (i, 0.0, i + 10.0, 10.0)), split="train") for i in range(3)]
+    (answer,) = constant_answers([defect("9")], [*train, defect("7", split="train")])["majority"]
+    assert answer.findings == (PredictedFinding("crack", (1, 0, 11, 10), 0.75, True),)
+    assert constant_answers([defect("9")], train)["normal"][0].findings == ()
+
+
+def test_the_nearest_neighbour_has_the_labels_of_the_most_similar_image(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
+    slope = Image.linear_gradient("L")
+    pictures = {"up": slope, "down": slope.rotate(180), "left": slope.rotate(90), "dim": slope.point(lambda v: v // 2)}
+    for name, picture in pictures.items():
+        picture.resize((40, 20) if name != "dim" else (80, 80)).save(tmp_path / f"{name}.png")
+
+    def at(name: str, *boxes: BoxLabel) -> Case:
+        return replace(defect(name, *boxes), image=tmp_path / f"{name}.png")
+
+    train = [at("up", CRACK), at("down", FRAY), at("left")]
+    (answer,) = nearest_answers([at("dim")], train)
+    assert [(f.type, f.bbox, f.reported) for f in answer.findings] == [("crack", (0, 0, 20, 40), True)]
+    assert answer.findings[0].confidence > 0.99
+    assert nearest_answers([at("up")], train)[0].findings != answer.findings  # never its own neighbour
+    kept = sorted((tmp_path / "home" / "cache").iterdir())
+    assert nearest_answers([at("dim")], train) == [answer]
+    assert sorted((tmp_path / "home" / "cache").iterdir()) == kept
+    (tmp_path / "up.png").write_bytes(b"damaged")
+    assert nearest_answers([at("dim")], train)[0].findings[:1] != answer.findings
+
+
+def test_a_report_matches_only_as_a_whole() -> None:
+    cases = [ct("1", ("cyst",), region="chest"), ct("2", (), plane="axial"), ct("3", ("cyst",))]
+    answers = [
+        Prediction("1", "ct", fields={"region": reading("abdomen", abdomen=1.0)}, findings=(seen("cyst", 0.9),)),
+        Prediction("2", "ct", fields={"plane": reading("axial", axial=1.0)}, findings=(seen("cyst", 0.2, reported=False),)),
+        Prediction("3", "ct", findings=(seen("cyst", 0.9), seen("nodule", 0.9))),
+    ]
+    result = values(score(cases, answers))
+    assert (result["report_types_match"], result["report_exact_match"]) == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_the_narrative_is_held_against_the_caption() -> None:
+    cases = [replace(ct("1", ()), extra={"caption": "A cyst in the left kidney."}), ct("2", ())]
+    answers = [Prediction("1", "ct", impression="A cyst in the left kidney"), Prediction("2", "ct")]
+    result = score(cases, answers)["metrics"]
+    assert (result["narrative_rouge_l"]["value"], result["narrative_bleu_4"]["value"]) == pytest.approx((1, 1))
+    assert result["narrative_rouge_l"]["n"] == 1
+
+
+def test_calibration_is_measured_before_and_after() -> None:
+    cases = [defect(str(i), CRACK) if i < 2 else defect(str(i)) for i in range(4)]
+    answers = [tile(str(i), PredictedFinding("crack", BOX, 0.5, True, 0.9)) for i in range(4)]
+    result = score(cases, answers)
+    assert values(result)["ece_detections"] == pytest.approx(0)
+    assert values(result)["ece_detections_uncalibrated"] == pytest.approx(0.4)
+    assert result["calibration"]["detections"] == {
+        "bins": [{"confidence": 0.5, "correct": 0.5, "n": 4}],
+        "uncalibrated": [{"confidence": 0.9, "correct": 0.5, "n": 4}],
+    }
+
+
+def test_images_of_other_kinds_are_told_apart_by_the_model_s_own_word() -> None:
+    cases = [defect(str(i), group=f"g{i // 2}") for i in range(10)]
+    flag = ("out-of-domain",)
+    answers = [Prediction(str(i), in_domain=0.5 + i / 100, flags=flag if i == 0 else ()) for i in range(10)]
+    strange = [Prediction(f"x{i}", in_domain=i / 10, flags=flag if i < 4 else ()) for i in range(6)]
+    strange.append(Prediction("blank", error="blank: The picture shows nothing."))
+    result = outside_figures(cases, answers, strange)
+    assert result is not None
+    # 60 pairs; 0.5 of the outside ties with 0.5 of a case.
+    assert result["auroc"]["value"] == pytest.approx(59.5 / 60)
+    low, high = result["auroc"]["ci95"]
+    assert 0.9 < low <= result["auroc"]["value"] <= high <= 1
+    assert (result["false_alarms"]["value"], result["caught"]["value"]) == pytest.approx((0.1, 4 / 6))
+    assert (result["n"], result["refused"]) == (6, 1)
+    assert outside_figures(cases, [Prediction(case.id) for case in cases], strange) is None
+
+
+def test_the_worst_cases_are_those_that_lost_most_confidence() -> None:
+    cases = [defect("1", CRACK), defect("2"), defect("3", CRACK), defect("4"), ct("5", ("cyst",), region="chest")]
+    answers = [
+        tile("1", seen("crack", 0.95)),
+        tile("2", seen("crack", 0.9), seen("fray", 0.8, reported=False)),
+        tile("3", seen("crack", 0.3, reported=False)),
+        Prediction("4", error="damaged: text"),
+        Prediction("5", "ct", fields={"region": reading("abdomen", abdomen=0.9, chest=0.1)}),
+    ]
+    worst = worst_cases([Pair(i, *pair) for i, pair in enumerate(zip(cases, answers, strict=True))], 10)
+    assert [(loss.pair.case.id, round(loss.amount, 2)) for loss in worst] == [("5", 1.9), ("4", 1), ("2", 0.9), ("3", 0.7)]
+    assert worst[0].reasons == ("cyst missed", "region abdomen, not chest")
+    assert worst[1].reasons == ("no answer (damaged)",)
+    assert worst[2].reasons == ("crack at 90% is not labelled",)
+    assert worst[3].reasons == ("crack missed",) and worst[3].missed == (CRACK,)
 
 
 def test_images_with_many_types_have_no_image_type() -> None:
@@ -171,8 +291,9 @@ def test_the_type_of_an_image_is_that_of_most_boxes_then_of_the_larger_area() ->
 
 
 def test_cases_without_labels_are_in_no_figure() -> None:
-    case = Case("1", Path("x.png"), None, "1", None, None, None, (), {}, None, None)
-    assert score([case], [tile("1", seen("crack", 0.9))]) == {"metrics": {}, "per_type": {}}
+    case = Case("1", Path("x.png"), None, "1", None, None, None, (), {}, None)
+    empty = {"metrics": {}, "per_type": {}, "calibration": {}, "confusion": {}}
+    assert score([case], [tile("1", seen("crack", 0.9))]) == score([], []) == empty
 
 
 def test_few_groups_have_no_interval() -> None:
@@ -203,13 +324,27 @@ def test_answers_must_fit_the_manifest() -> None:
 
 
 def test_a_reading_becomes_a_prediction() -> None:
-    finding = FindingReading("crack", BOX, 0, 0.7, reported=False, localisation="box")
-    fields = {"region": reading("chest", chest=0.8)}
-    made = Prediction.from_reading("7", Reading("ct", 0.9, None, fields, (finding,), "words"))
-    assert made == Prediction("7", "ct", 0.9, None, fields, (PredictedFinding("crack", BOX, 0.7, False),))
+    finding = FindingReading("crack", BOX, 0, 0.7, reported=False, localisation="box", raw_confidence=0.9)
+    fields = {"region": FieldReading("chest", {"chest": 0.8}, {"chest": 0.99})}
+    made = Prediction.from_reading(
+        "7", Reading("ct", 0.9, None, fields, (finding,), "words", quality_flags=("kind-uncertain",), domain=0.4), "m 1"
+    )
+    found = PredictedFinding("crack", BOX, 0.7, False, 0.9)
+    assert made == Prediction(
+        "7", "ct", 0.9, None, fields, (found,), (), "words", 0.4, ("kind-uncertain",), "m 1", error=None
+    )
     line = json.loads(to_json_lines([made]))
-    assert line["findings"] == [{"type": "crack", "bbox": [0, 0, 10, 10], "confidence": 0.7, "reported": False}]
-    assert line["fields"] == {"region": {"value": "chest", "probabilities": {"chest": 0.8}}}
+    assert line["findings"][0]["raw_confidence"] == 0.9
+    assert line["fields"]["region"]["raw_probabilities"] == {"chest": 0.99}
+    assert (line["in_domain"], line["impression"]) == (0.4, "words")
+
+
+def test_predictions_that_say_less_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    finding = {"type": "crack", "bbox": BOX, "confidence": 0.7, "reported": True}
+    path.write_text(json.dumps({"id": "1", "kind": "defect", "fields": {}, "findings": [finding]}) + "\n")
+    (answer,) = read_predictions(path)
+    assert answer == Prediction("1", "defect", findings=(PredictedFinding("crack", BOX, 0.7, True),))
 
 
 COORDINATE = st.floats(0, 1e4)
@@ -220,7 +355,14 @@ PREDICTIONS = st.builds(
     kind_confidence=st.floats(0, 1),
     product_line=st.none() | st.just("tile"),
     fields=st.dictionaries(
-        st.text(), st.builds(FieldReading, st.text(), st.dictionaries(st.text(), st.floats(0, 1))), max_size=2
+        st.text(),
+        st.builds(
+            FieldReading,
+            st.text(),
+            st.dictionaries(st.text(), st.floats(0, 1)),
+            st.dictionaries(st.text(), st.floats(0, 1)),
+        ),
+        max_size=2,
     ),
     findings=st.lists(
         st.builds(
@@ -229,9 +371,14 @@ PREDICTIONS = st.builds(
             st.tuples(COORDINATE, COORDINATE, COORDINATE, COORDINATE),
             st.floats(0, 1),
             st.booleans(),
+            st.none() | st.floats(0, 1),
         ),
         max_size=3,
     ).map(tuple),
+    impression=st.text(),
+    in_domain=st.none() | st.floats(0, 1),
+    flags=st.lists(st.text(), max_size=2).map(tuple),
+    model=st.text(),
     error=st.none() | st.text(),
 )
 
@@ -287,10 +434,10 @@ def test_on_real_labels_the_right_answer_scores_one(
     result = rescore(manifest, saved, split="val", out=out)
     assert json.loads(out.read_text()) == result
     assert result["n"] == len(answers)
-    for metric in ("kind_accuracy", *perfect):
+    for metric in (*perfect, "report_exact_match"):
         assert result["metrics"][metric]["value"] == 1, metric
-        if metric != "covid19_f1":  # always "covid" does well on a data set with many of them
-            assert result["metrics"][metric]["baseline"] < 1
+        assert all(value < 1 for value in result["metrics"][metric]["baselines"].values())
+        assert set(result["metrics"][metric]["baselines"]) == {"majority", "normal", "nearest"}
 
 
 def by_majority(case: Case) -> list[BoxLabel]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pycocotools.cocoeval import COCOeval
 from sklearn.metrics import f1_score, roc_auc_score
 
 from pipelines.evaluation import detection
 from pipelines.evaluation.predictions import PredictedFinding
 from pipelines.evaluation.statistics import (
+    Statistic,
     accuracy,
     auroc,
     calibration_error,
@@ -23,13 +27,19 @@ from pipelines.evaluation.statistics import (
     mean_of,
     resample_groups,
 )
+from pipelines.evaluation.text import bleu_4, rouge_l
 from pipelines.manifest import BoxLabel
 
 TYPES = ("crack", "fray", "break")
 
 
 def ones(n: int) -> np.ndarray:
-    return np.ones(n)
+    return np.ones((1, n))
+
+
+def at(statistic: Statistic, *weights: float) -> float:
+    """The statistic at one weighting of the cases."""
+    return float(statistic(np.array([weights]))[0])
 
 
 def found(type_: str, bbox: tuple[float, float, float, float], confidence: float) -> PredictedFinding:
@@ -43,6 +53,7 @@ def test_auroc_by_hand() -> None:
     # Pairs (positive, negative): .9>.5, .9>.1, .5=.5 counts half, .5>.1 -> 3.5 of 4.
     assert auroc([True, True, False, False], [0.9, 0.5, 0.5, 0.1])(ones(4)) == 3.5 / 4
     assert np.isnan(auroc([True, True], [0.9, 0.5])(ones(2)))
+    assert np.isnan(auroc([], [])(ones(0)))
 
 
 def test_calibration_error_by_hand() -> None:
@@ -52,6 +63,20 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error([1.0, 0.0], [True, False], np.arange(2))(ones(2)) == 0
 
 
+def test_adaptive_bins_hold_equally_many_statements() -> None:
+    # 30 statements between .90 and .93 share one bin of equal width, where errors of both signs cancel; two and two
+    # they do not: .9 and .901 are both wrong, .902 and .903 both right, ...
+    confidence = 0.9 + np.arange(30) / 1000
+    correct = np.arange(30) // 2 % 2 == 1
+    expected = np.mean(np.abs((confidence - correct).reshape(15, 2).mean(1)))
+    assert at(calibration_error(confidence, correct, np.arange(30), adaptive=True), *[1] * 30) == pytest.approx(
+        expected
+    )
+    plain = at(calibration_error(confidence, correct, np.arange(30)), *[1] * 30)
+    assert plain == pytest.approx(abs((confidence - correct).mean()))
+    assert plain < expected
+
+
 def test_f1_by_hand() -> None:
     # One hit, one miss, one false alarm.
     assert f1([True, True, False], [True, False, True])(ones(3)) == 0.5
@@ -59,12 +84,15 @@ def test_f1_by_hand() -> None:
 
 
 def test_a_weight_counts_a_case_that_often() -> None:
-    assert accuracy([True, False])(np.array([3.0, 1.0])) == 0.75
+    assert at(accuracy([True, False]), 3, 1) == 0.75
+    assert accuracy([True, False])(np.array([[3.0, 1.0], [0.0, 0.0]])).tolist() == pytest.approx(
+        [0.75, np.nan], nan_ok=True
+    )
 
 
 def test_mean_leaves_out_what_is_undefined() -> None:
-    assert mean_of([lambda _: 1.0, lambda _: float("nan")])(ones(1)) == 1
-    assert np.isnan(mean_of([])(ones(1)))
+    assert at(mean_of([lambda w: w[:, 0], lambda w: w[:, 0] * np.nan]), 1) == 1
+    assert np.isnan(at(mean_of([]), 1))
 
 
 def test_majority_of_a_tie_is_the_first_in_the_alphabet() -> None:
@@ -78,10 +106,51 @@ def test_weighted_statistics_agree_with_scikit_learn(seed: int) -> None:
     truth, score = random.random(n) < 0.4, np.round(random.random(n), 1)
     wanted, answer = random.choice(["a", "b", "c"], n).tolist(), random.choice(["a", "b", "c", "d"], n).tolist()
     weights = random.integers(0, 4, n).astype(float)
-    assert auroc(truth, score)(weights) == pytest.approx(roc_auc_score(truth, score, sample_weight=weights))
-    assert f1(truth, score > 0.5)(weights) == pytest.approx(f1_score(truth, score > 0.5, sample_weight=weights))
+    assert at(auroc(truth, score), *weights) == pytest.approx(roc_auc_score(truth, score, sample_weight=weights))
+    assert at(f1(truth, score > 0.5), *weights) == pytest.approx(f1_score(truth, score > 0.5, sample_weight=weights))
     expected = f1_score(wanted, answer, labels=["a", "b", "c"], average="macro", sample_weight=weights)
-    assert macro_f1(wanted, answer)(weights) == pytest.approx(expected)
+    assert at(macro_f1(wanted, answer), *weights) == pytest.approx(expected)
+
+
+# Text
+
+
+def test_rouge_l_by_hand() -> None:
+    # "cat ... the mat" in order: 5 of 6 words each ("the cat _ on the mat").
+    assert at(rouge_l(["the cat sat on the mat"], ["The cat lay on the mat."]), 1) == pytest.approx(5 / 6)
+    assert at(rouge_l(["mat the"], ["the mat"]), 1) == 0.5  # order counts
+    assert at(rouge_l(["", "same words"], ["anything", "same words"]), 1, 3) == 0.75
+
+
+def test_bleu_4_by_hand() -> None:
+    text, reference = "the the cat sat on the mat", "the cat sat on a mat"
+    # Runs shared, clipped: "the" once, cat, sat, on, mat: 5 of 7; the-cat, cat-sat, sat-on: 3 of 6; 2 of 5; 1 of 4.
+    assert at(bleu_4([text], [reference]), 1) == pytest.approx((5 / 7 * 3 / 6 * 2 / 5 * 1 / 4) ** 0.25)
+    # The same text four words short of its reference: precisions 1, penalty exp(1 - 8/4).
+    assert at(bleu_4(["a b c d"], ["a b c d e f g h"]), 1) == pytest.approx(np.exp(-1))
+    assert at(bleu_4(["", "a b c"], ["a b", "a b c"]), 1, 1) == 0  # no run of four words
+    # Of the corpus, not a mean of sentences.
+    assert at(bleu_4(["a b c d", "x"], ["a b c d", "y"]), 1, 1) == pytest.approx((4 / 5) ** 0.25)
+
+
+WORDS = st.lists(st.sampled_from(["left", "right", "no", "mass"]), max_size=6).map(" ".join)
+
+
+@given(WORDS, WORDS)
+def test_text_figures_lie_between_0_and_1_and_know_the_same_text(one: str, other: str) -> None:
+    for figure in (rouge_l, bleu_4):
+        assert 0 <= at(figure([one], [other]), 1) <= 1 + 1e-12
+    words, others = one.split(), other.split()
+    common = max(
+        size
+        for size in range(len(words) + 1)
+        for chosen in combinations(words, size)
+        if any(chosen == found for found in combinations(others, size))
+    )
+    expected = 2 * common / (len(words) + len(others)) if common else 0
+    assert at(rouge_l([one], [other]), 1) == pytest.approx(expected)
+    if len(words) >= 4:
+        assert at(bleu_4([one], [one]), 1) == pytest.approx(1)
 
 
 # Detection
@@ -194,13 +263,39 @@ def test_weighting_images_is_repeating_them(seed: int) -> None:
     matches = detection.match(labels, answers)
     again = detection.match([labels[i] for i in repeated], [answers[i] for i in repeated])
     for statistic in (detection.detection_f1, detection.best_f1):
-        assert statistic(matches, 0.5)(weights.astype(float)) == pytest.approx(
-            statistic(again, 0.5)(ones(len(repeated)))
-        )
+        assert at(statistic(matches, 0.5), *weights) == pytest.approx(at(statistic(again, 0.5), *[1] * len(repeated)))
     mean = detection.mean_average_precision
-    assert mean(matches, [0.33, 0.5])(weights.astype(float)) == pytest.approx(
-        mean(again, [0.33, 0.5])(ones(len(repeated)))
-    )
+    expected = at(mean(again, [0.33, 0.5]), *[1] * len(repeated))
+    assert at(mean(matches, [0.33, 0.5]), *weights) == pytest.approx(expected)
+
+
+def test_many_weightings_at_once_are_each_of_them() -> None:
+    random = np.random.default_rng(3)
+    labels, answers = map(list, zip(*(random_case(random) for _ in range(8)), strict=True))
+    weights = random.integers(0, 3, (20, 8)).astype(float)
+    matches = detection.match(labels, answers)
+    truth, score = random.random(8) < 0.5, np.round(random.random(8), 1)
+    for statistic in (
+        detection.mean_average_precision(matches, detection.IOUS),
+        detection.best_f1(matches, 0.5),
+        detection.detection_f1(matches, 0.5),
+        auroc(truth, score),
+        macro_f1(["a", "b"] * 4, ["a"] * 8),
+        calibration_error(score, truth, np.arange(8)),
+        bleu_4(["a b c d e"] * 8, ["a b c d f"] * 8),
+    ):
+        assert statistic(weights) == pytest.approx(np.array([at(statistic, *row) for row in weights]), nan_ok=True)
+
+
+def test_raw_confidences_stay_with_their_detections() -> None:
+    box = (0.0, 0.0, 10.0, 10.0)
+    answers = [
+        [PredictedFinding("crack", box, 0.2, True, 0.7), PredictedFinding("fray", box, 0.9, True, 0.8)],
+        [PredictedFinding("crack", box, 0.6, True, 0.9), PredictedFinding("crack", box, 0.1, True)],
+    ]
+    matches = detection.match([[], []], answers)
+    assert matches["crack"].raw.tolist() == pytest.approx([0.9, 0.7, np.nan], nan_ok=True)
+    assert matches["fray"].raw.tolist() == [0.8]
 
 
 # Intervals
@@ -208,30 +303,32 @@ def test_weighting_images_is_repeating_them(seed: int) -> None:
 
 def test_resamples_keep_groups_together() -> None:
     groups = ["a", "b", "a", "c", "b", "a"]
-    samples = list(resample_groups(groups, 50, seed=1))
-    assert len(samples) == 50
+    samples = resample_groups(groups, 50, seed=1)
+    assert samples.shape == (50, 6)
     for weights in samples:
         assert weights[0] == weights[2] == weights[5]
         assert weights[1] == weights[4]
         assert weights[0] + weights[1] + weights[3] == 3  # as many groups as there are
-    again = list(resample_groups(groups, 50, seed=1))
-    assert all((a == b).all() for a, b in zip(samples, again, strict=True))
-    assert any((a != b).any() for a, b in zip(samples, resample_groups(groups, 50, seed=2), strict=True))
+    assert (samples == resample_groups(groups, 50, seed=1)).all()
+    assert (samples != resample_groups(groups, 50, seed=2)).any()
 
 
 def test_an_interval_over_groups_is_wider_than_one_over_images() -> None:
     """Twenty copies of each of ten images hold no more information than the ten."""
     correct = np.repeat(np.arange(10) % 2 == 0, 20)
     statistic = accuracy(correct)
-    grouped = interval_95([statistic(w) for w in resample_groups(np.repeat(np.arange(10), 20).tolist(), 300, 0)])
-    alone = interval_95([statistic(w) for w in resample_groups(list(range(200)), 300, 0)])
+    grouped = interval_95(statistic, resample_groups(np.repeat(np.arange(10), 20).tolist(), 300, 0))
+    alone = interval_95(statistic, resample_groups(list(range(200)), 300, 0))
     assert grouped is not None
     assert alone is not None
     assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])
 
 
 def test_an_interval_of_something_mostly_undefined_is_none() -> None:
+    def first(weights: np.ndarray) -> np.ndarray:
+        return weights[:, 0]
+
     nan = float("nan")
-    assert interval_95([1.0, nan, nan]) is None
-    assert interval_95([]) is None
-    assert interval_95([0.0, 1.0, nan]) == (0.025, 0.975)
+    assert interval_95(first, np.array([[1.0], [nan], [nan]])) is None
+    assert interval_95(first, np.empty((0, 1))) is None
+    assert interval_95(first, np.array([[0.0], [1.0], [nan]])) == pytest.approx((0.025, 0.975))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.manifest import Box
-from pipelines.reading import FieldReading, Reading
+from pipelines.reading import FieldReading, ModelIdentity, Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class PredictedFinding:
     bbox: Box  # x0, y0, x1, y1 in the image's pixels
     confidence: float
     reported: bool
+    raw_confidence: float | None = None  # the network's score before calibration; None: the model does not give it
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,17 @@ class Prediction:
     fields: dict[str, FieldReading] = field(default_factory=dict)
     findings: tuple[PredictedFinding, ...] = ()
     corrections: tuple[str, ...] = ()  # where the decoder's words did not agree with the evidence
+    impression: str = ""
+    in_domain: float | None = None  # how likely the image is of a kind that the model was trained on
+    flags: tuple[str, ...] = ()  # quality flags of the model
+    model: str = ""  # the model and weights that answered; see `signature`
     error: str | None = None
 
     @classmethod
-    def from_reading(cls, case_id: str, reading: Reading) -> Prediction:
-        findings = (PredictedFinding(f.type, f.bbox, f.confidence, f.reported) for f in reading.findings)
+    def from_reading(cls, case_id: str, reading: Reading, model: str = "") -> Prediction:
+        findings = (
+            PredictedFinding(f.type, f.bbox, f.confidence, f.reported, f.raw_confidence) for f in reading.findings
+        )
         return cls(
             case_id,
             reading.kind,
@@ -46,6 +53,10 @@ class Prediction:
             reading.fields,
             tuple(findings),
             reading.corrections,
+            reading.impression,
+            reading.domain,
+            reading.quality_flags,
+            model,
         )
 
 
@@ -53,6 +64,11 @@ class PredictionsError(ValueError):
     """A predictions file that cannot be scored."""
 
     code = "predictions-fault"
+
+
+def signature(model: ModelIdentity) -> str:
+    """Short for the weights and settings that answer, so that answers of two models are never mixed."""
+    return f"{model.name} {model.version} {model.weights_sha256[:12]} {model.config_sha256[:12]}"
 
 
 def to_json_lines(predictions: Iterable[Prediction]) -> str:
@@ -75,12 +91,34 @@ def read_predictions(path: Path) -> list[Prediction]:
     return predictions
 
 
+def resume_predictions(path: Path, model: str) -> list[Prediction]:
+    """What an interrupted evaluation with this `model` has answered; none when the file is not there.
+
+    A last line that was torn is cut off, so that lines can be appended. Raises `PredictionsError` for answers of
+    another model, and OSError.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+    answers = read_predictions(path)
+    if others := sorted({answer.model for answer in answers} - {model}):
+        raise PredictionsError(
+            f"{path} has answers of another model ({others[0] or 'not named'}, now {model}): "
+            "leave --resume out to start over, or give another file"
+        )
+    return answers
+
+
 def _from_record(record: dict[str, Any]) -> Prediction:
     fields = {name: FieldReading(**value) for name, value in record.pop("fields").items()}
     findings = [PredictedFinding(**finding) for finding in record.pop("findings")]
-    boxed = tuple(PredictedFinding(f.type, _four(f.bbox), float(f.confidence), bool(f.reported)) for f in findings)
-    corrections = tuple(map(str, record.pop("corrections", ())))
-    return Prediction(**record, fields=fields, findings=boxed, corrections=corrections)
+    boxed = tuple(
+        PredictedFinding(f.type, _four(f.bbox), float(f.confidence), bool(f.reported), f.raw_confidence)
+        for f in findings
+    )
+    corrections, flags = (tuple(map(str, record.pop(name, ()))) for name in ("corrections", "flags"))
+    return Prediction(**record, corrections=corrections, flags=flags, fields=fields, findings=boxed)
 
 
 def _four(values: Iterable[float]) -> Box:
