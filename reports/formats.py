@@ -104,6 +104,8 @@ BUILT_IN: Final = (
         also=("lot.json",),
     ),
     Format("pdf", "PDF/A and PDF/UA, to print and to keep", "report.pdf", "reports.pdf:render"),
+    Format("md", "Markdown", "report.md", "reports.text:render_markdown"),
+    Format("txt", "plain text, to paste into a RIS or an e-mail", "report.txt", "reports.text:render_text"),
     Format("sr", "DICOM structured report, TID 1500", "findings.sr.dcm", "reports.dicom.sr:render"),
     Format("sr-text", "DICOM structured report, prose", "narrative.sr.dcm", "reports.dicom.sr_text:render"),
     Format("sc", "DICOM key images", "key-image-001.sc.dcm", "reports.dicom.secondary_capture:render"),
@@ -127,6 +129,12 @@ def formats() -> Mapping[str, Format]:
 def own_files() -> frozenset[str]:
     """The names of the files that formats over a whole run put into the output folder."""
     return frozenset(name for each in formats().values() if each.scope == "run" for name in (each.filename, *each.also))
+
+
+def run_file_links(folder: Path) -> dict[str, str]:
+    """By format, the first file of each format over a whole run that lies in `folder`."""
+    over_run = (each for each in formats().values() if each.scope == "run")
+    return {each.name: each.filename for each in over_run if (folder / each.filename).is_file()}
 
 
 def check_formats(names: Collection[str]) -> None:
