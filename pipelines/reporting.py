@@ -14,6 +14,7 @@ from typing import Final, Literal, cast
 import numpy as np
 
 from pipelines import inputs, tiles
+from pipelines.measures import NOT_MEASURED, StudyMeasures, measure_defect, measure_lesion, region_fits
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.study import Geometry, ImageStudy, SourceFile
 from reports import measurements, taxonomy
@@ -76,14 +77,16 @@ def build_report(
     reference: ImageStudy | None = None,
     rules: Rules | None = None,
     language: Language = "en",
+    measures: StudyMeasures = NOT_MEASURED,
     timing: dict[str, float] | None = None,
 ) -> Report:
-    """The report on one study.  `kind` is what the user asked for, as in `Reader.read`; `timing` is in seconds."""
+    """The report on one study.  `kind` is what the user asked for, as in `Reader.read`; `timing` is in seconds;
+    `measures` is what `pipelines.measures.measure_study` found: its masks go into the report's bundle."""
     reported = [finding for finding in reading.findings if finding.reported]
-    flags = _quality_flags(study, reading, reference)
+    flags = _quality_flags(study, reading, reference, measures)
     technique = _technique(study, reading)
-    findings = tuple(_finding(n, finding, study, reading, len(reported)) for n, finding in enumerate(reported, 1))
-    disposition, rule, open_rules = None, None, ()
+    findings = tuple(_finding(n, reported, study, reading, reference) for n in range(1, len(reported) + 1))
+    disposition, rule, open_rules = None, None, cast(tuple[str, ...], ())
     rules = rules or load_rules()
     if reading.kind == "defect":
         judgement = rules.judge([_defect(finding, study) for finding in findings], flags)
@@ -122,12 +125,14 @@ def build_report(
             if name == "laterality" or (name == "covid19" and _is_chest(technique))
         },
         findings=findings,
-        measurements=_whole(study, reading.kind, findings),
+        measurements=(*_whole(study, reading.kind, findings), *measures.measurements),
+        segments=measures.segments,
         impression="",
         disposition=disposition,
         disposition_rule=rule,
         not_assessed=(
             *_not_assessed(study, reading, technique, reference),
+            *measures.not_assessed,
             *(_unsaid("rule-without-scale", rule=name) for name in open_rules),
         ),
         quality_flags=flags,
@@ -159,7 +164,14 @@ def report_images(study: ImageStudy, report: Report, *, reference: ImageStudy | 
 # Findings
 
 
-def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: Reading, count: int) -> Finding:
+def _finding(
+    number: int,
+    reported: Sequence[FindingReading],
+    study: ImageStudy,
+    reading: Reading,
+    reference: ImageStudy | None,
+) -> Finding:
+    finding = reported[number - 1]
     height, width = study.pixels.shape[1:3]
     bbox = measurements.clip(finding.bbox, width, height)
     location = finding.location.strip() or zone_of(bbox, width, height)
@@ -179,9 +191,9 @@ def _finding(number: int, finding: FindingReading, study: ImageStudy, reading: R
         description="",
         location=location,
         extent=cast(Literal["small", "medium", "large"] | None, finding.extent.strip() or None),
-        laterality=_laterality(reading) if count == 1 else None,
+        laterality=_laterality(reading) if len(reported) == 1 else None,
         evidence=(evidence,),
-        measurements=_measure(bbox, finding, study, reading.kind),
+        measurements=_measure(number, reported, study, reading.kind, reference),
         confidence=_unit(finding.confidence),
     )
 
@@ -192,16 +204,17 @@ def _laterality(reading: Reading) -> str | None:
     return side.value if side and side.value not in (taxonomy.UNDETERMINED, "unspecified") else None
 
 
-def _measure(bbox: Box, finding: FindingReading, study: ImageStudy, kind: str) -> tuple[Measurement, ...]:
+def _measure(
+    number: int, reported: Sequence[FindingReading], study: ImageStudy, kind: str, reference: ImageStudy | None
+) -> tuple[Measurement, ...]:
     height, width = study.pixels.shape[1:3]
-    spacing = study.geometry.spacing_mm
+    boxes = [measurements.clip(finding.bbox, width, height) for finding in reported]
+    finding, bbox = reported[number - 1], boxes[number - 1]
     weak = finding.localisation != "box"
-    if kind == "defect":
-        return measurements.box_on_picture(bbox, width, height, spacing, weak=weak)
-    sides = measurements.box_sides_mm(bbox, spacing, weak=weak) if spacing else ()
-    if study.units == "HU":
-        return (*sides, *measurements.box_hounsfield(bbox, study.pixels[finding.slice_index], weak=weak))
-    return sides
+    if kind == "ct":
+        return measure_lesion(study, bbox, finding.slice_index, weak=weak)
+    others = boxes[: number - 1] + boxes[number:]
+    return measure_defect(study, bbox, others, weak=weak, reference=reference)
 
 
 def _defect(finding: Finding, study: ImageStudy) -> Defect:
@@ -304,8 +317,12 @@ def _whole(study: ImageStudy, kind: str, findings: Sequence[Finding]) -> tuple[M
     return tuple(found)
 
 
-def _quality_flags(study: ImageStudy, reading: Reading, reference: ImageStudy | None) -> tuple[str, ...]:
-    flags = [*study.quality_flags, *reading.quality_flags]
+def _quality_flags(
+    study: ImageStudy, reading: Reading, reference: ImageStudy | None, measures: StudyMeasures
+) -> tuple[str, ...]:
+    flags = [*study.quality_flags, *reading.quality_flags, *measures.quality_flags]
+    if measures.region and (region := reading.fields.get("region")) and not region_fits(measures.region, region.value):
+        flags.append("region-disagrees")
     if reading.kind_confidence < KIND_UNCERTAIN_BELOW:
         flags.append("kind-uncertain")
     if reading.kind == "defect":

@@ -1,6 +1,7 @@
 """Deterministic measurements of evidence boxes and of whole images, each with its method and its unit (UCUM).
 
-A box is not an outline: what is measured is the box, and the method says so.
+Methods are fixed sentences: `reports/catalogue` has them in each language. Outlines inside of boxes, and what is
+measured of CT studies, are in `pipelines/measures`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from reports.schema import Measurement
 Box = tuple[float, float, float, float]
 PIXEL: Final = "{pixel}"
 HOUNSFIELD: Final = "[hnsf'U]"
+Scale = tuple[str, tuple[float, float]]  # UCUM unit, and its size of a pixel (between rows, between columns)
+OUTLINE: Final = "the outline that stands out inside the evidence box (Otsu's threshold)"
 _WEAK: Final = "the marked region (class activation, no outline of the finding)"
 _BOX: Final = "the evidence box"
 
@@ -28,47 +31,57 @@ def clip(bbox: Box, width: int, height: int) -> Box:
     return x0, y0, max(x1, x0 + 0.01), max(y1, y0 + 0.01)
 
 
-def box_on_picture(
-    bbox: Box, width: int, height: int, spacing_mm: tuple[float, float] | None, *, weak: bool
-) -> tuple[Measurement, ...]:
-    """Size of a box on a photo: pixels, share of the image, and mm where `spacing_mm` (row, column) is known."""
-    what = _WEAK if weak else _BOX
-    wide, high = bbox[2] - bbox[0], bbox[3] - bbox[1]
-    found = [
-        Measurement(name="width", value=wide, unit=PIXEL, method=f"width of {what}"),
-        Measurement(name="height", value=high, unit=PIXEL, method=f"height of {what}"),
-        Measurement(name="diagonal", value=hypot(wide, high), unit=PIXEL, method=f"diagonal of {what}"),
-        Measurement(name="area", value=wide * high, unit=PIXEL, method=f"area of {what}, counted in pixels"),
-        Measurement(
-            name="share of the image",
-            value=100 * wide * high / (width * height),
-            unit="%",
-            method=f"area of {what} over the area of the image",
-        ),
-    ]
-    if spacing_mm:
-        found.extend(box_sides_mm(bbox, spacing_mm, weak=weak))
-    return tuple(found)
+def what_is_measured(*, weak: bool) -> str:
+    """The words for what a box marks, in a method."""
+    return _WEAK if weak else _BOX
 
 
-def box_sides_mm(bbox: Box, spacing_mm: tuple[float, float], *, weak: bool) -> tuple[Measurement, Measurement]:
-    """The box's long and short side in millimetres; `spacing_mm` is (between rows, between columns)."""
-    what = _WEAK if weak else _BOX
-    sides = sorted(((bbox[2] - bbox[0]) * spacing_mm[1], (bbox[3] - bbox[1]) * spacing_mm[0]), reverse=True)
-    return (
-        Measurement(name="long side", value=sides[0], unit="mm", method=f"long side of {what}, by pixel spacing"),
-        Measurement(name="short side", value=sides[1], unit="mm", method=f"short side of {what}, by pixel spacing"),
+def box_share(bbox: Box, width: int, height: int, *, weak: bool) -> Measurement:
+    """Share of the image that the box covers: what the rules go by."""
+    return Measurement(
+        name="share of the image",
+        value=100 * (bbox[2] - bbox[0]) * (bbox[3] - bbox[1]) / (width * height),
+        unit="%",
+        method=f"area of {what_is_measured(weak=weak)} over the area of the image",
     )
 
 
-def box_hounsfield(bbox: Box, slice_HW: np.ndarray, *, weak: bool) -> tuple[Measurement, Measurement]:
+def box_sides(bbox: Box, spacing: tuple[float, float]) -> tuple[float, float]:
+    """(long, short) side of the box in the units of `spacing`, which is (between rows, between columns)."""
+    sides = (bbox[2] - bbox[0]) * spacing[1], (bbox[3] - bbox[1]) * spacing[0]
+    return max(sides), min(sides)
+
+
+def edge_distance(bbox: Box, width: int, height: int, scale: Scale) -> Measurement:
+    """From the box to the nearest edge of the image."""
+    unit, (rows, columns) = scale
+    value = min(bbox[0] * columns, (width - bbox[2]) * columns, bbox[1] * rows, (height - bbox[3]) * rows)
+    method = "from the evidence box to the nearest edge of the image"
+    return Measurement(name="distance to the nearest edge", value=max(value, 0.0), unit=unit, method=method)
+
+
+def nearest_distance(bbox: Box, others: Sequence[Box], scale: Scale) -> Measurement:
+    """From the box to the nearest other box; 0 where they touch."""
+    unit, (rows, columns) = scale
+
+    def gap(other: Box) -> float:
+        across, down = (max(other[k] - bbox[k + 2], bbox[k] - other[k + 2], 0.0) for k in (0, 1))
+        return hypot(across * columns, down * rows)
+
+    method = "gap between the evidence boxes"
+    return Measurement(name="distance to the nearest finding", value=min(map(gap, others)), unit=unit, method=method)
+
+
+def box_hounsfield(bbox: Box, slice_HW: np.ndarray, *, weak: bool) -> tuple[Measurement, ...]:
     """Mean and standard deviation (of the population) of the HU of all pixels whose centre lies in the box."""
-    what = _WEAK if weak else _BOX
     height, width = slice_HW.shape
     x0, x1 = _centres(bbox[0], bbox[2], width)
     y0, y1 = _centres(bbox[1], bbox[3], height)
     inside = slice_HW[y0:y1, x0:x1].astype(np.float64)
-    method = f"over all pixels of {what}"
+    inside = inside[np.isfinite(inside)]
+    if not inside.size:
+        return ()
+    method = f"over all pixels of {what_is_measured(weak=weak)}"
     return (
         Measurement(name="mean attenuation", value=float(inside.mean()), unit=HOUNSFIELD, method=f"mean {method}"),
         Measurement(
@@ -86,12 +99,15 @@ def _centres(low: float, high: float, size: int) -> tuple[int, int]:
     return first, min(max(int(np.ceil(high - 0.5)), first + 1), size)
 
 
-def hounsfield_range(volume_SHW: np.ndarray) -> tuple[Measurement, Measurement]:
+def hounsfield_range(volume_SHW: np.ndarray) -> tuple[Measurement, ...]:
     """Lowest and highest HU of all slices, whether the model looked at them or not."""
+    low, high = (float(extreme.reduce(volume_SHW, axis=None)) for extreme in (np.fmin, np.fmax))  # pass over NaN
+    if not np.isfinite((low, high)).all():
+        return ()
     method = "over all pixels of all slices"
     return (
-        Measurement(name="lowest attenuation", value=float(volume_SHW.min()), unit=HOUNSFIELD, method=method),
-        Measurement(name="highest attenuation", value=float(volume_SHW.max()), unit=HOUNSFIELD, method=method),
+        Measurement(name="lowest attenuation", value=low, unit=HOUNSFIELD, method=method),
+        Measurement(name="highest attenuation", value=high, unit=HOUNSFIELD, method=method),
     )
 
 

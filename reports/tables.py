@@ -248,5 +248,5 @@ def _arrow_type(alias: str) -> Any:
     return pa.timestamp("us", "UTC") if alias.startswith("timestamp") else pa.type_for_alias(alias)
 
 
-def _measured(finding: Finding, name: str, unit: str) -> float | None:
-    return next((m.value for m in finding.measurements if (m.name, m.unit) == (name, unit)), None)
+def _measured(finding: Finding, names: tuple[str, ...], unit: str) -> float | None:
+    return next((m.value for m in finding.measurements if m.name in names and m.unit == unit), None)

@@ -113,8 +113,8 @@ def test_ct_findings_name_their_slice_and_measure_it() -> None:
     assert (evidence.input_index, evidence.slice_index, evidence.sop_instance_uid) == (4, 4, "1.2.4")
     assert evidence.bbox_mm == ((13.6, -8.25, 8.0), (21.6, -3.25, 8.0))
     assert {m.name: (m.value, m.unit) for m in finding.measurements} == {
-        "long side": (pytest.approx(8.0), "mm"),
-        "short side": (pytest.approx(5.0), "mm"),
+        "long axis": (pytest.approx(8.0), "mm"),
+        "short axis": (pytest.approx(5.0), "mm"),
         "mean attenuation": (100, "[hnsf'U]"),
         "spread of attenuation": (0, "[hnsf'U]"),
     }
@@ -168,11 +168,11 @@ def test_defects_are_measured_in_pixels_and_share() -> None:
     )
     (finding,) = report.findings
     assert {m.name: (m.value, m.unit) for m in finding.measurements} == {
+        "length": (40, "{pixel}"),
         "width": (30, "{pixel}"),
-        "height": (40, "{pixel}"),
-        "diagonal": (50, "{pixel}"),
         "area": (1200, "{pixel}"),
         "share of the image": (6, "%"),
+        "distance to the nearest edge": (10, "{pixel}"),
     }
     assert finding.description == "Large scratch in the upper left of the image."
 
