@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +24,21 @@ from pipelines.evaluation.figures import DEFECT_FREE, Pair, image_type
 from pipelines.evaluation.outside import outside_figures
 from pipelines.evaluation.predictions import PredictedFinding, Prediction, to_json_lines
 from pipelines.evaluation.worst import worst_cases
-from pipelines.manifest import BoxLabel, Case, read_manifest
+from pipelines.manifest import BoxLabel, Case, ManifestError, read_manifest
+from pipelines.model_card import measured_parts
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.study import ImageStudy
+from scanscribe.cli import main
 
 BOX = (0.0, 0.0, 10.0, 10.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A state folder of its own: thumbnails are kept there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCANSCRIBE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 def defect(id_: str, *boxes: BoxLabel, group: str | None = None, split: str = "val") -> Case:
@@ -100,7 +113,12 @@ def test_defect_figures() -> None:
         "counts": [[1, 0, 0], [1, 0, 0], [0, 0, 2]],
     }
     bins = result["calibration"]["detections"]["bins"]
-    assert [(b["confidence"], b["correct"], b["n"]) for b in bins] == [(0.2, 1, 1), (0.3, 0, 1), (0.6, 0, 1), (0.9, 1, 1)]
+    assert [(b["confidence"], b["correct"], b["n"]) for b in bins] == [
+        (0.2, 1, 1),
+        (0.3, 0, 1),
+        (0.6, 0, 1),
+        (0.9, 1, 1),
+    ]
     assert result["calibration"]["detections"]["uncalibrated"] is None
     assert result["per_type"]["crack"] == {"boxes": 1, "ap_33": 1, "ap_50": 1, "ap_50_95": 1}
     assert set(result["per_type"]) == {"crack", "fray"}
@@ -217,7 +235,9 @@ def test_a_report_matches_only_as_a_whole() -> None:
     cases = [ct("1", ("cyst",), region="chest"), ct("2", (), plane="axial"), ct("3", ("cyst",))]
     answers = [
         Prediction("1", "ct", fields={"region": reading("abdomen", abdomen=1.0)}, findings=(seen("cyst", 0.9),)),
-        Prediction("2", "ct", fields={"plane": reading("axial", axial=1.0)}, findings=(seen("cyst", 0.2, reported=False),)),
+        Prediction(
+            "2", "ct", fields={"plane": reading("axial", axial=1.0)}, findings=(seen("cyst", 0.2, reported=False),)
+        ),
         Prediction("3", "ct", findings=(seen("cyst", 0.9), seen("nodule", 0.9))),
     ]
     result = values(score(cases, answers))
@@ -271,7 +291,12 @@ def test_the_worst_cases_are_those_that_lost_most_confidence() -> None:
         Prediction("5", "ct", fields={"region": reading("abdomen", abdomen=0.9, chest=0.1)}),
     ]
     worst = worst_cases([Pair(i, *pair) for i, pair in enumerate(zip(cases, answers, strict=True))], 10)
-    assert [(loss.pair.case.id, round(loss.amount, 2)) for loss in worst] == [("5", 1.9), ("4", 1), ("2", 0.9), ("3", 0.7)]
+    assert [(loss.pair.case.id, round(loss.amount, 2)) for loss in worst] == [
+        ("5", 1.9),
+        ("4", 1),
+        ("2", 0.9),
+        ("3", 0.7),
+    ]
     assert worst[0].reasons == ("cyst missed", "region abdomen, not chest")
     assert worst[1].reasons == ("no answer (damaged)",)
     assert worst[2].reasons == ("crack at 90% is not labelled",)
@@ -460,7 +485,10 @@ class FixedReader:
         assert study.pixels.shape[1:] == (30, 40)
         type_ = "spur" if reference is not None else "crack"
         line = "board" if reference is not None else "tile"
-        return Reading("defect", 0.9, line, {}, (FindingReading(type_, BOX, 0, 0.8, True, "box"),), "words")
+        finding = FindingReading(type_, BOX, 0, 0.8, True, "box", raw_confidence=0.6)
+        known = study.pixels[0, 0, 0] < 128  # the pictures of other kinds have bright corners
+        flags = () if known else ("out-of-domain",)
+        return Reading("defect", 0.9, line, {}, (finding,), "words", quality_flags=flags, domain=float(known))
 
 
 @pytest.fixture
@@ -495,6 +523,7 @@ def test_every_line_of_the_manifest_gets_a_line(data: Path, tmp_path: Path) -> N
     assert calls == [(i, 5) for i in range(1, 6)]
     assert json.loads(out.read_text()) == result
     assert (result["n"], result["groups"], result["failed"], result["split"]) == (5, 5, 2, None)
+    assert (result["name"], result["manifest"]) == ("data", "data/manifest.jsonl")
     assert result["model"]["name"] == "fixed"
     assert result["metrics"]["image_type_accuracy"]["value"] == 0.5
     assert rescore(data, saved) == result | {"model": None}
@@ -502,5 +531,154 @@ def test_every_line_of_the_manifest_gets_a_line(data: Path, tmp_path: Path) -> N
 
 def test_a_split_narrows_the_evaluation(data: Path, tmp_path: Path) -> None:
     saved = tmp_path / "predictions.jsonl"
-    assert evaluate(data, split="val", predictions=saved)["n"] == 2
+    result = evaluate(data, split="val", predictions=saved)
+    assert (result["n"], result["splits"]) == (2, {"none": 3, "val": 2})
     assert [answer.id for answer in read_predictions(saved)] == ["broken", "odd"]
+    with pytest.raises(ManifestError, match="its splits are: val"):
+        evaluate(data, split="test")
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "boa'])
+def test_an_interrupted_evaluation_goes_on(data: Path, tmp_path: Path, monkeypatch, torn: bytes) -> None:
+    saved, read = tmp_path / "predictions.jsonl", []
+    whole = evaluate(data, predictions=saved)
+    lines = saved.read_bytes()
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, predictions=saved, progress=stop)
+    assert saved.read_bytes() == b"".join(lines.splitlines(True)[:2])
+    saved.write_bytes(saved.read_bytes() + torn)
+
+    monkeypatch.setattr(
+        FixedReader, "read", lambda *args, _read=FixedReader.read, **o: read.append(1) or _read(*args, **o)
+    )
+    assert evaluate(data, predictions=saved, resume=True) == whole
+    assert saved.read_bytes() == lines
+    assert len(read) == 2  # the board and the odd one: two were answered, one cannot be read
+    read.clear()
+    assert evaluate(data, predictions=saved, resume=True) == whole
+    assert not read
+
+
+def test_answers_of_two_models_are_not_mixed(data: Path, tmp_path: Path, monkeypatch) -> None:
+    saved = tmp_path / "predictions.jsonl"
+    evaluate(data, predictions=saved)
+    monkeypatch.setattr(FixedReader, "info", replace(FixedReader.info, weights_sha256="1" * 64))
+    with pytest.raises(PredictionsError, match="another model"):
+        evaluate(data, predictions=saved, resume=True)
+    assert evaluate(data, predictions=saved)["n"] == 5
+    with pytest.raises(PredictionsError, match="--predictions"):
+        evaluate(data, resume=True)
+
+
+def test_a_folder_of_data_sets_is_evaluated_one_by_one(data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "more"
+    other.mkdir()
+    data.parent.rename(other / "first")
+    (other / "train-only").mkdir()
+    line = {"id": "1", "image": "../first/a.png", "split": "train", "region": "chest"}
+    (other / "train-only" / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    out, saved, page = tmp_path / "figures", tmp_path / "answers", tmp_path / "page.html"
+    result = evaluate(other, split="val", out=out, predictions=saved, html=page)
+    assert {name: each["n"] for name, each in result["sets"].items()} == {"first": 2, "train-only": 0}
+    assert {path.name: json.loads(path.read_text()) for path in out.iterdir()} == {
+        f"{name}.json": each for name, each in result["sets"].items()
+    }
+    assert result["sets"]["train-only"]["splits"] == {"train": 1}
+    assert len(read_predictions(saved / "first.jsonl")) == 2
+    assert "first" in page.read_text() and "train-only" not in page.read_text()
+    with pytest.raises(ManifestError, match="no data set"):
+        evaluate(other, split="test")
+    with pytest.raises(ManifestError, match="no data sets"):
+        evaluate(other / "first")
+
+
+def test_images_of_other_kinds_are_read_beside_the_cases(data: Path, tmp_path: Path) -> None:
+    strange, saved = tmp_path / "strange", tmp_path / "predictions.jsonl"
+    strange.mkdir()
+    for name in ("far.png", "further.png"):
+        Image.radial_gradient("L").resize((40, 30)).save(strange / name)
+    result = evaluate(data, predictions=saved, outside=strange)
+    assert result["outside"]["n"] == 2
+    assert result["outside"]["auroc"]["value"] == result["outside"]["caught"]["value"] == 1
+    assert result["outside"]["false_alarms"]["value"] == 0
+    assert len(read_predictions(saved)) == 5  # the others have a file of their own
+    assert len(read_predictions(tmp_path / "predictions.outside.jsonl")) == 2
+    lines = [{"id": str(i), "image": f"{name}.png"} for i, name in enumerate(("far", "further"))]
+    (strange / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert evaluate(data, outside=strange / "manifest.jsonl")["outside"] == result["outside"]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ManifestError, match="no image"):
+        evaluate(data, outside=tmp_path / "nothing")
+
+
+class Page(HTMLParser):
+    """What a page holds and what it reaches for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_the_page_needs_nothing_else_and_quotes_safely(data: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines[0] |= {"id": "<script>alert(1)</script>", "findings": [{"type": "fray", "bbox": [20, 20, 40, 30]}]}
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = tmp_path / "page.html"
+    evaluate(data, html=html)
+    page = Page(html.read_text())
+    assert "script" not in page.tags and "link" not in page.tags
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert not re.search(r"https?://|@import", html.read_text())
+    assert "<script>alert(1)</script>" in page.words  # as words
+    assert page.links[0].startswith("data:image/png")
+    assert page.tags.count("rect") >= 4  # each box with its halo: one labelled, one found
+    for words in ("mAP at IoU 0.5", "nearest neighbour", "Reliability of detections", "Confusion", "fray missed"):
+        assert words.lower() in page.words.lower(), words
+
+
+def test_the_command_shows_figures_and_warns_before_it_reads(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    with data.open("a") as file:
+        file.write(json.dumps({"id": "gone", "image": "gone.png"}) + "\n")
+    out, saved = str(tmp_path / "s.json"), str(tmp_path / "a.jsonl")
+    command = ["scanscribe", "evaluate", "--data", str(data), "--out", out, "--predictions", saved]
+
+    def run(*more: str) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, *capsys.readouterr()
+
+    code, shown, said = run()
+    assert code == 1  # three images could not be read
+    assert "mAP at IoU 0.5" in shown and "always normal" in shown and "3 images could not be read" in shown
+    assert "gone.png" in said and said.count("line 6") == 1
+    code, shown, said = run("--resume", "--json")
+    assert json.loads(shown)["n"] == 6
+    monkeypatch.setattr(FixedReader, "load", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    code, shown, said = run()
+    assert code == 130 and "--resume" in said
+    assert "gone.png" in said
+
+
+def test_the_model_card_tells_what_was_measured(data: Path) -> None:
+    result = evaluate(data, outside=data.parent / "a.png")
+    card = measured_parts({"mine": result, "more": result | {"n": 0, "splits": {"train": 9}, "metrics": {}}})
+    assert card["data_rows"].splitlines()[1] == "| `more` | 9 | 0 | none |"
+    assert "| mAP at IoU 0.5 | 1.000" in card["figures"] and "| majority |" in card["figures"]
+    assert "mine, detections" in card["calibration"] and "| mine | 1 + 0 | 0.5" in card["outside"]
+    assert "more" not in card["figures"]

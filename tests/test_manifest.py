@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.manifest import BoxLabel, ManifestError, ManifestWarning, read_manifest
+from pipelines.manifest import BoxLabel, ManifestError, ManifestWarning, read_data_sets, read_manifest
 from reports.taxonomy import CT_TYPES, DEFECT_TYPES
 
 
@@ -95,10 +95,37 @@ def test_a_split_narrows_and_an_unknown_one_is_a_fault(folder: Path) -> None:
         read_manifest(path, split="test")
 
 
-def test_a_group_in_two_splits_warns(folder: Path) -> None:
-    path = write(folder, *({"id": s, "image": "a.png", "split": s, "group": "g"} for s in ("train", "val")))
-    with pytest.warns(ManifestWarning, match=r"1 group\(s\)"):
-        read_manifest(path)
+def test_a_group_in_two_splits_is_a_fault_with_both_lines(folder: Path) -> None:
+    lines = [
+        {"id": str(i), "image": "a.png", "split": s, "group": "g"} for i, s in enumerate(("train", "train", "val"))
+    ]
+    assert faults(folder, {"id": "x", "image": "b.png"}, *lines) == [
+        (4, "group 'g' is in split 'val' here, in 'train' on line 2; images that belong together must share a split")
+    ]
+    with pytest.warns(ManifestWarning, match=r"flatter the model: line 4: group 'g'"):  # scoring goes on
+        assert len(read_manifest(folder / "manifest.jsonl", lenient=True)) == 4
+
+
+def test_boards_may_be_divided_as_published_but_that_is_told(folder: Path) -> None:
+    lines = [{"id": s, "image": "a.png", "split": s, "group": "g", "product": "board"} for s in ("train", "val")]
+    with pytest.warns(ManifestWarning, match=r"line 2: group 'g' is in split 'val' here, in 'train' on line 1"):
+        assert len(read_manifest(write(folder, *lines))) == 2
+
+
+def test_the_faults_of_all_data_sets_are_told_together(tmp_path: Path) -> None:
+    for name, lines in {"one": ["{", "["], "two": [], "three": [json.dumps({"id": "1", "image": "../a.png"})]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.jsonl").write_text("\n".join(lines))
+    Image.new("L", (40, 30)).save(tmp_path / "a.png")
+    with pytest.raises(ManifestError) as error:
+        read_data_sets(tmp_path)
+    told = str(error.value).splitlines()
+    assert [line.strip().partition(":")[0] for line in told[1:]] == ["one, line 1", "one, line 2", "two"]
+    (tmp_path / "one" / "manifest.jsonl").unlink()
+    (tmp_path / "two" / "manifest.jsonl").unlink()
+    assert {name: len(cases) for name, cases in read_data_sets(tmp_path).items()} == {"three": 1}
+    with pytest.raises(ManifestError, match="has no data sets"):
+        read_data_sets(tmp_path / "three")
 
 
 def test_every_fault_is_named_with_its_line(folder: Path) -> None:
@@ -139,9 +166,14 @@ def test_every_fault_is_named_with_its_line(folder: Path) -> None:
         assert part in message
 
 
-def test_the_message_quotes_the_first_faults_and_counts_the_rest(folder: Path) -> None:
-    with pytest.raises(ManifestError, match=r"line 1: is not JSON.*and 2 more"):
-        read_manifest(write(folder, *["nonsense"] * 12))
+def test_the_message_lists_the_faults_and_counts_those_beyond_its_cap(folder: Path) -> None:
+    with pytest.raises(ManifestError) as error:
+        read_manifest(write(folder, *["nonsense"] * 1102))
+    told = str(error.value).splitlines()
+    assert told[0].endswith("manifest.jsonl: 1,102 faults")
+    assert [line.split(":")[0].strip() for line in told[1:-1]] == [f"line {n}" for n in range(1, 101)]
+    assert told[-1].strip() == "and 1,002 more"
+    assert len(error.value.faults) == 1102
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00"])
@@ -216,10 +248,10 @@ def test_scoring_goes_on_without_labels_and_files_that_cannot_be_used(folder: Pa
     with pytest.raises(ManifestError) as raised:
         read_manifest(path)
     assert {fault.line for fault in raised.value.faults} == {2, 3}
-    with pytest.warns(ManifestWarning, match="line 2.*line 3"):
+    with pytest.warns(ManifestWarning, match="(?s)line 2.*line 3"):
         cases = read_manifest(path, lenient=True)
     assert [case.id for case in cases] == ["good", "gone", "odd"]
     assert cases[2].fields == {} and cases[2].boxes == ()
     path.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[0]) + "\n{")
-    with pytest.raises(ManifestError, match=r"already used.*is not JSON"):
+    with pytest.raises(ManifestError, match=r"(?s)already used.*is not JSON"):
         read_manifest(path, lenient=True)
