@@ -137,7 +137,7 @@ def _judge(stack: Stack, unit: Unit, part: int, header: Header) -> SeriesVerdict
         verdict=stack.verdict,
         code=stack.code,
         reason=f"{stack.reason} {', '.join(words)}.",
-        score=points,
+        score=int(points),
         preferred=False,
         files=tuple(dict.fromkeys(frame.header.ref.name for frame in stack.frames)),
         shape=(len(stack.frames), layout.rows, layout.columns),

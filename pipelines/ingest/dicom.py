@@ -42,7 +42,7 @@ warnings.filterwarnings("ignore", module=r"pydicom\.")
 
 MAX_VOXELS: Final = 2_000_000_000  # of one file
 MAX_FRAMES: Final = 50_000
-MAX_INFLATED_BYTES: Final = 4 << 30
+MAX_INFLATED_BYTES: Final = 512 << 20  # of a deflated data set
 HEAD_BYTES: Final = 1 << 16  # most headers end before
 CACHED_HEADERS: Final = 20_000
 CT_SOP_CLASSES: Final = frozenset(
@@ -54,7 +54,6 @@ CT_SOP_CLASSES: Final = frozenset(
 )
 SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame kinds, which begin alike
 DOSE_REPORTS: Final = ("1.2.840.10008.5.1.4.1.1.88.67", "1.2.840.10008.5.1.4.1.1.88.68")  # X-ray, radionuclides
-DICOMDIR_CLASS: Final = "1.2.840.10008.1.3.10"
 _MODALITIES: Final = "CR DX IO MG MR NM OT PR PT PX RF RTDOSE RTPLAN RTSTRUCT SEG SR US XA XC"
 OTHER_MODALITIES: Final = frozenset(_MODALITIES.split())
 
@@ -245,8 +244,6 @@ def _header(ref: FileRef, dataset: Item, offset: int | None) -> Header:
     sop_class, sop_instance = _sop_uids(dataset)
     if not sop_class and not text(dataset, "Modality"):
         raise Refusal("not-an-image", "It is neither a picture nor a DICOM image.")
-    if sop_class == DICOMDIR_CLASS:
-        raise Refusal("not-an-image", "It is a DICOM directory, which holds no image itself.")
     study, series = text(dataset, "StudyInstanceUID"), text(dataset, "SeriesInstanceUID")
     number = numbers(dataset, "InstanceNumber", 1)
     kind = _kind(dataset, sop_class)
@@ -529,7 +526,7 @@ def _check_deflated(stream: BinaryIO) -> None:
     while block := inflater.unconsumed_tail or stream.read(1 << 20):
         size += len(inflater.decompress(block, 1 << 24))
         if size > MAX_INFLATED_BYTES:
-            raise Refusal("too-large", "The deflated data set unpacks to more than 4 GiB.")
+            raise Refusal("too-large", f"The deflated data set unpacks to more than {MAX_INFLATED_BYTES >> 20} MiB.")
         if inflater.eof:
             break
     stream.seek(0)

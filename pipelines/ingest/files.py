@@ -31,15 +31,21 @@ MAX_ARCHIVE_RATIO: Final = 200  # unpacked to packed; only asked of archives tha
 # user, or holding an image after all, they are treated like any other file.
 SIDECAR_SUFFIXES: Final = (".csv", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".py", ".toml", ".txt", ".xml")
 SIDECAR_NAMES: Final = ("DICOMDIR", "LICENSE", "README")
+DOCUMENT_SUFFIXES: Final = (".txt", ".md")  # a text with such a name may say something about the images beside it
+NO_DOCUMENTS: Final = (  # and what people keep there that does not
+    *("authors", "changelog", "changes", "cmakelists", "contributing", "copying", "install", "licence", "license"),
+    *("notice", "readme", "requirements", "robots", "todo"),
+)
 LITTER_NAMES: Final = ("Thumbs.db", "desktop.ini", "__MACOSX")
 
-Format = Literal["dicom", "picture", "zip"]
+Format = Literal["dicom", "picture", "zip", "pdf", "text", "dicomdir"]
 HEAD_BYTES: Final = 132
+MEDIA_STORAGE_DIRECTORY: Final = b"1.2.840.10008.1.3.10"  # the SOP class of a DICOMDIR
+DIRECTORY_HEAD_BYTES: Final = 512  # its file meta information stands there
 
 _TIFFS: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PICTURES: Final = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"GIF87a", b"GIF89a", *_TIFFS)
 _KNOWN_BUT_UNREAD: Final = (
-    (b"%PDF", "a PDF document"),
     (b"\x1f\x8b", "a gzip file"),
     (b"7z\xbc\xaf", "a 7-Zip archive"),
     (b"Rar!", "a RAR archive"),
@@ -109,6 +115,7 @@ class Found:
 
     ref: FileRef
     format: Format
+    named: bool = False  # by the user, not met in a folder or archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +159,25 @@ def _walk(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> Itera
         found = _recognise(ref, named=named)
         if isinstance(found, Found) and found.format == "zip":
             yield from _members(path)
+        elif isinstance(found, Found) and found.format == "dicomdir":
+            yield from _file_set(path, seen, named=named)
         else:
             yield found
     except Exception as error:  # zipfile answers damaged archives with errors of many types
         yield rejected(ref.name, error)
+
+
+def _file_set(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
+    """What a DICOMDIR names: read if the user named the DICOMDIR, else just looked for, as its folder is walked."""
+    from pipelines.ingest.dicomdir import referenced_files
+
+    ref = FileRef(path)
+    yield PassedOver(ref.name, "a DICOM directory; the files that it names are read by themselves")
+    for each in referenced_files(path):
+        if isinstance(each, tuple):
+            yield rejected(FileRef(path.parent / each[0]).name, each[1])
+        elif named:
+            yield from _walk(each, seen, named=False)
 
 
 def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
@@ -177,7 +199,9 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
         ref = FileRef(path, info.filename)
         parts = PurePosixPath(info.filename.replace("\\", "/")).parts
         litter = next(filter(None, map(_litter, parts)), None)
-        if litter:
+        if ".." in parts or info.filename.startswith(("/", "\\")) or ":" in parts[0]:
+            yield rejection(ref.name, "path-traversal", "The archive names a file outside its own folder.")
+        elif litter:
             yield PassedOver(ref.name, litter)
         elif archive.getinfo(info.filename) is not info:  # only the last of a name can be opened by it
             yield rejection(ref.name, "duplicate-member", "The archive holds another file of the same name.")
@@ -188,6 +212,8 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
                 found = _recognise(ref, named=False)
                 if isinstance(found, Found) and found.format == "zip":
                     raise Refusal("nested-archive", "It is an archive inside an archive.")
+                if isinstance(found, Found) and found.format == "dicomdir":
+                    found = PassedOver(ref.name, "a DICOM directory; the files beside it are read by themselves")
                 yield found
             except Exception as error:
                 yield rejected(ref.name, error)
@@ -196,11 +222,17 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
 def _recognise(ref: FileRef, *, named: bool) -> Found | PassedOver:
     """What the file is by content; raises Refusal where it is nothing that can be read."""
     with ref.open() as stream:
-        head = stream.read(HEAD_BYTES)
+        head = stream.read(DIRECTORY_HEAD_BYTES)
+    if head[128:132] == b"DICM" and MEDIA_STORAGE_DIRECTORY in head:
+        return Found(ref, "dicomdir")
+    head = head[:HEAD_BYTES]
     suffix = PurePosixPath(ref.basename).suffix.lower()
+    stem = PurePosixPath(ref.basename.lower()).stem
+    if suffix in DOCUMENT_SUFFIXES and stem not in NO_DOCUMENTS and head and not sniff(head):
+        return Found(ref, "text", named)
     sidecar = not named and (suffix in SIDECAR_SUFFIXES or ref.basename.upper() in SIDECAR_NAMES)
     if (found := sniff(head)) and not (sidecar and ref.basename.upper() == "DICOMDIR"):
-        return Found(ref, found)
+        return Found(ref, found, named)
     if sidecar:
         return PassedOver(ref.name, "a companion file, not an image")
     if not head:
@@ -219,6 +251,8 @@ def sniff(head: bytes) -> Format | None:
         return "picture"
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return "zip"
+    if head.startswith(b"%PDF"):
+        return "pdf"
     # A DICOM data set with no preamble opens with a tag of group 0002 or 0008 (PS3.10 section 7.1, PS3.5 section 7.1).
     if len(head) >= 8 and struct.unpack_from("<HH", head) in {(g, e) for g in (2, 8) for e in range(0x19)}:
         return "dicom"
