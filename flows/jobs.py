@@ -52,6 +52,7 @@ def save_job(job: Job) -> str:
         "out": str(here / job.out),
         "reference": str(here / job.reference) if job.reference else None,
         "rules": str(here / job.rules),
+        "identifiers": str(here / job.identifiers),
     }
     text = json.dumps(plain, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -71,6 +72,7 @@ def load_job(name: str) -> Job:
             "formats": tuple(plain["formats"]),
             "reference": Path(plain["reference"]) if plain["reference"] else None,
             "rules": Path(plain["rules"]),
+            "identifiers": Path(plain["identifiers"]),
         }
     )
 

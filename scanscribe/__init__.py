@@ -26,6 +26,8 @@ def report(
     kind: str = "auto",
     reference: str | Path | None = None,
     rules: str | Path | None = None,
+    mm_per_pixel: float | None = None,
+    identifiers: str | Path | None = None,
 ) -> RunSummary:
     """Report files, folders, DICOM series folders and zip archives into the folder `out`.
 
@@ -33,6 +35,7 @@ def report(
     again. Raises `pipelines.run.UsageError` for arguments that cannot work and `pipelines.run_folder.OutputError` for
     an output folder that cannot be written.
     """
+    from pipelines.ingest.identifiers import DEFAULT_PATTERNS
     from pipelines.run import Job, execute
     from reports.rules import DEFAULT_RULES
 
@@ -46,5 +49,7 @@ def report(
             kind=kind,
             reference=Path(reference) if reference else None,
             rules=Path(rules) if rules else DEFAULT_RULES,
+            mm_per_pixel=mm_per_pixel,
+            identifiers=Path(identifiers) if identifiers else DEFAULT_PATTERNS,
         )
     )

@@ -18,7 +18,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from scanscribe.options import Device, Formats, Inputs, Json, Kind, Language, Model, Out, Reference, Rules
+from scanscribe.options import (
+    Device,
+    Formats,
+    Identifiers,
+    Inputs,
+    Json,
+    Kind,
+    Language,
+    MmPerPixel,
+    Model,
+    Out,
+    Reference,
+    Rules,
+)
 
 if TYPE_CHECKING:
     from pipelines.run import Job, Listener, RunSummary
@@ -70,6 +83,8 @@ def report(
     reference: Reference = None,
     rules: Rules = None,
     language: Language = None,
+    mm_per_pixel: MmPerPixel = None,
+    identifiers: Identifiers = None,
     as_json: Json = False,
 ) -> None:
     """Report files and folders now. Running it again goes on where it stopped."""
@@ -85,6 +100,8 @@ def report(
         reference=reference,
         rules=rules,
         language=language,
+        mm_per_pixel=mm_per_pixel,
+        identifiers=identifiers,
     )
     _run(execute, job, "Starting", as_json)
 
@@ -100,6 +117,8 @@ def batch(
     reference: Reference = None,
     rules: Rules = None,
     language: Language = None,
+    mm_per_pixel: MmPerPixel = None,
+    identifiers: Identifiers = None,
     as_json: Json = False,
 ) -> None:
     """The same work as a Prefect flow, on a server of its own or that of PREFECT_API_URL. Resumable."""
@@ -115,6 +134,8 @@ def batch(
         reference=reference,
         rules=rules,
         language=language,
+        mm_per_pixel=mm_per_pixel,
+        identifiers=identifiers,
     )
     _run(run_batch, job, "Starting the model and the flow server", as_json)
 

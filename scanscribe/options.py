@@ -23,4 +23,13 @@ Rules = Annotated[
     Path | None, typer.Option(help="Rule file for severity and disposition. (default reports/default_rules.yaml)")
 ]
 Language = Annotated[str | None, typer.Option(help="Language of the reports: en or zh-CN. (default en)")]
+MmPerPixel = Annotated[
+    float | None, typer.Option(help="Size of a picture's pixel in millimetres. (default the file's resolution tag)")
+]
+Identifiers = Annotated[
+    Path | None,
+    typer.Option(
+        help="Patterns for accession, lot, part and serial numbers. (default pipelines/ingest/default_identifiers.toml)"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

@@ -14,6 +14,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import FORMATS, UsageError
 from reports.rules import DEFAULT_RULES
 from reports.texts import Language
@@ -33,6 +34,8 @@ class Settings(BaseSettings):
     reference: Path | None = None
     rules: Path = DEFAULT_RULES
     language: Language = "en"
+    mm_per_pixel: float | None = None
+    identifiers: Path = DEFAULT_PATTERNS
 
     @field_validator("formats", mode="before")
     @classmethod

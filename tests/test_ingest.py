@@ -157,7 +157,7 @@ def png(width: int, height: int) -> bytes:
         (png(100_000, 100_000), "too-large"),
         (png(50, 50), "truncated"),
         (b"\x89PNG\r\n\x1a\n" + b"\1" * 200, "damaged-image"),
-        (b"%PDF-1.7 ...", "unsupported-format"),
+        (b"%PDF-1.7 ...", "damaged-document"),
         (b"PK\x03\x04 and no more", "damaged-archive"),
         (b"\0" * 128 + b"DICM" + b"\xff" * 64, "not-an-image"),
     ],
