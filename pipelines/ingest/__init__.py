@@ -18,6 +18,7 @@ from pipelines.study import ImageStudy, Rejection
 
 if TYPE_CHECKING:
     from pipelines.ingest.dicom import Header
+    from pipelines.ingest.identifiers import Patterns
 
 __all__ = ["FileRef", "PassedOver", "Plan", "SeriesVerdict", "Unit", "load", "plan"]
 
@@ -42,12 +43,12 @@ def plan(inputs: Iterable[Path], *, progress: Callable[[int, int], None] | None 
     rejections = [item for item in met if isinstance(item, Rejection)]
     passed_over = [item for item in met if isinstance(item, PassedOver)]
     found = [item for item in met if isinstance(item, Found)]
-    units: list[tuple[int, Unit]] = []  # with the number of the first file, which gives the order
+    units: list[Unit] = []
     headers: list[Header] = []
     for number, item in enumerate(found):
         try:
             if item.format == "picture":
-                units += [(number, unit) for unit in _pages(item.ref)]
+                units += _pages(item.ref)
             elif item.format == "dicom":
                 from pipelines.ingest.dicom import read_header
 
@@ -62,12 +63,19 @@ def plan(inputs: Iterable[Path], *, progress: Callable[[int, int], None] | None 
 
         chosen = choose(headers)
         series = chosen.series
-        met_at = {item.ref: number for number, item in enumerate(found)}
-        units += [(min(map(met_at.__getitem__, each.unit.files)), each.unit) for each in series if each.unit]
+        units += [each.unit for each in series if each.unit]
         rejections += chosen.rejections
         passed_over += chosen.passed_over
-    units.sort(key=lambda pair: pair[0])
-    return Plan(tuple(unit for _, unit in units), tuple(rejections), tuple(passed_over), series)
+    if documents := [item for item in found if item.format in ("pdf", "text")]:
+        from pipelines.ingest.attach import attach
+
+        attached = attach(units, documents)
+        units = list(attached.units)
+        rejections += attached.rejections
+        passed_over += attached.passed_over
+    met_at = {item.ref: number for number, item in enumerate(found)}
+    units.sort(key=lambda unit: min(map(met_at.__getitem__, unit.files)))
+    return Plan(tuple(units), tuple(rejections), tuple(passed_over), series)
 
 
 def _pages(ref: FileRef) -> list[Unit]:
@@ -79,15 +87,28 @@ def _pages(ref: FileRef) -> list[Unit]:
     return [Unit(f"{ref.basename} {called} {page + 1}", "picture", (ref,), page) for page in range(pages)]
 
 
-def load(unit: Unit) -> ImageStudy | Rejection:
-    """Decode one unit. Never raises for bad input: what cannot be decoded comes back as its rejection."""
-    try:
-        if unit.kind == "picture":
-            from pipelines.ingest.pictures import load_picture
+def load(unit: Unit, patterns: Patterns | None = None) -> ImageStudy | Rejection:
+    """Decode one unit, with the documents that belong to it and the numbers that `patterns` find there.
 
-            return load_picture(unit.files[0], unit.page, unit.name)
+    Never raises for bad input: what cannot be decoded comes back as its rejection.
+    """
+    try:
+        from pipelines.ingest.attach import with_documents
+
+        return with_documents(_decode(unit), unit, patterns)
+    except Exception as error:  # nothing that a file holds may stop the run
+        return rejected(unit.path, error)
+
+
+def _decode(unit: Unit) -> ImageStudy:
+    if unit.kind == "series":
         from pipelines.ingest.series import load_series
 
         return load_series(unit)
-    except Exception as error:  # nothing that a file holds may stop the run
-        return rejected(unit.path, error)
+    if unit.kind == "pdf":
+        from pipelines.ingest.documents import load_page_picture
+
+        return load_page_picture(unit)
+    from pipelines.ingest.pictures import load_picture
+
+    return load_picture(unit.files[0], unit.page, unit.name)

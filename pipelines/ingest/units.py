@@ -10,13 +10,18 @@ from pipelines.ingest.files import FileRef
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What becomes one report: a CT series, a photo, or one page of a multi-page file. Small and picklable."""
+    """What becomes one report: a CT series, a photo, a page of a multi-page file, or a picture in a PDF.
 
-    name: str  # short, for people: "series 3", "tile.png", "scan.tif page 2"
-    kind: Literal["series", "picture"]
+    Small and picklable.
+    """
+
+    name: str  # short, for people: "series 3", "tile.png", "scan.tif page 2", "form.pdf page 2 image 1"
+    kind: Literal["series", "picture", "pdf"]
     files: tuple[FileRef, ...]  # of a series: in the order of its slices
-    page: int | None = None  # 0-based, for multi-page pictures
+    page: int | None = None  # 0-based, for multi-page pictures and PDF
     frames: tuple[tuple[int, ...], ...] | None = None  # of each file, where a series does not take all of them
+    image: int | None = None  # 0-based, on the page of a PDF; None: the page is drawn
+    documents: tuple[FileRef, ...] = ()  # PDF and text files that belong to it
 
     @property
     def path(self) -> str:
