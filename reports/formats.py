@@ -106,6 +106,8 @@ BUILT_IN: Final = (
     Format("pdf", "PDF/A and PDF/UA, to print and to keep", "report.pdf", "reports.pdf:render"),
     Format("md", "Markdown", "report.md", "reports.text:render_markdown"),
     Format("txt", "plain text, to paste into a RIS or an e-mail", "report.txt", "reports.text:render_text"),
+    Format("fhir", "FHIR R4B bundle, PDF attached", "report.fhir.json", "reports.fhir:render_r4b"),
+    Format("fhir-r5", "FHIR R5 bundle, PDF attached", "report.fhir-r5.json", "reports.fhir:render_r5"),
     Format("sr", "DICOM structured report, TID 1500", "findings.sr.dcm", "reports.dicom.sr:render"),
     Format("sr-text", "DICOM structured report, prose", "narrative.sr.dcm", "reports.dicom.sr_text:render"),
     Format("sc", "DICOM key images", "key-image-001.sc.dcm", "reports.dicom.secondary_capture:render"),
