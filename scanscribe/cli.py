@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from scanscribe.commands.ingest import ingest
 from scanscribe.options import (
     Device,
     Formats,
@@ -218,6 +219,9 @@ def evaluate(
             console.show_figures(each)
         console.show_places({"All figures": out, "Answers": predictions, "Page": html})
     raise typer.Exit(SOME_REFUSED if any(each["failed"] for each in sets) else OK)
+
+
+app.command(epilog="Example: [cyan]scanscribe ingest archive/ --explain --save volumes[/]")(ingest)
 
 
 @app.command(epilog="Example: [cyan]scanscribe doctor --json[/]")

@@ -1,0 +1,126 @@
+"""`scanscribe ingest`: what there is to read and why, without reporting it; CT volumes as arrays on request."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scanscribe.options import Inputs, Json
+
+if TYPE_CHECKING:
+    from pipelines.ingest import Plan, SeriesVerdict
+    from pipelines.study import Rejection
+
+OK, SOME_REFUSED = 0, 1
+
+
+def ingest(
+    inputs: Inputs,
+    explain: Annotated[bool, typer.Option("--explain", help="Say of every series why it got its verdict.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for the Hounsfield units: a .npy and a .json a volume or slice.")
+    ] = None,
+    isotropic: Annotated[
+        float | None, typer.Option(metavar="MM", help="With --save: resample volumes to cubes of this size.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at files and folders: which series and pictures they hold, what each is good for, what is refused."""
+    from pipelines import ingest as door
+    from scanscribe import console
+
+    if isotropic is not None and save is None:
+        raise typer.BadParameter("--isotropic needs --save.")
+    with console.progress("Looking at files") as tell:
+        plan = door.plan(inputs, progress=lambda done, total: tell("Looking at files", done, total))
+        rejected = list(plan.rejections)
+        saved: dict[int, list[str]] = {}
+        for number, series in enumerate(plan.series):
+            if save is not None and series.unit is not None:
+                tell("Decoding series", number, len(plan.series))
+                saved[number] = _save(series, save, isotropic, rejected)
+    if as_json:
+        found = _as_dict(plan, rejected, saved)
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        _show(plan, rejected, explain=explain)
+    raise typer.Exit(SOME_REFUSED if rejected else OK)
+
+
+def _save(series: SeriesVerdict, folder: Path, isotropic: float | None, rejected: list[Rejection]) -> list[str]:
+    """Decode one series and write its volume, or each of its slices. What fails is added to `rejected`."""
+    from pipelines import ingest as door
+    from pipelines.ingest import volume
+    from pipelines.study import Rejection
+
+    assert series.unit is not None
+    study = door.load(series.unit)
+    if isinstance(study, Rejection):
+        rejected.append(study)
+        return []
+    known = {each.path for each in rejected}
+    rejected += [each for each in study.rejected_sources if each.path not in known]
+    whole = series.verdict == "volume" and "unreadable-slices" not in study.quality_flags
+    if not whole:
+        parts = list(volume.slices(study))
+    else:
+        name = series.series_uid or study.key[:16]
+        parts = [(name if series.part == 1 else f"{name}_{series.part}", study)]
+        if isotropic is not None:
+            parts = [(name, volume.isotropic(each, isotropic)) for name, each in parts]
+    return [str(volume.save(each, folder, _file_name(name)).pixels) for name, each in parts]
+
+
+def _file_name(uid: str) -> str:
+    """A UID as a file name: what a damaged header puts there must not lead elsewhere."""
+    return re.sub(r"[^0-9A-Za-z._-]", "_", uid).lstrip(".")[:100] or "unnamed"
+
+
+def _as_dict(plan: Plan, rejected: list[Rejection], saved: dict[int, list[str]]) -> dict[str, Any]:
+    series = []
+    for number, each in enumerate(plan.series):
+        facts = {name: getattr(each, name) for name in each.__slots__ if name != "unit"}
+        series.append(facts | ({"saved": saved[number]} if number in saved else {}))
+    return {
+        "series": series,
+        "pictures": [
+            {"path": unit.path, "name": unit.name, "page": unit.page} for unit in plan.units if unit.kind != "series"
+        ],
+        "rejected": [asdict(each) for each in rejected],
+        "passed_over": [asdict(each) for each in plan.passed_over],
+    }
+
+
+def _show(plan: Plan, rejected: list[Rejection], *, explain: bool) -> None:
+    from rich.table import Table
+
+    from scanscribe.console import ROWS, output
+
+    console = output()
+    if plan.series:
+        table = Table("series", "kind", "verdict", "score", "slices", "spacing (mm)", *(["why"] if explain else []))
+        for each in plan.series if explain else plan.series[:ROWS]:
+            name = each.unit.name if each.unit else Path(each.files[0]).name
+            spacing = " x ".join("?" if mm is None else f"{mm:.2f}" for mm in each.spacing_mm or ())
+            verdict = each.verdict if each.code is None else f"{each.verdict} ({each.code})"
+            why = [f"{'Preferred of its study. ' if each.preferred else ''}{each.reason}"] if explain else []
+            count = str(each.shape[0] if each.shape else len(each.files))
+            table.add_row(name, each.kind, verdict, str(each.score), count, spacing, *why)
+        console.print(table)
+        if not explain and len(plan.series) > ROWS:
+            console.print(f"… and {len(plan.series) - ROWS} more: add --explain or --json.")
+    pictures = sum(unit.kind != "series" for unit in plan.units)
+    console.print(f"{len(plan.series)} series, {pictures} pictures, {len(rejected)} refused files.")
+    if rejected:
+        table = Table("refused", "code", "reason", "remedy")
+        for refused in rejected if explain else rejected[:ROWS]:
+            table.add_row(refused.path, refused.code, refused.reason, refused.remedy)
+        console.print(table)
+        if not explain and len(rejected) > ROWS:
+            console.print(f"… and {len(rejected) - ROWS} more: add --explain or --json.")
