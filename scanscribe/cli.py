@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from scanscribe.commands.ingest import ingest
+from scanscribe.commands.send import send
 from scanscribe.options import (
     Device,
     Formats,
@@ -42,6 +43,7 @@ OK, SOME_REFUSED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 AFTER_CTRL_C = {  # command -> how to go on
     "report": "The same command goes on where it stopped.",
     "batch": "The same command goes on where it stopped.",
+    "send": "The same command sends what is missing.",
     "train": "The same command with --resume goes on from the last checkpoint.",
     "evaluate": "With --predictions, the same command with --resume goes on from the last answer.",
 }
@@ -222,6 +224,9 @@ def evaluate(
 
 
 app.command(epilog="Example: [cyan]scanscribe ingest archive/ --explain --save volumes[/]")(ingest)
+
+
+app.command(epilog="Example: [cyan]scanscribe send reports --to PACS@archive.example:104[/]")(send)
 
 
 @app.command(epilog="Example: [cyan]scanscribe doctor --json[/]")
