@@ -15,7 +15,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from pipelines.evaluation import ct, defects, detection, names
-from pipelines.evaluation.figures import Pair, confidence_of, reported
+from pipelines.evaluation.figures import Pair, confidence_of
 from pipelines.evaluation.pictures import grey, load
 from pipelines.evaluation.worst import Loss, worst_cases
 from pipelines.study import Rejection
@@ -23,7 +23,7 @@ from reports.images import EncodedPicture, Picture, encode_picture
 from reports.taxonomy import title
 
 WORST: Final = 12  # cases shown of a data set
-PICTURE_SIDE: Final = 420  # pixels of an embedded picture's longer side
+PICTURE_SIDE: Final = 480  # pixels of an embedded picture's longer side
 PLOT: Final = 220  # side of a diagram's unit square
 CURVES: Final = 12  # more in one diagram cannot be told apart
 
@@ -49,14 +49,15 @@ class Curve:
 class Mark:
     """A box on a picture, in the picture's own pixels."""
 
-    sort: str  # "label" or "found"
+    sort: str  # "right", "missed" or "wrong"
     words: str
     x: float
     y: float
     width: float
     height: float
     tag_x: float
-    anchor: str  # of the words: they grow towards the middle of the picture
+    tag_y: float  # of the words' base line
+    anchor: str  # the words grow towards the middle of the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +147,16 @@ def _show(loss: Loss) -> Shown:
     if isinstance(study, Rejection):
         return Shown(loss, None, [])
     picture = Picture(grey(study))
-    line = 0.042 * max(picture.width, picture.height)
-    boxes = [("label", title(label.type), label.bbox) for label in loss.pair.case.boxes]
-    boxes += [("found", f"{title(f.type)} {f.confidence:.0%}", f.bbox) for f in reported(loss.pair.answer)]
+    line = 0.036 * max(picture.width, picture.height)
+    boxes = [("right", "", finding.bbox) for finding in loss.right]
+    boxes += [("missed", title(label.type), label.bbox) for label in loss.missed]
+    boxes += [("wrong", f"{title(f.type)} {f.confidence:.0%}", f.bbox) for f in loss.wrong]
     marks = []
     for sort, words, (x0, y0, x1, y1) in boxes:
         right = x0 + x1 > picture.width
         tag_x, anchor = (x1 - line / 4, "end") if right else (x0 + line / 4, "start")
-        marks.append(Mark(sort, words, x0, y0, x1 - x0, y1 - y0, tag_x, anchor))
+        above, below = y0 - 0.3 * line, y1 + line  # missed ones are named above, wrong ones below, where there is room
+        tag_y = above if above > line and (sort == "missed" or below > picture.height) else below
+        tag_y = tag_y if tag_y < picture.height else y0 + line
+        marks.append(Mark(sort, words, x0, y0, x1 - x0, y1 - y0, tag_x, tag_y, anchor))
     return Shown(loss, encode_picture(picture, longest_side=PICTURE_SIDE), marks, line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class Loss:
     amount: float
     reasons: tuple[str, ...]  # the costliest first
     missed: tuple[BoxLabel, ...]  # labelled boxes that no reported finding matches
+    wrong: tuple[PredictedFinding, ...]  # reported, not labelled
+    right: tuple[PredictedFinding, ...]  # reported and labelled
 
 
 def worst_cases(pairs: Sequence[Pair], count: int) -> list[Loss]:
@@ -37,6 +40,8 @@ def loss_of(pair: Pair) -> Loss:
     """
     parts: list[tuple[float, str]] = []
     missed: list[BoxLabel] = []
+    wrong: list[PredictedFinding] = []
+    right: list[PredictedFinding] = []
     if pair.answer.error is not None:
         parts.append((1.0, f"no answer ({pair.answer.error.partition(':')[0]})"))
     if pair.case.finding_types is not None:
@@ -55,8 +60,12 @@ def loss_of(pair: Pair) -> Loss:
                 word = "doubted" if in_report else "missed"
                 parts.append((1 - confidence_of(pair.answer, name), f"{title(name)} {word}"))
         for i, finding in enumerate(said):
-            right = i in match or (finding.type in CT_TYPES and finding.type in pair.case.finding_types)
-            if finding.reported and not right:
+            if not finding.reported:
+                continue
+            if i in match or (finding.type in CT_TYPES and finding.type in pair.case.finding_types):
+                right.append(finding)
+            else:
+                wrong.append(finding)
                 parts.append((finding.confidence, f"{title(finding.type)} at {finding.confidence:.0%} is not labelled"))
     for name, truth in pair.case.fields.items():
         if name in pair.answer.fields:
@@ -65,8 +74,9 @@ def loss_of(pair: Pair) -> Loss:
             words = f"{name} {said_value}, not {truth}" if reading.value != truth else f"{name} {truth} doubted"
             parts.append((1 - reading.probabilities.get(truth, 0.0), words))
     parts.sort(key=lambda part: -part[0])
-    reasons = tuple(words for amount, words in parts if amount >= 0.25)
-    return Loss(pair, sum(amount for amount, _ in parts), reasons, tuple(missed))
+    counted = Counter(words for amount, words in parts if amount >= 0.25)
+    reasons = tuple(words if times == 1 else f"{times} × {words}" for words, times in counted.items())
+    return Loss(pair, sum(amount for amount, _ in parts), reasons, tuple(missed), tuple(wrong), tuple(right))
 
 
 def match_boxes(labels: Sequence[BoxLabel], found: Sequence[PredictedFinding]) -> list[int | None]:
