@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from reports.bundle import Bundle
 from reports.figures import close_ups, figures
 from reports.page import page_of
-from reports.texts import capital, words
+from reports.texts import capital, visible, words
 
 LONGEST_SIDE: Final = 1600  # of an embedded picture
 CLOSE_UP_SIDE: Final = 360
@@ -42,6 +42,7 @@ def environment() -> Environment:
         loader=PackageLoader("reports"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup is no longer user text
         trim_blocks=True,
         lstrip_blocks=True,
     )

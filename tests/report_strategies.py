@@ -7,8 +7,11 @@ from datetime import UTC, datetime
 import numpy as np
 from hypothesis import strategies as st
 
+from reports.grammar import ZONES
 from reports.images import Picture, ReportImages
 from reports.schema import (
+    Code,
+    ContextNote,
     Evidence,
     FieldValue,
     Finding,
@@ -16,6 +19,7 @@ from reports.schema import (
     ModelInfo,
     NotAssessed,
     Report,
+    Segment,
     Source,
     SourceInput,
     Technique,
@@ -31,12 +35,16 @@ AWKWARD = (
     "検査 結果 画像",
     "فحص.png",
     "a & b &amp; c",
+    "quotes \" ' ` and | pipes\\ \n# no heading\r\n- no item",
+    "bell \x07, null \x00, escape \x1b[31m, delete \x7f, isolate \u2067 and mark \ufeff",
+    '#import "x": *; #sys.inputs $x^2$ @here _a_ *b* #panic()',
+    "=HYPERLINK(0)",
+    "long" * 400,
+    "検査" * 300,
 )
 WIDTH, HEIGHT = 60, 40
 
-texts = st.one_of(
-    st.sampled_from(AWKWARD), st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=30)
-)
+texts = st.one_of(st.sampled_from(AWKWARD), st.text(st.characters(codec="utf-8"), max_size=30))
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
 ids = st.text("0123456789abcdef", min_size=16, max_size=16)
 unit = st.floats(0, 1)
@@ -56,12 +64,24 @@ evidence = st.builds(
 measurements = st.builds(
     Measurement, name=texts, value=finite, unit=st.sampled_from(["mm", "%", "{pixel}", "[hnsf'U]"]), method=texts
 )
+codes = st.builds(Code, value=texts, scheme=st.sampled_from(["SCT", "RADLEX"]), meaning=texts)
+not_assessed = st.builds(NotAssessed, what=texts, reason=texts)
+notes = st.builds(
+    ContextNote,
+    text=texts,
+    kind=st.sampled_from(["request", "prior-report", "inspection-sheet", "text"]),
+    name=texts,
+    sha256=hashes,
+    page=st.none() | st.integers(0, 9),
+)
 findings = st.builds(
     Finding,
     id=st.integers(1, 99).map("F{}".format),
     type=st.sampled_from(CT_TYPES + DEFECT_TYPES) | texts,
     description=texts,
-    location=st.none() | texts,
+    location=st.none() | st.sampled_from(ZONES) | texts,
+    extent=st.sampled_from([None, "small", "medium", "large"]),
+    code=st.none() | codes,
     laterality=st.none() | texts,
     evidence=st.lists(evidence, max_size=2).map(tuple),
     measurements=st.lists(measurements, max_size=3).map(tuple),
@@ -78,14 +98,20 @@ def reports(draw: st.DrawFn) -> Report:
             Report,
             id=ids,
             kind=st.sampled_from(["ct", "defect"]),
-            created=st.datetimes(timezones=st.just(UTC)),
+            created=st.datetimes(datetime(1990, 1, 1), datetime(2090, 1, 1), timezones=st.just(UTC)),
+            language=st.sampled_from(["en", "zh-CN"]),
+            version=st.integers(1, 9),
             title=texts,
             source=st.builds(
                 Source,
                 inputs=st.lists(inputs, min_size=1, max_size=10).map(tuple),
                 reference=st.none() | inputs,
+                name=texts,
+                accession=st.none() | texts,
                 lot=texts,
+                serial=st.none() | texts,
             ),
+            context=st.lists(notes, max_size=2).map(tuple),
             technique=st.builds(
                 Technique,
                 region=st.none() | fields,
@@ -101,7 +127,8 @@ def reports(draw: st.DrawFn) -> Report:
             impression=texts,
             disposition=st.sampled_from([None, "accept", "rework", "reject", "hold"]),
             disposition_rule=st.none() | texts,
-            not_assessed=st.lists(st.builds(NotAssessed, what=texts, reason=texts), max_size=2).map(tuple),
+            not_assessed=st.lists(not_assessed, max_size=2).map(tuple),
+            segments=st.lists(st.builds(Segment, id=ids, title=texts, method=texts), max_size=1).map(tuple),
             quality_flags=st.lists(texts, max_size=2).map(tuple),
             supersedes=st.none() | ids,
             model=st.builds(
