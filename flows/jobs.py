@@ -16,6 +16,7 @@ from flows.server import LocalServer, import_prefect, state_folder
 from pipelines import run
 from pipelines.run import Job, Listener, References, RunSummary, check_job
 from reports.files import atomic_write
+from reports.lot.sampling import LotPlan
 
 LISTENER: ContextVar[Listener | None] = ContextVar("LISTENER", default=None)  # who watches the flow in this process
 
@@ -53,6 +54,7 @@ def save_job(job: Job) -> str:
         "reference": str(here / job.reference) if job.reference else None,
         "rules": str(here / job.rules),
         "identifiers": str(here / job.identifiers),
+        "lot": job.lot.model_dump(),
     }
     text = json.dumps(plain, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -73,6 +75,7 @@ def load_job(name: str) -> Job:
             "reference": Path(plain["reference"]) if plain["reference"] else None,
             "rules": Path(plain["rules"]),
             "identifiers": Path(plain["identifiers"]),
+            "lot": LotPlan.model_validate(plain["lot"]),
         }
     )
 

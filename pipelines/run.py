@@ -10,27 +10,40 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines import ingest
+from pipelines.ingest.identifiers import DEFAULT_PATTERNS, load_patterns
 from pipelines.measures import NOT_MEASURED, measure_study
 from pipelines.reporting import build_report, report_images
 from pipelines.run_folder import IndexEntry, OutputError, RunFolder, cannot_write
 from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
-from reports.bundle import Bundle
-from reports.formats import check_formats, formats
+from reports.bundle import Bundle, BundleError, load_bundle
+from reports.files import clear_leftovers
+from reports.formats import RunReports, check_formats, formats
+from reports.lot.sampling import LotPlan
 from reports.rules import DEFAULT_RULES, load_rules
+from reports.schema import Report
 from reports.texts import LANGUAGES, Language
-from reports.writing import THUMBNAIL, FormatError, write_report
+from reports.writing import (
+    THUMBNAIL,
+    FormatError,
+    report_formats,
+    run_formats,
+    write_formats,
+    write_report,
+    write_run_formats,
+)
 
 if TYPE_CHECKING:
     from pipelines.reader import Reader
@@ -58,6 +71,9 @@ class Job:
     reference: Path | None = None  # golden sample of all pictures, or a folder of them, matched by file name
     rules: Path = DEFAULT_RULES  # what makes a finding severe and a part a reject
     language: Language = "en"  # of the reports' texts
+    mm_per_pixel: float | None = None  # of pictures; None: what the file's resolution tag says, if that is a scale
+    identifiers: Path = DEFAULT_PATTERNS  # what accession, lot, part and serial numbers look like
+    lot: LotPlan = field(default_factory=LotPlan)  # how the lot report judges
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +101,13 @@ class RunSummary:
     without_golden_sample: int  # pictures for which the folder of golden samples has none
     seconds: float
     first_report_seconds: float | None  # from the start of the run until the first report was on disk
+    files: dict[str, str] = field(default_factory=dict)  # format over the whole run -> file, relative to the folder
+    errors: dict[str, str] = field(default_factory=dict)  # format over the whole run -> why it could not be written
 
     @property
     def complete(self) -> bool:
         """Every input has its report in every format that was asked for."""
-        return not self.rejected and not any(entry.errors for entry in self.reported)
+        return not (self.rejected or self.errors or any(entry.errors for entry in self.reported))
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as plain JSON values."""
@@ -115,10 +133,13 @@ class Session:
         self.job = job
         self._model = find(job.model)
         self._listener = listener
+        self._formats = report_formats(job.formats)
         self._references = References(job.reference)
         self._rules = load_rules(job.rules)
+        self._patterns = load_patterns(job.identifiers)
         self._folder = RunFolder(job.out)
         self._reported: list[IndexEntry] = []
+        self._made: set[str] = set()  # the requests of this run's reports
         self._already: list[IndexEntry] = []
         self._rejected: list[Rejection] = []
         self._passed_over = self._without_golden_sample = 0
@@ -172,7 +193,8 @@ class Session:
                 self._conclude(prepared)
 
     def finish(self) -> RunSummary:
-        """Write the HTML index over the folder and say what came of the run."""
+        """Write what is over the whole folder, the HTML index last, and say what came of the run."""
+        files, errors = write_over_run(self._folder, self.job.formats, self.job.lot, self.job.language)
         index = self._folder.write_html_index()
         return RunSummary(
             out=self.job.out,
@@ -184,18 +206,25 @@ class Session:
             without_golden_sample=self._without_golden_sample,
             seconds=time.perf_counter() - self._started,
             first_report_seconds=self._first_report,
+            files=files,
+            errors=errors,
         )
 
-    def _prepare(self, unit: ingest.Unit) -> _Prepared | _Already | Rejection:
+    def _prepare(self, unit: ingest.Unit) -> _Prepared | _Already | _Stored | Rejection:
         """Decode a unit and its golden sample, unless its report is there: that is known from the bytes alone."""
         started = time.perf_counter()
         golden = self._references.of(unit)
         request = "" if isinstance(golden, Rejection) else self._request(unit, golden)
-        if done := self._folder.finished(request, self.job.formats):
+        if done := self._folder.finished(request, self._formats):
             return _Already(unit, done)
-        study = ingest.load(unit)
+        if known := self._folder.known(request):
+            with contextlib.suppress(BundleError):  # what is damaged is made again from its source
+                return _Stored(unit, known, load_bundle(self.job.out / known.id))
+        study = ingest.load(unit, self._patterns)
         if isinstance(study, Rejection):
             return study
+        if study.units == "display" and (side := self.job.mm_per_pixel):
+            study = replace(study, geometry=replace(study.geometry, spacing_mm=(side, side), spacing_from="user"))
         reference = ingest.load(golden) if isinstance(golden, ingest.Unit) else golden
         if isinstance(reference, Rejection):
             reason = f"Its golden sample cannot be used: {reference.reason}"
@@ -206,13 +235,15 @@ class Session:
             return Rejection(unit.path, "golden-sample-mismatch", reason, remedy)
         return _Prepared(unit, request, study, reference, time.perf_counter() - started)
 
-    def _conclude(self, prepared: _Prepared | _Already | Rejection) -> None:
+    def _conclude(self, prepared: _Prepared | _Already | _Stored | Rejection) -> None:
         """Report what was prepared, or put it on record as refused or done before."""
         if isinstance(prepared, Rejection):
             self._reject(prepared)
         elif isinstance(prepared, _Already):
             self._note_done(prepared.unit, prepared.entry)
-        elif done := self._folder.finished(prepared.request, self.job.formats):  # the same content twice in one run
+        elif isinstance(prepared, _Stored):
+            self._complete(prepared)
+        elif prepared.request in self._made and (done := self._folder.known(prepared.request)):  # twice in one run
             self._note_done(prepared.unit, done)
         else:
             self._report(prepared)
@@ -220,20 +251,51 @@ class Session:
         self._tell("report", self._done, self._total)
 
     def _note_done(self, unit: ingest.Unit, entry: IndexEntry) -> None:
-        """The report is there. What it had to do without is still refused, by the name that it has in this run."""
+        """The report is there."""
         self._already.append(entry)
+        self._reject_missing(unit, entry)
+
+    def _complete(self, stored: _Stored) -> None:
+        """The report is there, in other formats than the job's: write those that it lacks."""
+        entry, directory = stored.entry, self.job.out / stored.entry.id
+        here = {name for name, file in entry.formats.items() if (self.job.out / file).is_file()}
+        files, errors = self._write(
+            write_formats, directory, stored.bundle, [n for n in self._formats if n not in here]
+        )
+        errors = {name: why for name, why in entry.errors.items() if name not in self._formats} | errors
+        self._reported.append(self._folder.add(replace(entry, formats=files, errors=errors)))
+        self._reject_missing(stored.unit, entry)
+
+    def _write(
+        self, write: Callable[[Path, Bundle, Sequence[str]], dict[str, Path]], *what: Any
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """What was written by format, and why what was not was not. Raises OutputError."""
+        errors: dict[str, str] = {}
+        try:
+            files = write(*what)
+        except FormatError as error:
+            files, errors = error.written, error.errors
+        except OSError as error:
+            raise cannot_write(error) from None
+        return {name: str(path.relative_to(self.job.out)) for name, path in files.items()}, errors
+
+    def _reject_missing(self, unit: ingest.Unit, entry: IndexEntry) -> None:
+        """What a report that is there had to do without is still refused, by the name that it has in this run."""
         names = [file.name for file in unit.files]
         for missing in entry.refused:
             self._reject(replace(missing, path=max(names, key=functools.partial(_shared_ending, missing.path))))
 
     def _request(self, unit: ingest.Unit, golden: ingest.Unit | None) -> str:
-        """SHA-256 over what a report depends on: content, golden sample, model, kind, rules, language.
-        Empty: unreadable."""
+        """SHA-256 over what a report depends on: content, documents, numbers in names, golden sample, model and
+        settings. Empty: unreadable."""
         parts: list[object] = [self._model.weights_sha256, self._model.config_sha256]
-        parts += [self.job.kind, self._rules.digest, self.job.language]
+        parts += [self.job.kind, self._rules.digest, self.job.language, self.job.mm_per_pixel, self._patterns.digest]
+        named = self._patterns.search((), unit.files)
+        parts += sorted(named.values.items())
         try:
             for each in filter(None, (unit, golden)):
-                parts.append([each.page, each.frames, *sorted(map(_sha256, each.files))])
+                parts.append([each.page, each.image, each.frames, *sorted(file.sha256() for file in each.files)])
+                parts.append([document.sha256() for document in each.documents])
         except Exception:  # what is wrong with the file is for `ingest.load` to say
             return ""
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -268,15 +330,10 @@ class Session:
         except Exception as error:  # whatever one input does to the model, the others are still reported
             self._reject(_failed(prepared.unit, error))
             return
-
+        subject = _subject(study, prepared.unit)
+        report = as_version(report, self._folder, prepared.request, subject)
         directory = self.job.out / report.id
-        errors: dict[str, str] = {}
-        try:
-            files = write_report(directory, bundle, self.job.formats)
-        except FormatError as error:
-            files, errors = error.written, error.errors
-        except OSError as error:
-            raise cannot_write(error) from None
+        files, errors = self._write(write_report, directory, replace(bundle, report=report), self._formats)
         entry = IndexEntry(
             id=report.id,
             kind=report.kind,
@@ -287,14 +344,18 @@ class Session:
             types=tuple(dict.fromkeys(finding.type for finding in report.findings)),
             disposition=report.disposition,
             confidence=max((finding.confidence for finding in report.findings), default=None),
-            formats={name: str(path.relative_to(self.job.out)) for name, path in files.items()},
+            formats=files,
             thumbnail=str((directory / THUMBNAIL).relative_to(self.job.out)),
             errors=errors,
             model=f"{report.model.name} {report.model.version}",
             seconds=round(prepared.seconds + time.perf_counter() - started, 3),
             refused=study.rejected_sources,
+            version=report.version,
+            supersedes=report.supersedes,
+            subject=subject,
         )
         self._reported.append(self._folder.add(entry))
+        self._made.add(prepared.request)
         if self._first_report is None:
             self._first_report = time.perf_counter() - self._started
 
@@ -322,6 +383,59 @@ class _Already:
     entry: IndexEntry
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    unit: ingest.Unit
+    entry: IndexEntry
+    bundle: Bundle
+
+
+def write_over_run(
+    folder: RunFolder, names: Sequence[str], lot: LotPlan, language: Language
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Writes the formats among `names` that are over all current reports of a folder.
+
+    Returns their first files, relative to the folder, and why those that are missing could not be written.  Raises
+    OutputError when the disk fails.
+    """
+    ids = tuple(entry.id for entry in folder.entries if entry.superseded_by is None)
+    errors: dict[str, str] = {}
+    try:
+        clear_leftovers(folder.path)
+        files = write_run_formats(RunReports(folder.path, ids, lot, language), run_formats(names))
+    except FormatError as error:
+        files, errors = error.written, error.errors
+    except OSError as error:
+        raise cannot_write(error) from None
+    return {name: path.name for name, path in files.items()}, errors
+
+
+def as_version(report: Report, folder: RunFolder, request: str, subject: str) -> Report:
+    """The report as a version of what the folder holds on its subject.
+
+    A report on something new is version 1. One that was made on the same request is the former again, so that it keeps
+    its id and version. Any other supersedes the former.
+    """
+    former = folder.current(subject)
+    if former and former.request == request:
+        return report.model_copy(update={"id": former.id, "version": former.version, "supersedes": former.supersedes})
+    taken = folder.entry(report.id)
+    if taken and taken.superseded_by:  # the same content was reported before something else: a new report all the same
+        parts = [report.id, subject, former.id if former else ""]
+        report = report.model_copy(update={"id": hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]})
+    if former:
+        report = report.model_copy(update={"version": former.version + 1, "supersedes": former.id})
+    return report
+
+
+def _subject(study: ImageStudy, unit: ingest.Unit) -> str:
+    """A hash of what a report is about, so that a later one on it can be told: the DICOM series, or file and page."""
+    first = unit.files[0]
+    place = [os.path.abspath(first.path), first.member, unit.page, unit.image]
+    about = ["series", study.series_uid] if study.series_uid else ["file", *place]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
 class References:
     """The golden samples: one for all pictures, or a folder of them, matched by file name without its ending."""
 
@@ -333,7 +447,7 @@ class References:
         if path is None:
             return
         plan = ingest.plan([path])
-        pictures = [unit for unit in plan.units if unit.kind == "picture"]
+        pictures = [unit for unit in plan.units if unit.kind != "series"]
         if plan.rejections and not pictures:
             worst = plan.rejections[0]
             raise UsageError(f"The golden sample {worst.path} cannot be used: {worst.reason} {worst.remedy}")
@@ -350,13 +464,13 @@ class References:
 
     def of(self, unit: ingest.Unit) -> ingest.Unit | Rejection | None:
         """The golden sample to compare `unit` with, or why it cannot be used; None where there is none."""
-        if unit.kind != "picture":
+        if unit.kind == "series":
             return None
         return self._single or self._by_stem.get(_stem(unit)) or self._unusable.get(_stem(unit))
 
     def lacks(self, unit: ingest.Unit) -> bool:
         """Whether `unit` is a picture for which the folder of golden samples has none."""
-        return bool(self._by_stem) and unit.kind == "picture" and self.of(unit) is None
+        return bool(self._by_stem) and unit.kind != "series" and self.of(unit) is None
 
     def has(self, unit: ingest.Unit) -> bool:
         """Whether `unit` is itself a golden sample."""
@@ -380,6 +494,8 @@ def check_job(job: Job) -> None:
         raise UsageError(fault)
     if job.kind not in KINDS:
         raise UsageError(f"There is no kind {job.kind!r}: choose one of {', '.join(KINDS)}.")
+    if job.mm_per_pixel is not None and not 0 < job.mm_per_pixel < 1e6:
+        raise UsageError(f"A pixel of {job.mm_per_pixel:g} mm is no scale: --mm-per-pixel takes a size above 0.")
     if job.language not in LANGUAGES:
         raise UsageError(f"There is no language {job.language!r}: choose one of {', '.join(LANGUAGES)}.")
     if not job.formats:
@@ -420,10 +536,6 @@ def _shared_ending(one: str, other: str) -> int:
     """How many characters at their ends two names share."""
     pairs = zip(reversed(one), reversed(other), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _sha256(file: ingest.FileRef) -> str:
-    return hashlib.sha256(file.read()).hexdigest()
 
 
 def _stem(unit: ingest.Unit) -> str:

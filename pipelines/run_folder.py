@@ -1,11 +1,15 @@
 """The output folder of a run: which reports are done (`index.jsonl`) and which inputs were refused (`rejected.jsonl`).
 
 Both files are append-only while a run works, so that an interruption costs at most the line that was being written;
-opening the folder again repairs that. One run at a time writes into a folder.
+opening the folder again repairs that. Until the run ends, a later line replaces an earlier one of the same report. One
+run at a time writes into a folder.
+
+A later report on the same subject supersedes the former: both stay, and each line names the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,11 +21,13 @@ from types import TracebackType
 from typing import Any, Final
 
 from pipelines.study import Rejection
-from reports.files import atomic_write
+from reports.bundle import note_superseded
+from reports.files import atomic_write, is_temporary
+from reports.formats import own_files, run_file_links
 
 INDEX: Final = "index.jsonl"
 REJECTED: Final = "rejected.jsonl"
-_OWN_FILES: Final = ((INDEX,), (REJECTED,), ("index.html",))
+_OWN_FILES: Final = (INDEX, REJECTED, "index.html")
 _REPORT_ID: Final = re.compile("[0-9a-f]{16}")
 
 
@@ -51,6 +57,10 @@ class IndexEntry:
     errors: Mapping[str, str] = field(default_factory=dict)  # format -> why it could not be written
     refused: tuple[Rejection, ...] = ()  # files of the series that the report had to do without
     status: str = "done"
+    version: int = 1
+    supersedes: str | None = None  # the id of the report that this one replaces
+    superseded_by: str | None = None
+    subject: str = ""  # hash of the series UID or the file that it is about: the next report on it supersedes this one
 
 
 _FIELDS: Final = {f.name for f in fields(IndexEntry)}
@@ -80,7 +90,10 @@ class RunFolder:
                 "Another run is writing to the output folder: wait until it ends, or name another one with --out."
             ) from None
         self._entries = {entry.id: entry for entry in _entries(path / INDEX)}
-        self._by_request = {entry.request: entry for entry in self._entries.values() if entry.request}
+        current = [entry for entry in self._entries.values() if entry.superseded_by is None]
+        self._by_request = {entry.request: entry for entry in current}
+        self._by_subject = {entry.subject: entry for entry in current}
+        self._untidy = False  # whether a report has several lines
         self._rejections = dict.fromkeys(_rejections(path / REJECTED))
 
     def __enter__(self) -> RunFolder:
@@ -89,6 +102,9 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._untidy:
+            with contextlib.suppress(OutputError):  # the last line of a report counts until the folder is tidied
+                _write_lines(self.path / INDEX, self._entries.values())
         os.close(self._lock)
 
     @property
@@ -101,34 +117,64 @@ class RunFolder:
         """Every input that was refused and has not succeeded since."""
         return tuple(self._rejections)
 
+    def known(self, request: str) -> IndexEntry | None:
+        """The current report that was made on `request`, whatever its formats."""
+        return self._by_request.get(request) if request else None
+
     def finished(self, request: str, formats: Sequence[str]) -> IndexEntry | None:
-        """The entry of the report that was made on `request`, with all of `formats` in place, else None."""
-        entry = self._by_request.get(request)
+        """The entry of the current report that was made on `request`, with all of `formats` in place, else None."""
+        entry = self.known(request)
         if entry is None or any(name not in entry.formats for name in formats):
             return None
         return entry if all((self.path / file).is_file() for file in entry.formats.values()) else None
 
+    def current(self, subject: str) -> IndexEntry | None:
+        """The current report about `subject`."""
+        return self._by_subject.get(subject) if subject else None
+
+    def entry(self, report_id: str) -> IndexEntry | None:
+        """The line of a report."""
+        return self._entries.get(report_id)
+
     def add(self, entry: IndexEntry) -> IndexEntry:
         """Record a report; returns its line. Call it when all of its files are in place.
 
-        What an earlier run wrote on the same request in other formats stays part of it.
+        What an earlier run wrote on the same request in other formats stays part of it.  A report that it supersedes is
+        marked so, in its line and in its folder.
         """
-        again = entry.id in self._entries
-        if again and (earlier := self._entries[entry.id]).request == entry.request:
+        if (earlier := self._entries.get(entry.id)) and earlier.request == entry.request:
             kept = {
                 name: file
                 for name, file in earlier.formats.items()
                 if name not in entry.errors and (self.path / file).is_file()
             }
             entry = replace(entry, formats=kept | dict(entry.formats))
-        self._entries[entry.id] = entry
-        if entry.request:
-            self._by_request[entry.request] = entry
-        if again:
-            _write_lines(self.path / INDEX, self._entries.values())
-        else:
-            _append_line(self.path / INDEX, entry)
+        former = self._entries.get(entry.supersedes or "")
+        if former and former.superseded_by is None:
+            try:
+                note_superseded(self.path / former.id, entry.id)
+            except OSError as error:
+                raise cannot_write(error) from None
+        self._put(entry)
+        if former and former.superseded_by is None:
+            self._put(replace(former, superseded_by=entry.id))
         return entry
+
+    def _put(self, entry: IndexEntry) -> None:
+        self._untidy |= entry.id in self._entries
+        self._entries[entry.id] = entry
+        if entry.superseded_by is None:
+            self._by_request[entry.request] = entry
+            self._by_subject[entry.subject] = entry
+        else:
+            self._forget(entry)
+        _append_line(self.path / INDEX, entry)
+
+    def _forget(self, entry: IndexEntry) -> None:
+        """A superseded report is not found by what it was made on, or about."""
+        for known, key in ((self._by_request, entry.request), (self._by_subject, entry.subject)):
+            if key in known and known[key].id == entry.id:
+                del known[key]
 
     def start(self, inputs: Iterable[Path], rejections: Iterable[Rejection]) -> None:
         """Begin a run over `inputs`: what was refused of them earlier is forgotten, `rejections` are recorded."""
@@ -151,16 +197,31 @@ class RunFolder:
         if not real.is_relative_to(here):
             return False
         parts = real.relative_to(here).parts
-        return parts in _OWN_FILES or (len(parts) > 1 and _REPORT_ID.fullmatch(parts[0]) is not None)
+        if is_temporary(parts[0]):
+            return True
+        if len(parts) == 1:
+            return parts[0] in _OWN_FILES or parts[0] in own_files()
+        return _REPORT_ID.fullmatch(parts[0]) is not None
 
     def write_html_index(self) -> Path:
-        """Write `index.html` over all reports and refused inputs of the folder; returns its path."""
+        """Write `index.html` over the current reports and the refused inputs of the folder; returns its path."""
         from reports.index_page import write_index  # jinja2 is not needed before
 
         try:
-            return write_index(self.path, [asdict(e) for e in self.entries], [asdict(r) for r in self.rejections])
+            return write_index(
+                self.path,
+                [asdict(entry) for entry in self.entries if entry.superseded_by is None],
+                [asdict(rejection) for rejection in self.rejections],
+                formers={entry.id: _page(entry) for entry in self.entries if entry.superseded_by},
+                files=run_file_links(self.path),
+            )
         except OSError as error:
             raise cannot_write(error) from None
+
+
+def _page(entry: IndexEntry) -> str:
+    """What to open of a report: its HTML, or the first of its formats."""
+    return entry.formats.get("html") or next(iter(entry.formats.values()), entry.id)
 
 
 def _entries(path: Path) -> list[IndexEntry]:

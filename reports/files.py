@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
+
+_TEMPORARY: Final = re.compile(r"\.(.+\.)?\d+-[0-9a-f]+\.tmp")
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -54,10 +58,17 @@ def all_or_none(directory: Path) -> Iterator[Path]:
 def clear_leftovers(directory: Path) -> None:
     """Removes what a killed process left of its temporary files; the folder must have one writer."""
     for leftover in directory.glob(".*.tmp"):
+        if not is_temporary(leftover.name):
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of that name is one of the temporary ones that are made here."""
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,16 +22,26 @@ KINDS: Final = {"ct": "CT", "defect": "Inspection"}
 DISPOSITIONS: Final = ("reject", "hold", "rework", "accept")  # the most urgent first
 
 
-def write_index(out: Path, lines: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes `OUT/index.html` over the records of `index.jsonl` and `rejected.jsonl`; returns its path.
+def write_index(
+    out: Path,
+    lines: Sequence[Mapping[str, Any]],
+    rejected: Sequence[Mapping[str, Any]],
+    *,
+    formers: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes `OUT/index.html` over current records of `index.jsonl` and those of `rejected.jsonl`; returns its path.
 
-    Paths in the records are relative to `out`.  Raises OSError.
+    `formers` are the files of superseded reports by their ids, `files` those over the whole run by their formats.
+    Paths are relative to `out`.  Raises OSError.
     """
     env = environment()
     script = env.get_template("index.js").render()
     html = env.get_template("index.html.j2").render(
         lines=lines,
         rejected=rejected,
+        formers=formers or {},
+        files=files or {},
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         kinds=_counted((line["kind"] for line in lines), KINDS),

@@ -45,8 +45,11 @@ def write_report(directory: Path, bundle: Bundle, names: Collection[str] = ("jso
     return write_formats(directory, bundle, names)
 
 
-def write_formats(directory: Path, bundle: Bundle, names: Collection[str]) -> dict[str, Path]:
-    """Writes formats of a report beside what is there already. Returns and raises as `write_report`."""
+def write_formats(directory: Path, bundle: Bundle, names: Collection[str], *, tag: str = "") -> dict[str, Path]:
+    """Writes formats of a report beside what is there already. Returns and raises as `write_report`.
+
+    With a `tag` their files have other names: `report.TAG.html`.
+    """
     check_formats(names)
     written: dict[str, Path] = {}
     errors: dict[str, str] = {}
@@ -61,11 +64,16 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str]) -> di
             continue
         with all_or_none(directory) as folder:
             for filename, data in files.items():
-                (folder / filename).write_bytes(data)
-        written[name] = directory / next(iter(files))
+                (folder / _tagged(filename, tag)).write_bytes(data)
+        written[name] = directory / _tagged(next(iter(files)), tag)
     if errors:
         raise FormatError(errors, written)
     return written
+
+
+def _tagged(filename: str, tag: str) -> str:
+    stem, dot, ending = filename.partition(".")
+    return f"{stem}.{tag}{dot}{ending}" if tag else filename
 
 
 def write_run_formats(reports: RunReports, names: Collection[str]) -> dict[str, Path]:

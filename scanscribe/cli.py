@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from scanscribe.commands.correct import correct
+from scanscribe.commands.export import ListsFormats, export
 from scanscribe.commands.ingest import ingest
 from scanscribe.commands.send import send
 from scanscribe.options import (
@@ -227,6 +229,8 @@ app.command(epilog="Example: [cyan]scanscribe ingest archive/ --explain --save v
 
 
 app.command(epilog="Example: [cyan]scanscribe send reports --to PACS@archive.example:104[/]")(send)
+app.command(cls=ListsFormats, epilog="Example: [cyan]scanscribe export reports --formats pdf,csv,lot[/]")(export)
+app.command(epilog="Example: [cyan]scanscribe correct reports/0123456789abcdef --by edits.json[/]")(correct)
 
 
 @app.command(epilog="Example: [cyan]scanscribe doctor --json[/]")
@@ -287,7 +291,7 @@ def _job(inputs: list[Path], out: Path, **flags: Any) -> Job:
     from scanscribe.settings import settings
 
     chosen = settings(**flags)
-    return Job(tuple(inputs), out, **chosen.model_dump())
+    return Job(tuple(inputs), out, **dict(chosen))
 
 
 def _run(work: Callable[[Job, Listener], RunSummary], job: Job, waiting: str, as_json: bool) -> NoReturn:

@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import FORMATS, UsageError
+from reports.lot.sampling import LotPlan
 from reports.rules import DEFAULT_RULES
 from reports.texts import Language
 
@@ -25,7 +26,9 @@ FILE = "scanscribe.toml"  # in the folder where the command is given
 class Settings(BaseSettings):
     """The settings that every run shares."""
 
-    model_config = SettingsConfigDict(env_prefix="SCANSCRIBE_", toml_file=FILE, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="SCANSCRIBE_", env_nested_delimiter="__", toml_file=FILE, extra="forbid"
+    )
 
     formats: Annotated[tuple[str, ...], NoDecode] = FORMATS
     model: str = "default"
@@ -34,6 +37,7 @@ class Settings(BaseSettings):
     reference: Path | None = None
     rules: Path = DEFAULT_RULES
     language: Language = "en"
+    lot: LotPlan = LotPlan()
     mm_per_pixel: float | None = None
     identifiers: Path = DEFAULT_PATTERNS
 
