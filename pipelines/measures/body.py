@@ -13,14 +13,14 @@ import numpy as np
 from scipy import ndimage
 
 from pipelines.measures.grid import AIR_HU, Grid
+from pipelines.measures.sections import SECTIONS, fill, grow, shrink
 from reports.schema import Measurement
 
 TISSUE_HU: Final = -250  # half-way between air and fat, nearer to fat: mattresses and clothes stay out
-TABLE_MM: Final = 6.0  # what an opening of this radius removes is thinner than a table top
+TABLE_MM: Final = 4.0  # an opening of this radius takes away table tops, and of a chest wall only its thinnest spots
 BONE_HU: Final = 200
+SKIN_MM: Final = 4.0
 BONE_PIECE_ML: Final = 0.5
-IN_PLANE: Final = ndimage.generate_binary_structure(2, 1)[np.newaxis]
-SECTIONS: Final = np.pad(IN_PLANE, ((1, 1), (0, 0), (0, 0)))  # the same for `ndimage.label`, which wants 3 x 3 x 3
 BORDER_SHARE: Final = 0.03  # of the body's outline at the image border, from which on the patient does not fit in
 
 
@@ -40,16 +40,17 @@ def find_body(grid: Grid) -> Body | None:
     # The opening is found on every other pixel: it only has to tell a patient from a table.
     half = np.ascontiguousarray(tissue[:, ::2, ::2])
     steps = max(1, round(TABLE_MM / (grid.voxel_mm[1] + grid.voxel_mm[2])))
-    eroded = ndimage.binary_erosion(half, IN_PLANE, iterations=steps)
-    core = largest(ndimage.binary_dilation(eroded, IN_PLANE, iterations=steps, mask=half))
+    core = largest(grow(shrink(half, steps), steps, within=half))
     if core is None:
         return None
-    near = ndimage.binary_dilation(core, IN_PLANE, iterations=steps)
+    near = grow(core, 2 * steps)  # and brings those spots back
     near = near.repeat(2, axis=1)[:, : tissue.shape[1]].repeat(2, axis=2)[:, :, : tissue.shape[2]]
-    mask = fill_sections(tissue & near)
+    mask = fill(tissue & near)
     if mask.sum() * grid.pixel_mm2 < 100 * len(mask):
         return None
-    bone = _without_specks((grid.hu_ZYX >= 0.75 * BONE_HU) & mask, BONE_PIECE_ML / grid.voxel_ml)
+    # Sharp kernels lift the skin to the density of bone.
+    below_skin = shrink(mask, max(1, round(SKIN_MM / grid.voxel_mm[1])))
+    bone = _without_specks((grid.hu_ZYX >= 0.75 * BONE_HU) & below_skin, BONE_PIECE_ML / grid.voxel_ml)
     trunk = _trunk(mask)
     around = 4 * np.sqrt(trunk.sum(axis=(1, 2)))  # pixels of the outline, more or less
     return Body(mask, bone, trunk, (trunk & _border(grid)).sum(axis=(1, 2)) > BORDER_SHARE * around)
@@ -85,16 +86,6 @@ def largest(mask: np.ndarray) -> np.ndarray | None:
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return np.asarray(labels == sizes.argmax())
-
-
-def fill_sections(mask: np.ndarray) -> np.ndarray:
-    """Fills what is enclosed within each axial section: lungs and bowel stay open to the ends of a scan."""
-    labels, count = ndimage.label(~mask, SECTIONS)
-    outside = np.zeros(count + 1, bool)
-    for border in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
-        outside[border] = True
-    outside[0] = False
-    return ~outside[labels]
 
 
 def _without_specks(mask: np.ndarray, least: float) -> np.ndarray:
@@ -149,7 +140,7 @@ def diameters(grid: Grid, body: Body) -> tuple[Measurement, ...]:
 
 def near_bone(body: Body) -> np.ndarray:
     """Where on the coarse grid voxels of `BONE_HU` are bone: the mask and its neighbours."""
-    return np.asarray(ndimage.binary_dilation(body.bone) & body.mask)
+    return grow(body.bone) & body.mask
 
 
 def bone_size(grid: Grid, voxels: int) -> Measurement:
@@ -206,7 +197,7 @@ def _section(grid: Grid, body: Body, lungs_ZYX: np.ndarray, z: int) -> str | Non
     bone_share = bone.sum() / pixels
     columns = np.flatnonzero(mask.any(axis=0))
     wide = (columns[-1] - columns[0] + 1) * grid.voxel_mm[2]
-    enclosed = (fill_sections(bone[np.newaxis])[0].sum() - bone.sum()) / pixels
+    enclosed = (fill(bone[np.newaxis])[0].sum() - bone.sum()) / pixels
     if 130 <= diameter <= 220 and enclosed > 0.5:
         return "head"
     air = ((grid.hu_ZYX[z] < -400) & mask).sum() / pixels

@@ -12,8 +12,9 @@ from typing import Final
 import numpy as np
 from scipy import ndimage
 
-from pipelines.measures.body import IN_PLANE, SECTIONS, Body, fill_sections
+from pipelines.measures.body import Body
 from pipelines.measures.grid import Grid
+from pipelines.measures.sections import SECTIONS, fill, grow, shrink
 from reports.measurements import HOUNSFIELD
 from reports.schema import Measurement
 
@@ -40,7 +41,6 @@ SCANNED_PART: Final = "; of the scanned part, as the scan ends inside the lungs"
 SIZE_METHOD: Final = "voxels of the lung mask times their size"
 LAA_METHOD: Final = "share of both lungs below -950 HU; depends on kernel, slice thickness and noise"
 HAA_METHOD: Final = "share of both lungs from -600 to -250 HU; the edges of vessels count too"
-SQUARE: Final = np.ones((1, 3, 3), bool)
 
 
 class NoLungsError(ValueError):
@@ -96,7 +96,7 @@ def find_airways(grid: Grid, body: Body) -> np.ndarray:
             if len(course) >= need:
                 for z, members in course.items():
                     found[z] = np.isin(labels[z], members)
-                return np.asarray(ndimage.binary_dilation(found, IN_PLANE))
+                return grow(found)
     return found
 
 
@@ -105,7 +105,8 @@ def _open_to_the_side(grid: Grid, body: Body) -> bool:
     wider than cushions and clothes are."""
     hu = grid.hu_ZYX[body.cut]
     like_lung = (hu > -920) & (hu < -500) & ~body.mask[body.cut]
-    wide = ndimage.binary_opening(like_lung, IN_PLANE, iterations=max(1, round(WIDE_MM / grid.voxel_mm[1])))
+    steps = max(1, round(WIDE_MM / grid.voxel_mm[1]))
+    wide = grow(shrink(like_lung, steps), steps)
     return bool((wide.sum(axis=(1, 2)) * grid.pixel_mm2 > 100 * LEAST_CM2).any())
 
 
@@ -180,7 +181,7 @@ def _divide(piece: np.ndarray, middle: float) -> tuple[np.ndarray, np.ndarray]:
     whole = piece[box]
     shrunk = whole
     for steps in range(1, DIVIDE_STEPS + 1):
-        shrunk = ndimage.binary_erosion(shrunk, IN_PLANE)
+        shrunk = shrink(shrunk)
         labels, count = ndimage.label(shrunk)
         sizes = np.bincount(labels.ravel(), minlength=3)
         sizes[0] = 0
@@ -199,8 +200,8 @@ def _divide(piece: np.ndarray, middle: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _grow_back(whole: np.ndarray, left: np.ndarray, right: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(steps):
-        left = left | (ndimage.binary_dilation(left, IN_PLANE) & whole & ~right)
-        right = right | (ndimage.binary_dilation(right, IN_PLANE) & whole & ~left)
+        left = grow(left, within=whole & ~right)
+        right = grow(right, within=whole & ~left)
     return left, right
 
 
@@ -208,11 +209,8 @@ def _smooth(grid: Grid, lung: np.ndarray, airways: np.ndarray) -> np.ndarray:
     """Closes vessels and fills what a lung encloses within each section."""
     steps = max(1, round(CLOSING_MM / grid.voxel_mm[1]))
     (box,) = ndimage.find_objects(lung.astype(np.int8))
-    crop = np.pad(lung[box], ((0, 0), (steps + 1,) * 2, (steps + 1,) * 2))
-    for operation in (ndimage.binary_dilation, ndimage.binary_erosion):
-        for step in range(steps):  # cross and square in turn make an octagon
-            crop = operation(crop, SQUARE if step % 2 else IN_PLANE)
-    crop = fill_sections(crop)[:, steps + 1 : -steps - 1, steps + 1 : -steps - 1]
+    crop = np.pad(lung[box], ((0, 0), (steps, steps), (steps, steps)))
+    crop = fill(shrink(grow(crop, steps), steps))[:, steps:-steps, steps:-steps]
     out = np.zeros_like(lung)
     out[box] = crop
     return out & ~airways

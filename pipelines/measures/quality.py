@@ -34,20 +34,23 @@ def noise(
     chosen = np.unique(np.linspace(0, slices - 1, min(SLICES, slices) + 2)[1:-1].round().astype(int))
     tissue: list[np.ndarray] = []
     air: list[np.ndarray] = []
+    pixels = 0
     for index in chosen:
         hu = clean(volume_SHW[index]).astype(np.float32)
         patches = _patches(hu, spacing_mm)
         if not patches.size:
             return None
         mask = _patches(grid.on_slice(inside, int(index)), spacing_mm)
-        mean, spread = patches.mean(axis=-1), patches.std(axis=-1)
+        mean, spread = patches.mean(axis=-1), patches.std(axis=-1, ddof=1)
         within = mask.all(axis=-1) & (mean >= SOFT_TISSUE_HU[0]) & (mean <= SOFT_TISSUE_HU[1])
         tissue.append(spread[within])
         lowest = (patches <= AIR_HU).mean(axis=-1)
         air.append(spread[~mask.any(axis=-1) & (mean < AIR_BELOW_HU) & (lowest < CLIPPED)])
+        pixels = patches.shape[-1]
     in_tissue, in_air = np.concatenate(tissue), np.concatenate(air)
     if in_tissue.size >= PATCHES:
-        value = _mode(in_tissue)
+        # The most frequent deviation of n values lies a little below the true one (mode of the chi distribution).
+        value = _mode(in_tissue) * float(np.sqrt((pixels - 1) / (pixels - 2)))
         method = "most frequent standard deviation in 6 mm patches of soft tissue, 0 to 100 HU (global noise level)"
     elif in_air.size >= PATCHES:
         value = float(np.median(in_air))
@@ -66,13 +69,11 @@ def _patches(slice_HW: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarra
 
 
 def _mode(values: np.ndarray) -> float:
-    """The centre of the densest half, halved again and again (half-sample mode): needs no bins."""
+    """The mean of the densest quarter: where most values lie, without bins."""
     ordered = np.sort(values)
-    while len(ordered) > 2:
-        half = (len(ordered) + 1) // 2
-        start = int(np.argmin(ordered[half - 1 :] - ordered[: len(ordered) - half + 1]))
-        ordered = ordered[start : start + half]
-    return float(ordered.mean())
+    size = len(ordered) // 4
+    start = int(np.argmin(ordered[size:] - ordered[:-size]))
+    return float(ordered[start : start + size].mean())
 
 
 def thickness_flags(geometry: Geometry) -> tuple[str, ...]:
