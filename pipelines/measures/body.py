@@ -171,7 +171,7 @@ REGION_RULE: Final = (
     " ring of bone. Extremity: effective diameter under 150 mm, bone over 8% of the area, no ring of bone around more"
     " than a third, no air inside. Pelvis: effective diameter over 180 mm, over 200 mm wide, bone over 6% of the area,"
     " at least half of it in the outer quarters of both sides. Abdomen: effective diameter over 180 mm, bone 0.5 to 6%"
-    " of the area, less than 40% of it in the outer quarters"
+    " of the area, less than 40% of it in the outer quarters, air in less than 10%"
 )
 
 
@@ -210,7 +210,7 @@ def _section(grid: Grid, body: Body, lungs_ZYX: np.ndarray, z: int) -> str | Non
     outer = (left + right) / max(bone.sum(), 1)
     if wide > 200 and bone_share > 0.06 and outer >= 0.5 and min(left, right) > 0.15 * bone.sum():
         return "pelvis"
-    if 0.005 < bone_share < 0.06 and outer < 0.4:
+    if 0.005 < bone_share < 0.06 and outer < 0.4 and air < 0.1:
         return "abdomen"
     return None
 

@@ -155,13 +155,16 @@ def _pieces(grid: Grid, air: np.ndarray, single: bool) -> list[np.ndarray]:
 def _sides(pieces: list[np.ndarray], middle: float) -> tuple[np.ndarray, np.ndarray]:
     """(left, right): each piece by the side of the midline that it lies on; one that spans both is divided."""
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    largest = pieces[0].sum()
     for piece in pieces:
         columns = piece.sum(axis=(0, 1))
         share = columns[np.arange(len(columns)) > middle].sum() / columns.sum()
-        parts = _divide(piece, middle) if 1 - ONE_SIDED < share < ONE_SIDED else (piece, None)
-        left_first = share > 0.5 or parts[1] is not None
-        for side, part in zip(sides if left_first else sides[::-1], parts, strict=True):
-            if part is not None:
+        if share >= ONE_SIDED:
+            sides[0].append(piece)
+        elif share <= 1 - ONE_SIDED:
+            sides[1].append(piece)
+        elif piece.sum() > largest / 10:  # smaller ones are a trachea
+            for side, part in zip(sides, _divide(piece, middle), strict=True):
                 side.append(part)
     if not (sides[0] and sides[1]):
         raise NoLungsError("not-two-lungs")
