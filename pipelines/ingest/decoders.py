@@ -21,6 +21,7 @@ JPEG_BASELINE: Final = "1.2.840.10008.1.2.4.50"
 JPEG_EXTENDED: Final = "1.2.840.10008.1.2.4.51"
 JPEG_LOSSLESS: Final = "1.2.840.10008.1.2.4.57"
 JPEG_LOSSLESS_SV1: Final = "1.2.840.10008.1.2.4.70"
+JPEG_2000: Final = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 CODECS: Final = {  # transfer syntax -> the codec that reads it
     RLE: "pydicom",
     JPEG_BASELINE: "pillow",
@@ -48,16 +49,18 @@ class Frame:
     bits_allocated: int
     bits_stored: int
     signed: bool
+    codec: str
 
-    @property
-    def codec(self) -> str:
-        # GDCM reads the 12-bit streams of JPEG Extended, which Pillow does not.
-        return "pillow" if self.syntax == JPEG_EXTENDED and self.bits_stored <= 8 else CODECS[self.syntax]
+
+def codec_of(syntax: str, bits_stored: int) -> str:
+    """The codec that reads such a frame in any process."""
+    # GDCM reads the 12-bit streams of JPEG Extended, which Pillow does not.
+    return "pillow" if syntax == JPEG_EXTENDED and bits_stored <= 8 else CODECS[syntax]
 
 
 def decode(frame: Frame) -> tuple[str, bytes]:
     """(numpy type, values row by row). Raises whatever the codec raises."""
-    if frame.codec == "gdcm":
+    if frame.codec == "gdcm" and not frame.syntax.startswith(JPEG_2000):
         return _with_gdcm(frame)
     from pydicom.encaps import encapsulate
     from pydicom.pixels import get_decoder

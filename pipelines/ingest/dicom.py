@@ -188,6 +188,11 @@ def read_header(ref: FileRef) -> Header:
     return _read_header(ref, info.st_mtime_ns, info.st_size)
 
 
+def forget_headers() -> None:
+    """Read every file anew."""
+    _read_header.cache_clear()
+
+
 @functools.lru_cache(CACHED_HEADERS)
 def _read_header(ref: FileRef, mtime_ns: int, size: int) -> Header:
     with ref.open() as stream:
@@ -534,29 +539,31 @@ def _check_deflated(stream: BinaryIO) -> None:
 
 def text(item: Item, keyword: str) -> str:
     """The value as stripped text, values of a list joined by a backslash; "" when absent."""
-    try:
-        value = item.get(keyword)
-    except Exception:  # pydicom meets values that break their VR with errors of many types
-        return ""
-    if value is None:
-        return ""
-    values = value if isinstance(value, list | pydicom.multival.MultiValue) else [value]
-    return "\\".join(str(v).strip().strip("\0") for v in values)
+    return "\\".join([str(value).strip().strip("\0") for value in _values(item, keyword)])
 
 
 def numbers(item: Item, keyword: str, count: int | None = None) -> Numbers | None:
     """The value as finite numbers, or None when it is absent, malformed or not of `count` numbers."""
     try:
-        value = item.get(keyword)
-        if value is None or value == "":
-            return None
-        values = value if isinstance(value, list | pydicom.multival.MultiValue) else [value]
-        found = tuple(float(v) for v in values)
-    except Exception:  # as above
+        found = tuple([float(value) for value in _values(item, keyword)])
+    except (TypeError, ValueError, OverflowError):
         return None
     if (count is not None and len(found) != count) or not found or not all(map(math.isfinite, found)):
         return None
     return found
+
+
+def _values(item: Item, keyword: str) -> list[Any]:
+    """The value or values of an attribute; empty where it is absent, empty or breaks its VR."""
+    try:
+        value = item.get(keyword)
+    except Exception:  # pydicom meets values that break their VR with errors of many types
+        return []
+    if value is None or value == "":
+        return []
+    if type(value) in (str, int, float):  # what a scanned header gives: this is asked 100 times a file
+        return [value]
+    return list(value) if isinstance(value, list | pydicom.multival.MultiValue) else [value]
 
 
 def _number(item: Item, keyword: str, default: float = 0) -> float:

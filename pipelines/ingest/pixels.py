@@ -11,9 +11,10 @@ from typing import Final, Literal
 
 import numpy as np
 from pydicom.encaps import generate_frames
+from pydicom.pixels.utils import get_j2k_parameters
 
 from pipelines.ingest.codecs import NATIVE, decode
-from pipelines.ingest.decoders import Frame
+from pipelines.ingest.decoders import Frame, codec_of
 from pipelines.ingest.dicom import Header, Layout, Rescale, parse
 from pipelines.ingest.refusals import Refusal
 
@@ -23,6 +24,7 @@ PADDING_SHARE: Final = 0.01  # of the pixels: so many of one value below air are
 TISSUE_HU: Final = (-900, 2000)  # padding that maps to a value in between hides tissue
 LOSSY_SMEAR_HU: Final = 200
 METAL_HU: Final = 16_000  # dense metal on extended scales stays below
+JPEG_2000: Final = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.20")
 _UNDEFINED: Final = 0xFFFFFFFF
 _INT16: Final = np.iinfo(np.int16)
 
@@ -64,10 +66,19 @@ def read_stored(header: Header, *, frames: int) -> Stored:
     streams = _streams(value, layout.frames)
 
     def compressed(index: int) -> np.ndarray:
-        fields = layout.rows, layout.columns, layout.bits_allocated, layout.bits_stored, layout.signed
-        return decode(Frame(layout.syntax, streams[index], *fields), frames=frames)
+        frame = Frame(
+            layout.syntax,
+            streams[index],
+            layout.rows,
+            layout.columns,
+            layout.bits_allocated,
+            layout.bits_stored,
+            layout.signed,
+            codec_of(layout.syntax, layout.bits_stored),
+        )
+        return decode(frame, frames=frames)
 
-    return Stored(digest, compressed, frozenset())
+    return Stored(digest, compressed, _stream_flags(streams[0], layout))
 
 
 def _pixel_value(data: bytes, layout: Layout) -> tuple[memoryview, bool]:
@@ -103,6 +114,13 @@ def _streams(value: memoryview, frames: int) -> list[bytes]:
     if len(streams) < frames:
         raise Refusal("truncated", f"The pixel data holds {len(streams):,} of {frames:,} frames.")
     return streams
+
+
+def _stream_flags(stream: bytes, layout: Layout) -> frozenset[str]:
+    """JPEG 2000 says by itself whether its values are signed. Where the header says otherwise, the header is right:
+    its bits were compressed as if they were of the other kind."""
+    declared = get_j2k_parameters(stream).get("is_signed") if layout.syntax.startswith(JPEG_2000) else None
+    return frozenset() if declared in (None, layout.signed) else frozenset({"signedness-mismatch"})
 
 
 def _check_fragments(value: memoryview) -> None:

@@ -13,6 +13,7 @@ Quality flags that a study can carry:
     padding-looks-like-tissue the declared padding value maps to HU that tissue has; it was masked all the same
     unused-bits-masked        bits beyond Bits Stored were not empty and were taken off
     excess-pixel-data         the file holds more pixel data than its frames need
+    signedness-mismatch       the JPEG 2000 stream and the header differ on whether values are signed
     lossy-compression         the pixels went through lossy compression
     coarse-hu                 neighbouring stored values are more than 4 HU apart
     implausible-hu            values that no CT has: far too dense, or nothing as light as fat anywhere
