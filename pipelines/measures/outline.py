@@ -20,7 +20,7 @@ BINS: Final = 128
 DISTINCT: Final = 3.0  # contrast over the spread of the surroundings
 RING_MARKED: Final = 0.2  # share of the ring above the threshold: more, and the box's content goes on around it
 LEAST_PIXELS: Final = 6
-SPAN: Final = 0.65  # of the box's sides that an outline takes at least: the box was drawn around the whole finding
+SPAN: Final = 0.65  # of the box's sides: what takes less of them is a part of the finding, or only texture
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ def find_outline(
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     mask = ndimage.binary_fill_holes(labels == sizes.argmax())
-    if mask.sum() < LEAST_PIXELS or _span(mask, 0) < SPAN * _span(box, 0) or _span(mask, 1) < SPAN * _span(box, 1):
+    partial = any(_span(mask, axis) < SPAN * _span(box, axis) for axis in (0, 1))
+    if mask.sum() < LEAST_PIXELS or (partial and reference is None):
         return None
     return Outline(mask, left, top, step)
 
