@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Final
 
 from pipelines.evaluation.names import (
@@ -68,7 +69,7 @@ the zoom adapted, so that views have the same scale. {mirrored} are inspected in
 
 ## Measured on validation data
 
-{about} Validation sets are small and were used for calibration: expect less on new sources.
+{about}
 
 {figures}
 
@@ -92,7 +93,7 @@ the zoom adapted, so that views have the same scale. {mirrored} are inspected in
 - A picture of anything else is still read as the nearest known kind; low kind confidence is flagged in the report.
 - A board without its golden sample is read with less certainty, and the report says so.
 - Confidences are calibrated on the validation sets above and on nothing else.
-- Not shown to be better than a trivial answer (the interval reaches the best baseline): {unproven}.
+{unproven}
 """
 
 
@@ -148,12 +149,12 @@ def measured_parts(summaries: Summaries) -> dict[str, str]:
     scored = {name: summary for name, summary in summaries.items() if summary["n"]}
     return {
         "data_rows": "\n".join(_data_row(name, summary) for name, summary in summaries.items()),
-        "about": f"{ABOUT_INTERVALS} {ABOUT_BASELINES} {ABOUT_TEXT}",
+        "about": fill(f"{ABOUT_INTERVALS} {ABOUT_BASELINES} {ABOUT_TEXT} {_CAUTION}", 120),
         "figures": "\n\n".join(_figures(name, summary) for name, summary in scored.items()),
-        "about_ece": ABOUT_ECE,
+        "about_ece": fill(ABOUT_ECE, 120),
         "calibration": _calibration(scored),
         "outside": _outside(scored),
-        "unproven": _unproven(scored),
+        "unproven": fill(f"- {_UNPROVEN}: {_unproven(scored)}.", 120, subsequent_indent="  ", break_on_hyphens=False),
     }
 
 
@@ -203,7 +204,7 @@ def _outside(scored: Summaries) -> str:
         "Images that were refused before the model saw them are only counted."
     )
     head = ["data set", "other images + refused", "AUROC", "flagged", "false alarms"]
-    return f"{words}\n\n{_table(head, rows)}"
+    return f"{fill(words, 120)}\n\n{_table(head, rows)}"
 
 
 def _unproven(scored: Summaries) -> str:
@@ -217,6 +218,8 @@ def _unproven(scored: Summaries) -> str:
     return "; ".join(weak) or "none"
 
 
+_CAUTION: Final = "Validation sets are small and were used for calibration: expect less on new sources."
+_UNPROVEN: Final = "Not shown to be better than a trivial answer (the interval reaches the best baseline)"
 _NO_CONTEST: Final = ("laterality_answered", "f1_reported_minus_best")  # more is not better
 
 

@@ -216,6 +216,8 @@ def evaluate(
             progress=lambda done, total: tell("Reading images", done, total),
         )
     sets = list(figures["sets"].values()) if "sets" in figures else [figures]
+    if outside is not None and all(each["outside"] is None for each in sets):
+        print("scanscribe: the model does not judge whether an image is of a kind that it knows.", file=sys.stderr)
     if as_json:
         _print_json(figures)
     else:

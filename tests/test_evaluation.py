@@ -25,8 +25,9 @@ from pipelines.evaluation.outside import outside_figures
 from pipelines.evaluation.predictions import PredictedFinding, Prediction, to_json_lines
 from pipelines.evaluation.worst import worst_cases
 from pipelines.manifest import BoxLabel, Case, ManifestError, read_manifest
-from pipelines.model_card import measured_parts
+from pipelines.model_card import measured_parts, read_evaluations
 from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
+from pipelines.store import Calibration, ModelError, StoredModel
 from pipelines.study import ImageStudy
 from scanscribe.cli import main
 
@@ -223,7 +224,8 @@ def test_the_nearest_neighbour_has_the_labels_of_the_most_similar_image(tmp_path
     (answer,) = nearest_answers([at("dim")], train)
     assert [(f.type, f.bbox, f.reported) for f in answer.findings] == [("crack", (0, 0, 20, 40), True)]
     assert answer.findings[0].confidence > 0.99
-    assert nearest_answers([at("up")], train)[0].findings != answer.findings  # never its own neighbour
+    itself = nearest_answers([train[0]], train)[0]
+    assert "crack" not in {finding.type for finding in itself.findings}  # never its own neighbour
     kept = sorted((tmp_path / "home" / "cache").iterdir())
     assert nearest_answers([at("dim")], train) == [answer]
     assert sorted((tmp_path / "home" / "cache").iterdir()) == kept
@@ -282,25 +284,30 @@ def test_images_of_other_kinds_are_told_apart_by_the_model_s_own_word() -> None:
 
 
 def test_the_worst_cases_are_those_that_lost_most_confidence() -> None:
+    far = BoxLabel("crack", (50.0, 0.0, 60.0, 10.0))
     cases = [defect("1", CRACK), defect("2"), defect("3", CRACK), defect("4"), ct("5", ("cyst",), region="chest")]
+    cases += [defect("6", far)]
     answers = [
         tile("1", seen("crack", 0.95)),
         tile("2", seen("crack", 0.9), seen("fray", 0.8, reported=False)),
         tile("3", seen("crack", 0.3, reported=False)),
         Prediction("4", error="damaged: text"),
         Prediction("5", "ct", fields={"region": reading("abdomen", abdomen=0.9, chest=0.1)}),
+        tile("6", seen("crack", 0.6)),
     ]
     worst = worst_cases([Pair(i, *pair) for i, pair in enumerate(zip(cases, answers, strict=True))], 10)
     assert [(loss.pair.case.id, round(loss.amount, 2)) for loss in worst] == [
         ("5", 1.9),
+        ("6", 1.6),
         ("4", 1),
         ("2", 0.9),
         ("3", 0.7),
     ]
     assert worst[0].reasons == ("cyst missed", "region abdomen, not chest")
-    assert worst[1].reasons == ("no answer (damaged)",)
-    assert worst[2].reasons == ("crack at 90% is not labelled",)
-    assert worst[3].reasons == ("crack missed",) and worst[3].missed == (CRACK,)
+    assert (worst[1].missed, worst[1].wrong) == ((far,), answers[5].findings)  # the right type at the wrong place
+    assert worst[2].reasons == ("no answer (damaged)",)
+    assert worst[3].reasons == ("crack at 90% is not labelled",)
+    assert worst[4].reasons == ("crack missed",) and worst[4].missed == (CRACK,)
 
 
 def test_images_with_many_types_have_no_image_type() -> None:
@@ -513,7 +520,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_line_of_the_manifest_gets_a_line(data: Path, tmp_path: Path) -> None:
     out, saved, calls = tmp_path / "new" / "scores.json", tmp_path / "new" / "predictions.jsonl", []
-    result = evaluate(data, out=out, predictions=saved, progress=lambda done, total: calls.append((done, total)))
+
+    def note(done: int, total: int) -> None:
+        calls.append((done, total))
+        assert len(read_predictions(saved)) == done  # a process that is killed now loses nothing
+
+    result = evaluate(data, out=out, predictions=saved, progress=note)
     answers = read_predictions(saved)
     assert [answer.id for answer in answers] == ["b", "a", "board", "broken", "odd"]
     assert [answer.product_line for answer in answers] == ["tile", "tile", "board", None, None]
@@ -682,3 +694,18 @@ def test_the_model_card_tells_what_was_measured(data: Path) -> None:
     assert "| mAP at IoU 0.5 | 1.000" in card["figures"] and "| majority |" in card["figures"]
     assert "mine, detections" in card["calibration"] and "| mine | 1 + 0 | 0.5" in card["outside"]
     assert "more" not in card["figures"]
+
+
+def test_a_card_is_written_of_its_own_model_s_evaluations_only(data: Path, tmp_path: Path) -> None:
+    stored = StoredModel(tmp_path, "fixed", "1", {}, Calibration(), "0" * 64, "0" * 64)
+    with pytest.raises(ModelError, match="empty"):
+        read_evaluations(stored)
+    result = evaluate(data, out=tmp_path / "evaluation" / "mine.json")
+    assert read_evaluations(stored) == {"mine": result}
+    with pytest.raises(ModelError, match="other weights"):
+        read_evaluations(replace(stored, weights_sha256="1" * 64))
+
+
+def test_a_place_that_cannot_be_written_costs_no_evaluation(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        evaluate(data, out=tmp_path, progress=lambda done, total: pytest.fail("an image was read"))

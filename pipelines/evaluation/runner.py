@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -273,3 +274,5 @@ def _make_folders(*files: Path | None) -> None:
     for path in files:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder, give a file", str(path))
