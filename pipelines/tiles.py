@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in the picture's pixel
 
 LARGE_SIDE: Final = 8192  # longest side, in pixels, above which a picture is read tile by tile
 OVERVIEW_SIDE: Final = 2048  # longest side of an overview is at most this
-MAX_TILES: Final = 144  # more would take minutes on a CPU; larger pictures get larger tiles, which are scaled down
+MAX_TILES: Final = 100  # more would take minutes on a CPU; larger pictures get larger tiles, which are scaled down
 OVERLAP: Final = 0.2  # of a tile's side, that it shares with its neighbour
 KEEP: Final = 300  # findings of a picture
 LIKELIEST: Final = 2_000  # of all items of all tiles, that are merged into findings

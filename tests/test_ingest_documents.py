@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import threading
@@ -23,6 +24,7 @@ from pipelines.ingest import documents, load, plan
 from pipelines.ingest.documents import decode_text, kind_of, read_document
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.identifiers import PatternError, default_patterns, load_patterns
+from pipelines.ingest.refusals import Refusal
 from pipelines.run import Job, execute
 from pipelines.study import Document, ImageStudy, SourceFile
 
@@ -318,10 +320,8 @@ def test_utf_8_is_never_taken_for_anything_else(text: str) -> None:
 @given(st.binary(max_size=2000))
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_text_or_refused(data: bytes) -> None:
-    try:
+    with contextlib.suppress(Refusal):
         documents.tidy(decode_text(data)).encode()
-    except documents.Refusal as refused:
-        assert refused.code == "not-text"
 
 
 def test_a_long_text_is_cut_and_said(tmp_path: Path) -> None:
@@ -353,12 +353,10 @@ def test_the_kind_of_a_document_is_told_by_its_words(text: str, kind: str) -> No
 # ---------------------------------------------------------------- numbers
 
 
-def found_in(
-    text: str = "", *, files: tuple[str, ...] = ("in/a.png",), kind: str = "inspection-sheet"
-) -> dict[str, str]:
+def found_in(text: str = "", *, file: str = "in/a.png", kind: str = "inspection-sheet") -> dict[str, str]:
     source = SourceFile("in/sheet.pdf", "0" * 64, "application/pdf", 0)
     pages = (Document(text, kind, source),) if text else ()  # type: ignore[arg-type]
-    return dict(default_patterns().search(pages, [FileRef(Path(file)) for file in files]).values)
+    return dict(default_patterns().search(pages, [FileRef(Path(file))]).values)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +393,7 @@ def test_numbers_in_documents(line: str, numbers: dict[str, str]) -> None:
     ],
 )
 def test_numbers_in_names(file: str, numbers: dict[str, str]) -> None:
-    assert found_in(files=(file,)) == numbers
+    assert found_in(file=file) == numbers
 
 
 def test_a_prior_report_has_numbers_of_its_own_examination() -> None:
@@ -416,7 +414,7 @@ def test_where_places_disagree_the_number_is_left_out(tmp_path: Path) -> None:
     [
         ("[document]\nlot = ['(?P<value>']", "no regular expression"),
         ("[document]\nlot = ['Lot (.*)']", "lacks a group"),
-        ("[document]\nlot = ['(?P<value>(a+)+)$!']", "takes too long"),
+        ("[document]\nlot = ['(?P<value>(a|aa)+)\\s?c']", "takes too long"),
         ("[document]\ncolour = []", "accession, lot, part, serial"),
         ("[elsewhere]\nlot = []", "document, name"),
         ("[document]\nlot = 'x'", "must be a list"),
@@ -430,9 +428,9 @@ def test_patterns_that_cannot_work_are_refused_with_the_place(tmp_path: Path, to
 
 
 def test_a_slow_pattern_costs_a_moment_and_is_said(tmp_path: Path) -> None:
-    (tmp_path / "p.toml").write_text("[document]\nlot = ['Lot (?P<value>(?:[b-z]+[b-z]?)+)!']")
+    (tmp_path / "p.toml").write_text("[document]\nlot = ['Lot (?P<value>(y|yy)+)\\s?c']")
     source = SourceFile("sheet.txt", "0" * 64, "text/plain")
-    pages = (Document("Lot " + "bcd" * 100 + "\n" + "Lot x!", "text", source),)
+    pages = (Document("Lot " + "y" * 300, "text", source),)
     began = time.perf_counter()
     found = load_patterns(tmp_path / "p.toml").search(pages, [FileRef(Path("a.png"))])
     assert time.perf_counter() - began < 2
