@@ -160,6 +160,12 @@ def test_a_faint_lesion_is_measured_by_its_box() -> None:
     assert "side of the evidence box" in found[0].method
 
 
+def test_the_size_of_a_region_of_attention_does_not_pass_for_that_of_a_lesion() -> None:
+    found = named(measure_lesion(nodule((0.5, 0.5), 30, 18), (90, 96, 150, 144), 0, weak=True))
+    assert found["long axis of the marked region", "mm"] == 30
+    assert ("long axis", "mm") not in found
+
+
 def test_without_a_scale_a_lesion_has_hounsfield_units_only() -> None:
     study = replace(nodule((0.5, 0.5), 30, 18), geometry=Geometry())
     assert {m.unit for m in measure_lesion(study, (90, 96, 150, 144), 0, weak=False)} == {"[hnsf'U]"}

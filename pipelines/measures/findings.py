@@ -81,9 +81,11 @@ def _axes(
     else:
         long, short = axes(outline, spacing)
         how = (f"longest diameter of {OUTLINE}", f"largest extent of {OUTLINE} at right angles to its longest diameter")
+    # A region of attention is much larger than what drew it: its size must not pass for the finding's.
+    of_what = " of the marked region" if weak else ""
     return (
-        Measurement(name="long axis", value=long, unit="mm", method=how[0]),
-        Measurement(name="short axis", value=short, unit="mm", method=how[1]),
+        Measurement(name=f"long axis{of_what}", value=long, unit="mm", method=how[0]),
+        Measurement(name=f"short axis{of_what}", value=short, unit="mm", method=how[1]),
     )
 
 
