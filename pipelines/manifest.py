@@ -109,6 +109,7 @@ def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False
     faults: list[Fault] = []
     unusable: list[Fault] = []  # labels and files of lines that are cases all the same
     line_of_id: dict[str, int] = {}
+    lines: list[int] = []  # of the cases
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -117,9 +118,10 @@ def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False
             if (seen := line_of_id.setdefault(case.id, number)) != number:
                 faults.append(Fault(number, f"id is already used on line {seen}; ids must be unique"))
             cases.append(case)
+            lines.append(number)
         (faults if case is None else unusable).extend(Fault(number, problem) for problem in problems)
 
-    divided = _divided_groups(cases, line_of_id)
+    divided = _divided_groups(cases, lines)
     tolerated = [fault for case, fault in divided if lenient or case.product_line in _DIVIDED]
     if not lenient:
         unusable += [fault for case, fault in divided if case.product_line not in _DIVIDED]
@@ -168,19 +170,18 @@ def groups_in_several_splits(cases: Iterable[Case]) -> int:
     return sum(len(splits) > 1 for splits in splits_of.values())
 
 
-def _divided_groups(cases: Iterable[Case], line_of_id: Mapping[str, int]) -> list[tuple[Case, Fault]]:
+def _divided_groups(cases: Sequence[Case], lines: Sequence[int]) -> list[tuple[Case, Fault]]:
     """For each further split that a group is in, its first case there, and the fault."""
     seen: dict[str, dict[str | None, int]] = {}
     divided = []
-    for case in cases:
-        lines = seen.setdefault(case.group, {})
-        if case.split not in lines:
-            lines[case.split] = line_of_id[case.id]
-            first, line = next(iter(lines.items()))
+    for case, line in zip(cases, lines, strict=True):
+        line_of_split = seen.setdefault(case.group, {})
+        if case.split not in line_of_split:
+            line_of_split[case.split] = line
+            first, first_line = next(iter(line_of_split.items()))
             if first != case.split:
-                message = f"group {case.group!r} is in split {case.split!r} here, in {first!r} on line {line}"
-                fault = Fault(line_of_id[case.id], f"{message}; images that belong together must share a split")
-                divided.append((case, fault))
+                message = f"group {case.group!r} is in split {case.split!r} here, in {first!r} on line {first_line}"
+                divided.append((case, Fault(line, f"{message}; images that belong together must share a split")))
     return divided
 
 

@@ -102,6 +102,9 @@ def test_a_group_in_two_splits_is_a_fault_with_both_lines(folder: Path) -> None:
     assert faults(folder, {"id": "x", "image": "b.png"}, *lines) == [
         (4, "group 'g' is in split 'val' here, in 'train' on line 2; images that belong together must share a split")
     ]
+    twice = [{"id": "1", "image": "a.png", "split": s, "group": "g"} for s in ("train", "val")]
+    assert [line for line, _ in faults(folder, *twice)] == [2, 2]  # also where the id is used twice
+    write(folder, {"id": "x", "image": "b.png"}, *lines)
     with pytest.warns(ManifestWarning, match=r"flatter the model: line 4: group 'g'"):  # scoring goes on
         assert len(read_manifest(folder / "manifest.jsonl", lenient=True)) == 4
 
