@@ -229,6 +229,19 @@ def test_every_reason_has_its_words_in_every_language() -> None:
         assert all(words(language).term("why", code) != code for code in used)
 
 
+def test_every_measurement_has_its_words_in_chinese() -> None:
+    say = words("zh-CN")
+    flat = chest(bottom_mm=-43, top_mm=-37)
+    for study in (chest(noise=20), chest(bottom_mm=-20), flat):
+        measures = measure_study(study)
+        for m in measures.measurements:
+            assert say.term("measurement", m.name) != m.name or m.name == "LAA-950"
+            assert say.term("method", m.method) != m.method
+        for segment in measures.segments:
+            assert say.term("segment", segment.title) != segment.title
+            assert say.term("method", segment.method) != segment.method
+
+
 # The body
 
 
