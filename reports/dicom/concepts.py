@@ -26,6 +26,7 @@ _MEASUREMENTS: Final[dict[str, tuple[Code, Code | None]]] = {
     "width": (codes.SCT.Width, None),
     "area": (codes.SCT.Area, None),
     "volume": (codes.SCT.Volume, None),
+    "water-equivalent diameter": (codes.DCM.WaterEquivalentDiameter, None),
     "mean attenuation": (codes.DCM.AttenuationCoefficient, codes.SCT.Mean),
     "spread of attenuation": (codes.DCM.AttenuationCoefficient, codes.SCT.StandardDeviation),
     "lowest attenuation": (codes.DCM.AttenuationCoefficient, codes.SCT.Minimum),

@@ -25,6 +25,7 @@ from reports.dicom.source import SourceSeries, source_series
 from reports.dicom.text import line
 from reports.formats import CannotCarryError
 from reports.schema import Report, Segment
+from reports.texts import words
 
 ROLE: Final = Role("seg", "SEG", 9003, "segmentation")
 
@@ -35,7 +36,8 @@ def render(bundle: Bundle) -> bytes:
     segments = [each for each in report.segments if each.id in bundle.segments and bundle.segments[each.id].any()]
     if not segments:
         raise CannotCarryError("the report has no masks; evidence boxes are in the formats sr and sc")
-    planes = _planes([bundle.segments[each.id] for each in segments])
+    # [S, H, W, segment] in which the planes of a segment lie together: highdicom is three times as quick as otherwise
+    planes = np.moveaxis(np.stack([bundle.segments[each.id] for each in segments]), 0, -1)
     if len(planes) != len(source.instances):
         raise CannotCarryError(f"the masks have {len(planes)} slices, the source series {len(source.instances)}")
     images, order = _source_images(report, source, planes.shape[1:3])
@@ -55,20 +57,10 @@ def render(bundle: Bundle) -> bytes:
     return finish(document, report, source)
 
 
-def _planes(masks: list[np.ndarray]) -> np.ndarray:
-    """Segment numbers `[S, H, W]`, which highdicom is quick with; `[S, H, W, segment]` where masks overlap."""
-    numbers = np.zeros(masks[0].shape, np.min_scalar_type(len(masks)))
-    for number, mask in enumerate(masks, 1):
-        if np.logical_and(numbers, mask).any():
-            return np.stack(masks, axis=-1)
-        numbers += np.multiply(mask, number, dtype=numbers.dtype)
-    return numbers
-
-
 def _describe(number: int, segment: Segment, report: Report) -> SegmentDescription:
     return SegmentDescription(
         segment_number=number,
-        segment_label=line(segment.title) or segment.id,
+        segment_label=line(words(report.language).term("segment", segment.title)) or f"segment {number}",
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=concepts.coded(segment.code) if segment.code else concepts.private(segment.id),
         algorithm_type="AUTOMATIC",
@@ -82,7 +74,9 @@ def _describe(number: int, segment: Segment, report: Report) -> SegmentDescripti
     )
 
 
-def _source_images(report: Report, source: SourceSeries, size: tuple[int, ...]) -> tuple[list[Dataset], list[int]]:
+def _source_images(
+    report: Report, source: SourceSeries, size: tuple[int, ...]
+) -> tuple[list[Dataset], slice | list[int]]:
     """The source as highdicom wants to see it, and the slices in its order: a data set an instance, or the one
     multi-frame instance with the place of each frame."""
     spacing, thickness = (
@@ -109,7 +103,7 @@ def _source_images(report: Report, source: SourceSeries, size: tuple[int, ...]) 
         image.SliceThickness = thickness
     first = source.instances[0]
     if first.frames == 1:
-        return images, list(range(len(images)))
+        return images, slice(None)
 
     order = sorted(range(len(images)), key=lambda index: source.instances[index].frame)
     if [source.instances[index].frame for index in order] != list(range(1, first.frames + 1)):
