@@ -19,7 +19,10 @@ from reports.schema import Report
 from reports.writing import FormatError, report_formats, write_report
 
 CORRECTED: Final = "corrected"  # the quality flag of a report that a person corrected
-FIXED: Final = ("schema_version", "id", "kind", "status", "created", "version", "supersedes", "source", "model")
+FIXED: Final = (
+    *("schema_version", "id", "kind", "status", "created", "version", "supersedes", "superseded_by"),
+    *("source", "model"),
+)
 
 
 class CorrectionError(ValueError):
@@ -58,7 +61,6 @@ def correct(directory: Path, edits: Path) -> Correction:
     bundle = load_bundle(directory)
     if not (directory.parent / INDEX).is_file():
         raise CorrectionError(f"{directory} lies in no output folder: its parent has no {INDEX}. Move it back there.")
-    report, changes = corrected(bundle.report, _read(edits))
     with RunFolder(directory.parent) as folder:
         entry = folder.entry(bundle.report.id)
         if entry is None:
@@ -68,6 +70,7 @@ def correct(directory: Path, edits: Path) -> Correction:
                 f"Report {entry.id} was superseded by {entry.superseded_by}: correct that one, in "
                 f"{directory.parent / entry.superseded_by}."
             )
+        report, changes = corrected(bundle.report, _read(edits))
         made, errors = _write(directory.parent / report.id, replace(bundle, report=report), entry, folder)
         folder.add(made)
         folder.write_html_index()

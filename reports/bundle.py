@@ -36,7 +36,6 @@ class Bundle:
     images: ReportImages = field(default_factory=ReportImages)
     dicom: DicomSource | None = None  # of CT that came as DICOM
     segments: Mapping[str, np.ndarray] = field(default_factory=dict)  # by `Segment.id`: bool [S, H, W]
-    superseded_by: str | None = None  # the id of the report that replaced this one
 
 
 class BundleError(Exception):
@@ -72,12 +71,16 @@ def save_parts(directory: Path, bundle: Bundle) -> None:
 
 
 def load_report(directory: Path) -> Report:
-    """Reads back the report object of a report folder. Raises BundleError."""
+    """Reads back the report object of a report folder, and whether it was superseded since. Raises BundleError."""
     try:
-        return Report.model_validate_json((directory / REPORT).read_bytes())
+        report = Report.model_validate_json((directory / REPORT).read_bytes())
+        if (note := directory / _SUPERSEDED).is_file():
+            superseded = json.loads(note.read_text("utf-8"))
+            report = Report.model_validate_json(report.model_copy(update=superseded).model_dump_json())
+        return report
     except FileNotFoundError:
         raise BundleError(f"{directory} holds no {REPORT}: name the folder of one report.") from None
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise BundleError(f"{directory / REPORT} is no report of this version ({_first_fault(error)}).") from None
 
 
@@ -96,7 +99,6 @@ def load_bundle(directory: Path) -> Bundle:
             _load_images(folder),
             _load_dicom(folder / _DICOM),
             _load_segments(folder / _SEGMENTS),
-            _load_superseded(directory / _SUPERSEDED),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         fault = f"{type(error).__name__}: {error}"
@@ -138,10 +140,6 @@ def _load_dicom(path: Path) -> DicomSource | None:
 
 def _tuple(numbers: list[float] | None) -> Any:
     return None if numbers is None else tuple(numbers)
-
-
-def _load_superseded(path: Path) -> str | None:
-    return str(json.loads(path.read_text("utf-8"))["superseded_by"]) if path.is_file() else None
 
 
 def _load_segments(path: Path) -> dict[str, np.ndarray]:

@@ -172,6 +172,8 @@ class _Writer:
         lines = [page.title, page.disclaimer, page.impression]
         if self.report.supersedes:
             lines.insert(1, self.say.sentence("superseded", id=self.report.supersedes))
+        if self.report.superseded_by:
+            lines.insert(1, f"{page.headings['superseded-by']}: {self.report.superseded_by}")
         lines += [f"{row.id} {row.title}: {row.description}" for row in page.findings]
         lines.append(page.headings["not-assessed"])
         lines += [f"{item.text} {item.reason}" for item in page.not_assessed]

@@ -133,7 +133,7 @@ def page_of(report: Report) -> Page:
         kind=report.kind,
         kind_title=say.term("kind", report.kind),
         status=say.term("status", report.status),
-        title=visible(report.title),
+        title=visible(report.title) or say.term("kind", report.kind),  # a document must have one
         id=report.id,
         created=report.created.strftime("%Y-%m-%d %H:%M %Z"),
         created_iso=report.created.isoformat(),
@@ -179,6 +179,8 @@ def _identity(report: Report, say: Words) -> Iterator[Fact]:
     yield Fact(say.heading("version"), str(report.version))
     if report.supersedes:
         yield Fact(say.heading("supersedes"), report.supersedes, code=True)
+    if report.superseded_by:
+        yield Fact(say.heading("superseded-by"), report.superseded_by, code=True)
     for name in ("accession", "lot", "part", "serial"):
         if value := visible(getattr(report.source, name) or ""):
             yield Fact(say.heading(name), value, visible(report.source.read_from.get(name, "")))

@@ -196,6 +196,11 @@ class Report(Record):
     not_assessed: tuple[NotAssessed, ...] = ()
     quality_flags: tuple[str, ...] = ()
     supersedes: ReportId | None = None
+    superseded_by: ReportId | None = Field(
+        default=None,
+        description="the report that replaced this one, where its folder says so; never in report.json, which stays as "
+        "it was",
+    )
     model: ModelInfo
     timing_s: dict[str, float] = Field(default_factory=dict)
     disclaimer: str = "Draft made by software for review by a qualified person. Not for diagnosis."

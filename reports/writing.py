@@ -108,8 +108,8 @@ def run_formats(names: Collection[str]) -> tuple[str, ...]:
 
 
 def render_json(bundle: Bundle) -> bytes:
-    """The report object as it is; the pictures are not part of it."""
-    return bundle.report.model_dump_json(indent=2).encode("utf-8") + b"\n"
+    """The report object as it was made: a later report does not change it. The pictures are not part of it."""
+    return bundle.report.model_dump_json(indent=2, exclude={"superseded_by"}).encode("utf-8") + b"\n"
 
 
 def _write_thumbnail(directory: Path, bundle: Bundle) -> None:

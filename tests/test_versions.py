@@ -59,7 +59,7 @@ def test_other_content_at_the_same_place_is_the_next_version(out: Path) -> None:
     found = index(out)
     assert (found[first]["superseded_by"], found[second.id]["superseded_by"]) == (second.id, None)
     assert (out / first / "report.json").read_bytes() == before
-    assert load_bundle(out / first).superseded_by == second.id
+    assert load_bundle(out / first).report.superseded_by == second.id
     page = (out / "index.html").read_text()
     assert page.count("<li ") == 1
     assert f'href="./{first}/report.html"' in page

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from highdicom.sr import CodedConcept
 from pydicom.dataset import Dataset
 
 from reports.bundle import Bundle
-from reports.dicom.objects import Role, finish, new_object
+from reports.dicom.objects import Role, as_made, finish, new_object
 from reports.dicom.source import source_series
 from reports.dicom.text import line
 from reports.formats import formats
@@ -20,7 +21,7 @@ SOP_CLASS: Final = "1.2.840.10008.5.1.4.1.1.104.1"
 def render(bundle: Bundle) -> bytes:
     """The object as a DICOM file. Raises CannotCarryError, also when the PDF cannot be made."""
     report, source = bundle.report, source_series(bundle)
-    (pdf,) = formats()["pdf"].render(bundle).values()
+    (pdf,) = formats()["pdf"].render(replace(bundle, report=as_made(report))).values()
     document = new_object(report, source, ROLE, SOP_CLASS)
     made = source.local(report.created)
     document.ConversionType = "WSD"

@@ -104,6 +104,11 @@ def later_version(report: Report) -> str:
     return f", version {report.version}" if report.version > 1 else ""
 
 
+def as_made(report: Report) -> Report:
+    """The report without what came later: an instance that was sent never changes, its successor names it instead."""
+    return report.model_copy(update={"superseded_by": None})
+
+
 def superseding(report: Report) -> str:
     """That the report replaces an earlier one, in the 64 characters of a description; "" when it does not."""
     return f"Version {report.version}, replaces report {report.supersedes}" if report.supersedes else ""

@@ -21,7 +21,7 @@ from pydicom.sr.coding import Code
 
 from reports.bundle import Bundle
 from reports.dicom import concepts
-from reports.dicom.objects import Role, finish, new_object, predecessor
+from reports.dicom.objects import Role, as_made, finish, new_object, predecessor
 from reports.dicom.source import SourceSeries, source_series
 from reports.dicom.sr import observation_context
 from reports.dicom.text import prose
@@ -64,7 +64,7 @@ def _content(report: Report, source: SourceSeries) -> ContainerContentItem:
     region = report.technique.region.value if report.technique.region else ""
     title = TITLES.get(region, codes.LN.CTReport) if source.modality == "CT" else codes.LN.DiagnosticImagingReport
     root = ContainerContentItem(title, template_id="2000")
-    page = page_of(report)
+    page = page_of(as_made(report))
     root.ContentSequence = ContentSequence(
         [
             *LanguageOfContentItemAndDescendants(concepts.language(report.language)),
