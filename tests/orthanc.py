@@ -46,13 +46,14 @@ class Orthanc:
         """SOP Instance UIDs of a study, by modality."""
         found: dict[str, set[str]] = {}
         for study in self.get("/studies?expand"):
-            if study["MainDicomTags"]["StudyInstanceUID"] != uid:
-                continue
-            for series in (self.get(f"/series/{each}") for each in study["Series"]):
-                instances = {
-                    self.get(f"/instances/{each}")["MainDicomTags"]["SOPInstanceUID"] for each in series["Instances"]
+            if study["MainDicomTags"]["StudyInstanceUID"] == uid:
+                modality = {
+                    series["ID"]: series["MainDicomTags"]["Modality"]
+                    for series in self.get(f"/studies/{study['ID']}/series")
                 }
-                found.setdefault(series["MainDicomTags"]["Modality"], set()).update(instances)
+                for instance in self.get(f"/studies/{study['ID']}/instances"):
+                    sop_instance_uid = instance["MainDicomTags"]["SOPInstanceUID"]
+                    found.setdefault(modality[instance["ParentSeries"]], set()).add(sop_instance_uid)
         return found
 
     def clear(self) -> None:
