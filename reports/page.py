@@ -25,6 +25,7 @@ class Fact:
     value: str
     note: str = ""
     confidence: float | None = None
+    sure: str = ""  # the confidence in percent
     code: bool = False  # a hash or a UID
 
 
@@ -56,6 +57,7 @@ class Row:
     severity: str | None
     severity_title: str
     confidence: float
+    sure: str
     side: str
     concept: str  # the code of its type
     places: tuple[str, ...]
@@ -197,6 +199,7 @@ def _row(finding: Finding, report: Report, say: Words) -> Row:
         severity=finding.severity,
         severity_title=say.term("severity", finding.severity) if finding.severity else "",
         confidence=finding.confidence,
+        sure=f"{finding.confidence:.0%}",
         side=visible(say.term("laterality", finding.laterality or "")),
         concept=visible(f"{concept.scheme} {concept.value} {concept.meaning}") if concept else "",
         places=tuple(_place(evidence, report, say) for evidence in finding.evidence),
@@ -218,7 +221,7 @@ def _place(evidence: Evidence, report: Report, say: Words) -> str:
 def _measured(measurement: Measurement, say: Words) -> Measured:
     return Measured(
         code=visible(measurement.name),
-        name=visible(say.term("measurement", measurement.name)),
+        name=capital(visible(say.term("measurement", measurement.name))),
         value=measurement.value,
         ucum=visible(measurement.unit),
         number=number(measurement.value),
@@ -263,7 +266,8 @@ def _technique(report: Report, say: Words) -> Iterator[Fact]:
 def _field(name: str, field: FieldValue, known: bool, read_from: str, say: Words) -> Fact:
     title, value = visible(say.term("field", name)), visible(say.term(name, field.value))
     sure = None if known or field.value == UNDETERMINED else field.confidence
-    return Fact(capital(title), capital(value), say.bracketed(read_from) if known else "", sure)
+    percent = "" if sure is None else f"{sure:.0%}"
+    return Fact(capital(title), capital(value), say.bracketed(read_from) if known else "", sure, percent)
 
 
 def _provenance(report: Report, say: Words) -> Iterator[Fact]:

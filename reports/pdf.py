@@ -57,7 +57,8 @@ def render(bundle: Bundle) -> bytes:
     }
     files["data.json"] = json.dumps(_printable(page)).encode()
     compiler: Any = _compiler()  # its stub leaves out that files may come from memory
-    made = compiler.compile(files, format="pdf", pdf_standards=list(STANDARDS), timestamp=report.created)
+    date = report.created.replace(microsecond=0)  # a PDF date has none (ISO 32000-1, 7.9.4)
+    made = compiler.compile(files, format="pdf", pdf_standards=list(STANDARDS), timestamp=date)
     assert isinstance(made, bytes)
     return made
 

@@ -9,7 +9,6 @@ from typing import Final, Literal
 
 from reports.bundle import Bundle
 from reports.page import Fact, Measured, Page, Remark, page_of
-from reports.texts import capital
 
 # What Markdown (CommonMark, and GitHub's tables) would read as a mark: anywhere, and at the start of a line.
 _MARKS: Final = re.compile(r"[\\`*_{}\[\]<>#|~&$]")
@@ -89,7 +88,7 @@ def _lines(page: Page) -> Iterator[Line]:
         yield "text", finding.description, ""
         if finding.severity:
             yield "fact", h["severity"], finding.severity_title
-        yield "fact", h["confidence"], f"{finding.confidence:.0%}"
+        yield "fact", h["confidence"], finding.sure
         for name, value in ((h["side"], finding.side), (h["code"], finding.concept)):
             if value:
                 yield "fact", name, value
@@ -130,12 +129,11 @@ def _lines(page: Page) -> Iterator[Line]:
 
 
 def _fact(fact: Fact) -> Line:
-    sure = f"{fact.confidence:.0%}" if fact.confidence is not None else ""
-    return "fact", fact.title, " ".join(filter(None, (fact.value, sure, fact.note)))
+    return "fact", fact.title, " ".join(filter(None, (fact.value, fact.sure, fact.note)))
 
 
 def _value(measured: Measured) -> Line:
-    return "value", capital(measured.name), measured.text
+    return "value", measured.name, measured.text
 
 
 def _item(remark: Remark) -> Line:
