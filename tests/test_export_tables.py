@@ -76,7 +76,7 @@ def test_a_row_a_finding_and_a_row_an_image(tmp_path: Path) -> None:
     [measured] = rows(tmp_path / "measurements.csv")
     assert (measured["finding"], measured["name"], measured["value"], measured["unit"]) == (
         "F1",
-        "long side",
+        "length",
         "1.25",
         "mm",
     )
