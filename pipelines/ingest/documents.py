@@ -255,9 +255,8 @@ def _extract(image: pdfium.PdfImage) -> Decoded:
     """The image as it is stored, at its own size."""
     width, height = image.get_px_size()
     if width * height > MAX_PIXELS:
-        raise Refusal("too-large", f"The image is {width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,} in all.")
-    with contextlib.closing(image.get_bitmap()) as bitmap:
-        return decode(bitmap.to_pil())
+        raise Refusal("too-large", f"The image is {width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,}.")
+    return decode(image.get_bitmap().to_pil())
 
 
 def _draw(page: pdfium.PdfPage) -> Decoded:
@@ -265,5 +264,4 @@ def _draw(page: pdfium.PdfPage) -> Decoded:
     if not (math.isfinite(width * height) and min(width, height) > 0):
         raise Refusal("damaged-document", "The page has no size.")
     scale = min(RENDER_DPI / 72, RENDER_SIDE / max(width, height))
-    with contextlib.closing(page.render(scale=scale)) as bitmap:
-        return decode(bitmap.to_pil())
+    return decode(page.render(scale=scale).to_pil())

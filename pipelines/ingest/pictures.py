@@ -25,6 +25,7 @@ from pipelines.ingest.refusals import Refusal
 from pipelines.study import Geometry, ImageStudy, SourceFile, content_key
 
 MAX_PIXELS: Final = 500_000_000  # of one picture; a scan of 20,000 x 20,000 has 400 million
+MAX_FRAME_PIXELS: Final = 64_000_000  # of a WebP or GIF, of whose canvas the decoders keep several copies
 MAX_PAGES: Final = 2_000
 MAX_FILM_PIXELS: Final = 8_000_000_000  # of all frames of an animation: each is made from the ones before
 MAX_PNG_CHUNKS: Final = 2_000_000  # that are walked through to see whether the last one is there
@@ -108,7 +109,7 @@ def decode(image: Image.Image) -> Decoded:
     """
     flags: set[str] = set()
     try:
-        _check_size(*image.size)
+        _check_size(image)
         if ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I"):
             flags.add("reduced-to-8-bit")
         stored = _orientation(image)  # before `load`, which turns a TIFF itself
@@ -196,7 +197,7 @@ def _open(stream: BinaryIO) -> Image.Image:
         raise Refusal("damaged-image", "The header is damaged, or of a kind that is not read.") from error
     except (OSError, *_DAMAGED) as error:
         raise Refusal("damaged-image", "The header is damaged.") from error
-    _check_size(*image.size)
+    _check_size(image)
     return image
 
 
@@ -221,11 +222,12 @@ def _is_cut_short(stream: BinaryIO) -> bool:
     return False
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        limit = f"the limit is {MAX_PIXELS // 1_000_000} megapixels, such as 20,000 x 25,000"
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    most = MAX_FRAME_PIXELS if image.format in ("WEBP", "GIF") else MAX_PIXELS
+    if width * height > most:
         size = f"{width:,} x {height:,} pixels ({width * height / 1e6:,.0f} megapixels)"
-        raise Refusal("too-large", f"The image is {size}; {limit}.")
+        raise Refusal("too-large", f"The image is {size}; the limit is {most // 1_000_000} megapixels.")
 
 
 def _declares_no_pixels(head: bytes) -> bool:
