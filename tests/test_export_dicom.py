@@ -10,6 +10,7 @@ import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -331,6 +332,8 @@ def test_any_report_is_stated_in_full(report: Report) -> None:
     assert visible(report.impression).strip() in texts_of(narrative)
     if report.disposition:
         assert report.disposition in texts_of(findings)
+    with TemporaryDirectory() as folder:
+        check(bundle, Path(folder), ("sr", "sr-text"))
 
 
 @cache

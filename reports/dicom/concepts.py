@@ -5,6 +5,7 @@ Standard codes come from pydicom's tables of PS3.16, so that their meanings are 
 
 from __future__ import annotations
 
+import hashlib
 from typing import Final
 
 from highdicom.sr import CodedConcept
@@ -61,14 +62,19 @@ LANGUAGES: Final = {"en": "English", "zh-CN": "Chinese, simplified"}
 
 def private(value: str, meaning: str = "") -> CodedConcept:
     """A concept of the product's own scheme; its value is the term itself."""
-    value = line(value) or "unspecified"
-    return CodedConcept(value, SCHEME, line(meaning) or line(taxonomy.title(value)))
+    return CodedConcept(_value(value), SCHEME, line(meaning) or line(taxonomy.title(value)) or "unspecified")
 
 
 def coded(code: ReportCode) -> CodedConcept:
     """A code that the report carries."""
-    value, scheme = line(code.value) or "unspecified", line(code.scheme, 16) or SCHEME
-    return CodedConcept(value, scheme, line(code.meaning) or value)
+    value = _value(code.value)
+    return CodedConcept(value, line(code.scheme, 16) or SCHEME, line(code.meaning) or value)
+
+
+def _value(term: str) -> str:
+    """A code value, which is ASCII whatever the term: the meaning beside it says the term to people."""
+    value = line(term) or "unspecified"
+    return value if value.isascii() else f"term-{hashlib.sha256(term.encode('utf-8', 'replace')).hexdigest()[:11]}"
 
 
 def finding_type(finding: Finding) -> CodedConcept:
