@@ -316,7 +316,7 @@ def texts_of(dataset: Dataset) -> str:
 
 
 @given(report=reports())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_any_report_is_stated_in_full(report: Report) -> None:
     """Awkward text and all: findings, their measurements and the disposition are read back from each object."""
     bundle = Bundle(report, images_for(report), source_of_three_slices())
