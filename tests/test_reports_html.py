@@ -221,3 +221,13 @@ def test_a_browser_runs_the_index_filters(tmp_path: Path) -> None:
     }
     dom = browse(write_index(tmp_path, [record, record], []), tmp_path / "profile", "--dump-dom").decode()
     assert "2 of 2 reports shown" in Page(dom.encode()).text
+
+
+def test_a_weak_box_and_a_tag_inside_keep_their_marks() -> None:
+    bundle = with_box(10, 0, 30, 20)
+    [finding] = bundle.report.findings
+    weak = finding.evidence[0].model_copy(update={"localisation": "weak"})
+    finding = finding.model_copy(update={"evidence": (weak,)})
+    page = render(Bundle(plain_report(findings=(finding,)), bundle.images)).decode()
+    assert 'class="box weak"' in page
+    assert 'class="tag below"' in page
