@@ -23,11 +23,11 @@ import numpy as np
 
 from pipelines.ingest import decoders
 from pipelines.ingest.decoders import CODECS, Frame, receive, send
-from pipelines.ingest.jpeg_stream import checked_stream
+from pipelines.ingest.jpeg_stream import checked_stream, size_of
 from pipelines.ingest.refusals import Refusal
 
 CORES: Final = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-SECONDS: Final = 60  # for one frame
+SECONDS: Final = 3  # for one frame, and one more for each million pixels
 MANY: Final = 8  # frames: from here on children are worth their start
 NATIVE: Final = {  # transfer syntaxes of pixels that are not compressed -> byte order
     "1.2.840.10008.1.2": "<",
@@ -53,8 +53,7 @@ def reads(syntax: str) -> bool:
 
 def decode(frame: Frame, *, frames: int) -> np.ndarray:
     """Stored values `[H, W]` of one frame out of `frames` that are asked for. Raises Refusal."""
-    if frame.syntax != decoders.RLE and END_OF_IMAGE not in frame.stream[-64:]:
-        raise Refusal("truncated", "The compressed pixel data ends too early.")
+    _check(frame)
     if frame.codec == "gdcm":
         stream = checked_stream(frame.stream, frame.rows, frame.columns, frame.bits_allocated)
         answer = _children.decode(replace(frame, stream=stream), wait=True)
@@ -71,6 +70,19 @@ def decode(frame: Frame, *, frames: int) -> np.ndarray:
     if array.size != frame.rows * frame.columns:
         raise Refusal("damaged-image", "The compressed image is of another size than the header says.")
     return array.reshape(frame.rows, frame.columns)
+
+
+def _check(frame: Frame) -> None:
+    """Refuse streams that would be decoded in part, or into an image of another size."""
+    if frame.syntax == decoders.RLE:
+        # Two bytes make 128 at most (PS3.5 G.3); a longer image would only be room set aside.
+        fits = frame.rows * frame.columns * frame.bits_allocated // 8 <= 64 * len(frame.stream)
+    else:
+        if END_OF_IMAGE not in frame.stream[-64:]:
+            raise Refusal("truncated", "The compressed pixel data ends too early.")
+        fits = size_of(frame.stream) == (frame.rows, frame.columns)
+    if not fits:
+        raise Refusal("damaged-image", "The compressed image is of another size than the header says.")
 
 
 def _here(frame: Frame) -> tuple[str, bytes] | None:
@@ -118,7 +130,8 @@ class _Children:
         assert child.stdin is not None and child.stdout is not None
         try:
             send(child.stdin, astuple(frame))
-            if not select.select([child.stdout], [], [], SECONDS)[0]:
+            seconds = SECONDS + frame.rows * frame.columns / 1e6
+            if not select.select([child.stdout], [], [], seconds)[0]:
                 raise TimeoutError
             answer = receive(child.stdout)
         except (OSError, EOFError):  # it ended, or takes too long (TimeoutError)

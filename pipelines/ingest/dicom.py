@@ -42,6 +42,7 @@ warnings.filterwarnings("ignore", module=r"pydicom\.")
 
 MAX_VOXELS: Final = 2_000_000_000  # of one file
 MAX_FRAMES: Final = 50_000
+MAX_FRAME_PIXELS: Final = 8192 * 8192  # no scanner comes near; bounds the memory that a damaged header can ask for
 MAX_INFLATED_BYTES: Final = 512 << 20  # of a deflated data set
 HEAD_BYTES: Final = 1 << 16  # most headers end before
 CACHED_HEADERS: Final = 20_000
@@ -61,7 +62,6 @@ OTHER_MODALITIES: Final = frozenset(_MODALITIES.split())
 # label such images as CT.
 FOREIGN_ATTRIBUTES: Final = {
     "DecayCorrection": "PET",
-    "Units": "PET",
     "EchoTime": "MR",
     "MagneticFieldStrength": "MR",
     "CompressionForce": "mammography or tomosynthesis",
@@ -251,13 +251,14 @@ def _header(ref: FileRef, dataset: Item, offset: int | None) -> Header:
         raise Refusal("not-an-image", "It is neither a picture nor a DICOM image.")
     study, series = text(dataset, "StudyInstanceUID"), text(dataset, "SeriesInstanceUID")
     number = numbers(dataset, "InstanceNumber", 1)
-    kind = _kind(dataset, sop_class)
+    foreign = _foreign(dataset, sop_class)
+    kind = _kind(dataset, sop_class, foreign)
     layout: Layout | None = None
     planes: tuple[Plane, ...] = ()
     flags: frozenset[str] = frozenset()
     fault = None
     try:
-        _check(dataset, sop_class, kind)
+        _check(dataset, sop_class, kind, foreign)
         layout = _layout(dataset, offset)
         planes, flags = _planes(dataset, layout.frames)
     except Refusal as refusal:
@@ -287,14 +288,14 @@ def _sop_uids(dataset: Item) -> tuple[str, str]:
     return cast("tuple[str, str]", tuple(found))
 
 
-def _kind(dataset: Item, sop_class: str) -> Kind:
-    title = text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")
+def _kind(dataset: Item, sop_class: str, foreign: str) -> Kind:
     if sop_class in DOSE_REPORTS:
         return "dose-report"
     types = _image_type(dataset)
     if sop_class.startswith(SECONDARY_CAPTURE):
+        title = text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")
         return "dose-report" if DOSE_WORDS.search(title) else "secondary-capture"
-    if "Rows" not in dataset or _foreign(dataset, sop_class):
+    if "Rows" not in dataset or foreign:
         return "not-ct"
     if LOCALIZERS.intersection(types) or LOCALIZERS.intersection(text(dataset, "ScanOptions").upper().split("\\")):
         return "localizer"
@@ -312,7 +313,7 @@ def _foreign(dataset: Item, sop_class: str) -> str:
         # a value that the standard does not define is not quoted
         return f"Its modality is {modality if modality in OTHER_MODALITIES else 'another one'}, not CT."
     for keyword, which in FOREIGN_ATTRIBUTES.items():
-        if text(dataset, keyword) and not (keyword == "Units" and text(dataset, keyword).upper() == "HU"):
+        if keyword in dataset and text(dataset, keyword):
             return f"It is labelled CT, but has attributes of {which}."
     breast = text(dataset, "BodyPartExamined").upper() == "BREAST" and text(dataset, "PositionerPrimaryAngle")
     maker = text(dataset, "Manufacturer").upper()
@@ -321,7 +322,7 @@ def _foreign(dataset: Item, sop_class: str) -> str:
     return ""
 
 
-def _check(dataset: Item, sop_class: str, kind: Kind) -> None:
+def _check(dataset: Item, sop_class: str, kind: Kind, foreign: str) -> None:
     """Raise Refusal unless the data set is a CT image in a form that can be decoded."""
     if sop_class.startswith(SECONDARY_CAPTURE):
         raise Refusal("not-ct-image", "It is a secondary capture (a screenshot), not a CT slice.")
@@ -330,7 +331,7 @@ def _check(dataset: Item, sop_class: str, kind: Kind) -> None:
     if "Rows" not in dataset or "Columns" not in dataset:
         what = UID(sop_class).name if sop_class in UID_dictionary else "DICOM object"
         raise Refusal("no-pixels", f"It is a {what}, which holds no image.")
-    if foreign := _foreign(dataset, sop_class):
+    if foreign:
         raise Refusal("not-ct", foreign)
     if sop_class and sop_class not in CT_SOP_CLASSES:
         raise Refusal("not-ct-image", "It is made from a CT study, but is not a CT image.")
@@ -344,8 +345,8 @@ def _check(dataset: Item, sop_class: str, kind: Kind) -> None:
     voxels = _number(dataset, "Rows") * _number(dataset, "Columns") * count
     if voxels <= 0:
         raise Refusal("no-pixels", "The image is 0 pixels wide or high.")
-    if voxels > MAX_VOXELS or count > MAX_FRAMES:
-        limit = f"the limit is {MAX_VOXELS:,} pixels in {MAX_FRAMES:,} frames"
+    if voxels > MAX_VOXELS or count > MAX_FRAMES or voxels / count > MAX_FRAME_PIXELS:
+        limit = f"the limit is {MAX_VOXELS:,} pixels in {MAX_FRAMES:,} frames of {MAX_FRAME_PIXELS:,}"
         raise Refusal("too-large", f"It declares {voxels:,.0f} pixels in {count:,} frames; {limit}.")
 
 
@@ -398,7 +399,8 @@ def _planes(dataset: Item, frames: int) -> tuple[tuple[Plane, ...], frozenset[st
     whole = _image_type(dataset)
     planes: list[Plane] = []
     flags: set[str] = set()
-    for index in range(frames):
+    per_frame = len(_items(dataset, "PerFrameFunctionalGroupsSequence"))
+    for index in range(min(frames, per_frame + 1)):  # frames without groups of their own are all alike
         frame = Macros(dataset, index)
         measures = frame["PixelMeasuresSequence"]
         position = numbers(frame["PlanePositionSequence"], "ImagePositionPatient", 3)
@@ -415,7 +417,7 @@ def _planes(dataset: Item, frames: int) -> tuple[tuple[Plane, ...], frozenset[st
                 phases=_phases(dataset, frame, whole),
             )
         )
-    return tuple(planes), frozenset(flags)
+    return (*planes, *planes[-1:] * (frames - len(planes))), frozenset(flags)
 
 
 def _phases(dataset: Item, frame: Macros, whole: list[str]) -> tuple[str, ...]:

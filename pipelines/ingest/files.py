@@ -95,8 +95,12 @@ class FileRef:
 
     def read(self) -> bytes:
         """All bytes. Raises as `open` does, and Refusal for an empty or much too large file."""
-        with self.open() as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
+        if self.member is None and self.path.stat().st_size <= MAX_FILE_BYTES:
+            with open(self.path, "rb", buffering=0) as file:  # unbuffered, all is read in one step
+                data = file.read()
+        else:
+            with self.open() as stream:
+                data = stream.read(MAX_FILE_BYTES + 1)
         if not data:
             raise Refusal("empty-file", "The file is empty (0 bytes).")
         if len(data) > MAX_FILE_BYTES:

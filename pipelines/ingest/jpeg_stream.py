@@ -9,7 +9,25 @@ from typing import Final
 from pipelines.ingest.refusals import Refusal
 
 SOI, SOS, DHT, DQT, SOF1, SOF3, DRI = 0xD8, 0xDA, 0xC4, 0xDB, 0xC1, 0xC3, 0xDD
+FRAME_HEADERS: Final = frozenset((*range(0xC0, 0xD0), 0xF7)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15, JPEG-LS's SOF55
 SKIPPED: Final = frozenset((*range(0xE0, 0xF0), 0xFE))  # application data and comments
+
+
+def size_of(frame: bytes) -> tuple[int, int] | None:
+    """(rows, columns) by the header of a JPEG, JPEG-LS or JPEG 2000 stream; None where it has none."""
+    try:
+        if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: the size comes first (ITU-T T.800 A.5.1)
+            right, bottom, left, top = struct.unpack_from(">IIII", frame, 8)
+            return bottom - top, right - left
+        at = 2
+        while frame[at] == 0xFF:
+            if frame[at + 1] in FRAME_HEADERS:
+                rows, columns = struct.unpack_from(">HH", frame, at + 5)
+                return rows, columns
+            at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack_from(">H", frame, at + 2)[0]
+    except (IndexError, struct.error):
+        pass
+    return None
 
 
 def checked_stream(frame: bytes, rows: int, columns: int, bits_allocated: int) -> bytes:

@@ -20,7 +20,7 @@ _NAMES: Final = """
     MagneticFieldStrength Manufacturer Modality NominalPercentageOfCardiacPhase NumberOfFrames PixelPaddingRangeLimit
     PixelPaddingValue PixelRepresentation PixelSpacing PositionerPrimaryAngle ProtocolName RescaleIntercept RescaleSlope
     RescaleType Rows SOPClassUID SOPInstanceUID SamplesPerPixel ScanOptions SeriesDescription SeriesInstanceUID
-    SeriesNumber SliceThickness StudyInstanceUID TemporalPositionIdentifier TriggerTime Units
+    SeriesNumber SliceThickness StudyInstanceUID TemporalPositionIdentifier TriggerTime
 """
 WANTED: Final = tuple(_NAMES.split())
 LEFT_TO_PYDICOM: Final = (
@@ -41,19 +41,13 @@ _PIXEL_DATA: Final = 0x7FE00010
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
-class Plain:
-    """The wanted attributes of one file; answers `get` and `in` as a pydicom data set does."""
+class Plain(dict[str, Any]):
+    """The wanted attributes of one file by keyword; answers `get` and `in` as a pydicom data set does."""
 
     def __init__(self, values: dict[str, Any], syntax: str, media_uids: dict[str, str]) -> None:
-        self._values = values
+        super().__init__(values)
         self.syntax = syntax
         self.media_uids = media_uids  # SOP class and instance by the file meta information
-
-    def get(self, keyword: str, default: Any = None) -> Any:
-        return self._values.get(keyword, default)
-
-    def __contains__(self, keyword: str) -> bool:
-        return keyword in self._values
 
 
 class _NotPlainError(Exception):
