@@ -59,7 +59,7 @@ def count_pages(ref: FileRef) -> tuple[int, str]:
 
     Pages of a TIFF and frames of an animation count; the previews that phones append to a JPEG do not.
     """
-    with _seekable(ref) as stream, _open(stream) as image:
+    with ref.open() as stream, _open(stream) as image:
         pages = 1 if image.format in ("JPEG", "MPO") else _n_frames(image)
         moving = image.format != "TIFF"
         pixels = pages * image.width * image.height
@@ -135,16 +135,21 @@ def decode(image: Image.Image) -> Decoded:
 
 
 @contextlib.contextmanager
-def _seekable(ref: FileRef) -> Iterator[BinaryIO]:
-    """The file itself, or the unpacked member of an archive, in which seeking would unpack it anew each time."""
-    with ref.open() as stream:
-        if ref.member is None:
-            yield stream
-            return
-        with tempfile.SpooledTemporaryFile(max_size=64 << 20) as unpacked:
+def _whole(ref: FileRef) -> Iterator[BinaryIO]:
+    """The file, or the unpacked member of an archive, in which seeking would unpack it anew each time.
+
+    Raises Refusal where its end is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(ref.open())
+        if ref.member is not None:
+            unpacked = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=64 << 20))
             shutil.copyfileobj(stream, unpacked, 1 << 20)
-            unpacked.seek(0)
-            yield cast(BinaryIO, unpacked)
+            stream = cast(BinaryIO, unpacked)
+        if _is_cut_short(stream):
+            raise Refusal("truncated", "The file ends too early.")
+        stream.seek(0)
+        yield stream
 
 
 _film = contextlib.ExitStack()  # the multi-page file that was read last, kept open
@@ -156,7 +161,7 @@ _film_lock = threading.Lock()
 def _at_page(ref: FileRef, page: int | None) -> Iterator[Image.Image]:
     """The opened file, at that page. Frames build on the ones before: the file stays open for the next."""
     if page is None:
-        with _seekable(ref) as stream, _open(stream) as image:
+        with _whole(ref) as stream, _open(stream) as image:
             yield image
         return
     global _film_image
@@ -166,7 +171,7 @@ def _at_page(ref: FileRef, page: int | None) -> Iterator[Image.Image]:
         try:
             if _film_image is None or _film_image[0] != key:
                 _film.close()
-                image = _film.enter_context(_open(_film.enter_context(_seekable(ref))))
+                image = _film.enter_context(_open(_film.enter_context(_whole(ref))))
                 _film_image = key, image
             image = _film_image[1]
             try:
@@ -185,9 +190,6 @@ def _at_page(ref: FileRef, page: int | None) -> Iterator[Image.Image]:
 
 def _open(stream: BinaryIO) -> Image.Image:
     """Pillow's image with its header read. Raises Refusal for what can be told to be wrong without decoding."""
-    if _is_cut_short(stream):
-        raise Refusal("truncated", "The file ends too early.")
-    stream.seek(0)
     try:
         image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -196,6 +198,8 @@ def _open(stream: BinaryIO) -> Image.Image:
             raise Refusal("no-pixels", "The image is 0 pixels wide or high.") from error
         raise Refusal("damaged-image", "The header is damaged, or of a kind that is not read.") from error
     except (OSError, *_DAMAGED) as error:
+        if _is_cut_short(stream):
+            raise Refusal("truncated", "The file ends too early.") from error
         raise Refusal("damaged-image", "The header is damaged.") from error
     _check_size(image)
     return image
