@@ -65,10 +65,22 @@ def test_masks_are_the_lungs_without_trachea_and_with_their_vessels() -> None:
     left, right = measures.masks["lung-left"], measures.masks["lung-right"]
     assert not (left & right).any()
     assert left[:, :, 80:].sum() == left.sum()  # columns run to the patient's left
-    assert not (left | right)[-10:, 78:80, 79:81].any()  # the trachea
+    assert not (left | right)[-10:, 77:79, 79:81].any()  # the trachea
+    assert not (left | right)[24, 77:79, [83, 84, 85]].any()  # a main bronchus
+    assert not (left | right)[26, 77:79, [77, 78, 81, 82]].any()  # both of them
     assert (left & (study.pixels == 40)).any()  # a vessel
     assert not (measures.masks["body"] & (study.pixels == -50)).any()  # the table
     assert (measures.masks["bone"] == (study.pixels == 400)).mean() > 0.999
+
+
+def test_a_trachea_that_opens_into_one_lung_only_is_still_no_lung() -> None:
+    study = chest()
+    pixels = study.pixels.copy()
+    branch = pixels[:, 74:81, 70:76]
+    branch[branch == -1000] = 50  # the right main bronchus is closed
+    left = measure_study(replace(study, pixels=pixels)).masks["lung-left"]
+    assert not left[-15:, 75:80, 77:83].any()
+    assert left.sum() * 6 * 2.5**2 / 1000 == pytest.approx(ellipsoid_ml(LEFT_MM), rel=0.006)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -118,6 +130,7 @@ def test_emphysema_and_dense_lung_are_counted() -> None:
     slices = np.arange(len(pixels))[:, np.newaxis, np.newaxis]
     pixels[lungs & (slices % 4 == 0)] = -960
     pixels[lungs & (slices % 4 == 1)] = -450
+    pixels[lungs & (slices % 4 == 2)] = -940
     measures = measure_study(replace(study, pixels=pixels))
     both = sum(measures.masks[name].sum() for name in ("lung-left", "lung-right"))
     exact = {
@@ -326,8 +339,8 @@ def test_whatever_the_volume_what_is_stated_is_finite(
 def test_padding_and_holes_in_the_data_do_not_move_the_lungs() -> None:
     study = chest()
     pixels = study.pixels.astype(np.float32)
-    pixels[:, :20] = np.nan
-    pixels[:, :, :8] = -2000
+    pixels[:, :20] = -2000
+    pixels[:, :, :14] = np.nan  # up to the skin
     expected, found = values(measure_study(study)), values(measure_study(replace(study, pixels=pixels)))
     assert found == pytest.approx(expected, rel=1e-3)
 

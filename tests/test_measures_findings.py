@@ -82,6 +82,14 @@ def test_without_contrast_the_box_is_measured_and_the_method_says_so() -> None:
     assert {m.method for m in found if m.name == "length"} == {"long side of the evidence box"}
 
 
+def test_a_rough_surface_needs_more_contrast() -> None:
+    rough = np.clip(np.random.default_rng(0).normal(128, 14, (300, 400)), 0, 255).astype(np.uint8)
+    for grey, outlined in ((95, False), (30, True)):
+        image, box = bar(rough, 0, 120, 20, grey)
+        found = measure_defect(photo(image), box, [], weak=False)
+        assert ["outline" in m.method for m in found if m.name == "length"] == [outlined]
+
+
 def test_a_pattern_that_goes_on_around_the_box_has_no_outline() -> None:
     stripes = np.tile(np.repeat([60, 200], 10), (300, 20)).astype(np.uint8)
     found = named(measure_defect(photo(stripes), (100, 100, 160, 130), [], weak=False))
