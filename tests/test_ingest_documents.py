@@ -272,23 +272,29 @@ def test_a_huge_page_is_drawn_within_bounds(tmp_path: Path) -> None:
     assert max(study.pixels.shape) == documents.RENDER_SIDE
 
 
-def test_pdf_files_are_read_from_many_threads(tmp_path: Path) -> None:
+def test_threads_take_turns_with_pdfium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [pdf(tmp_path / f"{n}.pdf", f"Inspection {n}, lot: X{n}00") for n in range(4)]
-    wrong: list[object] = []
+    inside, most = [], []
 
-    def work(number: int) -> None:
-        for _ in range(20):
-            documents._read_document.cache_clear()
-            [page] = read_document(FileRef(paths[number])).documents
-            if f"X{number}00" not in page.text:
-                wrong.append(page.text)
+    class Watched(pdfium.PdfDocument):
+        def __init__(self, data: bytes) -> None:
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            super().__init__(data)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        def close(self, _by_parent: bool = False) -> bool:
+            inside.pop()
+            return super().close(_by_parent)
+
+    monkeypatch.setattr(documents.pdfium, "PdfDocument", Watched)
+    threads = [threading.Thread(target=read_document, args=(FileRef(path),)) for path in paths]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert max(most) == 1
+    assert [f"X{n}00" in read_document(FileRef(path)).documents[0].text for n, path in enumerate(paths)] == [True] * 4
 
 
 # ---------------------------------------------------------------- text
