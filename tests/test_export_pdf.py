@@ -13,6 +13,7 @@ import numpy as np
 import pypdfium2 as pdfium
 import pypdfium2.raw as raw
 import pytest
+from fontTools.ttLib import TTFont
 from hypothesis import Phase, given, settings
 from report_strategies import AWKWARD, images_for, plain_report, reports
 
@@ -20,9 +21,9 @@ from reports.bundle import Bundle, save_parts
 from reports.files import atomic_write
 from reports.images import BOX_COLOUR, Picture, ReportImages
 from reports.page import page_of
-from reports.pdf import LONGEST_SIDE, render
+from reports.pdf import FONTS, LONGEST_SIDE, render
 from reports.schema import Evidence, Finding, Report, Source, SourceInput
-from reports.texts import worded
+from reports.texts import CATALOGUE, worded
 from reports.writing import render_json
 
 GREEN = (20, 120, 60)
@@ -160,3 +161,11 @@ def test_big_pictures_are_made_smaller() -> None:
 def test_a_later_version_says_what_it_replaces() -> None:
     report = worded(plain_report(version=2, supersedes="f" * 16), "zh-CN")
     assert "取代报告" + "f" * 16 in text_of(render(Bundle(report)))
+
+
+@pytest.mark.parametrize("weight", ["Regular", "Bold"])
+def test_the_fonts_have_every_character_of_the_catalogue(weight: str) -> None:
+    faces = [TTFont(path) for path in FONTS.glob(f"*-{weight}.*")]
+    have = set().union(*(face.getBestCmap() for face in faces))
+    lack = {c for path in CATALOGUE.glob("*.toml") for c in path.read_text("utf-8") if ord(c) not in have and c != "\n"}
+    assert not lack, "run: python -m reports.fonts.make_fonts"
