@@ -6,6 +6,7 @@ Standard codes come from pydicom's tables of PS3.16, so that their meanings are 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Final
 
 from highdicom.sr import CodedConcept
@@ -16,22 +17,40 @@ from reports import taxonomy
 from reports.dicom.text import line
 from reports.schema import Code as ReportCode
 from reports.schema import Finding
+from reports.texts import words
 
 SCHEME: Final = "99SCANSCRIBE"
 
-# Name of a measurement -> (what is measured, how it was derived from many values).
-_MEASUREMENTS: Final[dict[str, tuple[Code, Code | None]]] = {
-    "long axis": (codes.SCT.LongAxis, None),
-    "short axis": (codes.SCT.ShortAxis, None),
-    "length": (codes.SCT.Length, None),
-    "width": (codes.SCT.Width, None),
-    "area": (codes.SCT.Area, None),
-    "volume": (codes.SCT.Volume, None),
-    "water-equivalent diameter": (codes.DCM.WaterEquivalentDiameter, None),
-    "mean attenuation": (codes.DCM.AttenuationCoefficient, codes.SCT.Mean),
-    "spread of attenuation": (codes.DCM.AttenuationCoefficient, codes.SCT.StandardDeviation),
-    "lowest attenuation": (codes.DCM.AttenuationCoefficient, codes.SCT.Minimum),
-    "highest attenuation": (codes.DCM.AttenuationCoefficient, codes.SCT.Maximum),
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """What a measurement is of: a concept, how it was derived from many values, and the organ with its side."""
+
+    concept: Code | CodedConcept
+    derivation: Code | None = None
+    site: Code | None = None
+    side: Code | None = None
+
+
+_QUANTITIES: Final[dict[str, Quantity]] = {  # by the name of the measurement
+    "long axis": Quantity(codes.SCT.LongAxis),
+    "short axis": Quantity(codes.SCT.ShortAxis),
+    "length": Quantity(codes.SCT.Length),
+    "width": Quantity(codes.SCT.Width),
+    "area": Quantity(codes.SCT.Area),
+    "volume": Quantity(codes.SCT.Volume),
+    "bone volume": Quantity(codes.SCT.Volume, site=codes.SCT.Bone),
+    "lung volume": Quantity(codes.SCT.Volume, site=codes.SCT.Lung, side=codes.SCT.RightAndLeft),
+    "left lung volume": Quantity(codes.SCT.Volume, site=codes.SCT.Lung, side=codes.SCT.Left),
+    "right lung volume": Quantity(codes.SCT.Volume, site=codes.SCT.Lung, side=codes.SCT.Right),
+    "water-equivalent diameter": Quantity(codes.DCM.WaterEquivalentDiameter),
+    "mean attenuation": Quantity(codes.DCM.AttenuationCoefficient, codes.SCT.Mean),
+    "spread of attenuation": Quantity(codes.DCM.AttenuationCoefficient, codes.SCT.StandardDeviation),
+    "lowest attenuation": Quantity(codes.DCM.AttenuationCoefficient, codes.SCT.Minimum),
+    "highest attenuation": Quantity(codes.DCM.AttenuationCoefficient, codes.SCT.Maximum),
+    "mean lung density": Quantity(
+        codes.DCM.AttenuationCoefficient, codes.SCT.Mean, codes.SCT.Lung, codes.SCT.RightAndLeft
+    ),
 }
 _UNITS: Final = {
     "1": "no units",
@@ -57,6 +76,7 @@ SIDES: Final[dict[str, Code]] = {
     "bilateral": codes.SCT.RightAndLeft,
 }
 _VALUES: Final[dict[str, dict[str, Code]]] = {"region": REGIONS, "laterality": SIDES}
+_ENGLISH: Final = words("en")  # meanings stay English in every language of the report, as those of the standards are
 LANGUAGES: Final = {"en": "English", "zh-CN": "Chinese, simplified"}
 
 
@@ -78,15 +98,12 @@ def _value(term: str) -> str:
 
 
 def finding_type(finding: Finding) -> CodedConcept:
-    return coded(finding.code) if finding.code else private(finding.type)
+    return coded(finding.code) if finding.code else private(finding.type, _ENGLISH.term("type", finding.type))
 
 
-def measurement(name: str) -> tuple[CodedConcept, Code | None]:
-    """(what is measured, its derivation)."""
-    if name in _MEASUREMENTS:
-        concept, derivation = _MEASUREMENTS[name]
-        return CodedConcept.from_code(concept), derivation
-    return private(name), None
+def quantity(name: str) -> Quantity:
+    """What the measurement called `name` is of."""
+    return _QUANTITIES.get(name) or Quantity(private(name, name))
 
 
 def unit(ucum: str) -> CodedConcept:
@@ -96,14 +113,14 @@ def unit(ucum: str) -> CodedConcept:
 
 
 def field(name: str) -> CodedConcept:
-    return CodedConcept.from_code(_FIELDS[name]) if name in _FIELDS else private(name)
+    return CodedConcept.from_code(_FIELDS[name]) if name in _FIELDS else private(name, _ENGLISH.term("field", name))
 
 
 def field_value(name: str, value: str) -> CodedConcept:
     if value == taxonomy.UNDETERMINED:
         return CodedConcept.from_code(codes.SCT.Undetermined)
     known = _VALUES.get(name, {}).get(value)
-    return CodedConcept.from_code(known) if known else private(value)
+    return CodedConcept.from_code(known) if known else private(value, _ENGLISH.term(name, value))
 
 
 def language(tag: str) -> CodedConcept:

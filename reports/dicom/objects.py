@@ -65,7 +65,7 @@ def identity(report: Report, source: SourceSeries, role: Role, number: int = 1) 
         "content_time": made.time(),
         "manufacturer": MANUFACTURER,
         "manufacturer_model_name": line(report.model.name) or "unnamed model",
-        "software_versions": (f"ScanScribe {version('scanscribe')}", line(f"model {report.model.version}")),
+        "software_versions": [f"ScanScribe {version('scanscribe')}", line(f"model {report.model.version}")],
         "device_serial_number": report.model.weights_sha256[:16],
         "specific_character_set": "ISO_IR 192",
         "coding_schemes": [

@@ -33,6 +33,7 @@ SOP_CLASS: Final = "1.2.840.10008.5.1.4.1.1.7"
 FILENAME: Final = "key-image-{:03}.sc.dcm"
 SHORTEST, LONGEST = 512, 1024  # of the picture's longer side on the screen
 TEXT_SIZE: Final = 15
+MARGIN: Final = 8
 FOOTER_COLOUR: Final = (200, 200, 200)
 COMMENTS_LENGTH: Final = 10240  # of LT
 
@@ -122,9 +123,9 @@ def draw(report: Report, index: int, picture: Picture, marks: list[Mark]) -> np.
     image = Image.fromarray(picture.pixels).convert("RGB")
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    rows = _footer(report, index, picture)
-    row_height = round(1.5 * TEXT_SIZE)
-    canvas = Image.new("RGB", (max(size[0], SHORTEST), size[1] + row_height * len(rows) + row_height // 2))
+    row_height, width = round(1.5 * TEXT_SIZE), max(size[0], SHORTEST)
+    rows = [row for text in _footer(report, index, picture) for row in _wrapped(text, width - 2 * MARGIN)]
+    canvas = Image.new("RGB", (width, size[1] + row_height * len(rows) + row_height // 2))
     canvas.paste(image)
     pen = _Pen(canvas, size)
     left, top, right, bottom = picture.shows
@@ -134,7 +135,7 @@ def draw(report: Report, index: int, picture: Picture, marks: list[Mark]) -> np.
         box = ((x0 - left) * sx, (y0 - top) * sy, (x1 - left) * sx, (y1 - top) * sy)
         pen.mark(box, _tag(report, mark), weak=mark[1].localisation == "weak")
     for number, text in enumerate(rows):
-        pen.write((8, size[1] + row_height // 4 + number * row_height), text)
+        pen.write((MARGIN, size[1] + row_height // 4 + number * row_height + TEXT_SIZE), text, FOOTER_COLOUR)
     return np.asarray(canvas)
 
 
@@ -160,7 +161,6 @@ class _Pen:
 
     def __init__(self, canvas: Image.Image, size: tuple[int, int]) -> None:
         self._draw = ImageDraw.Draw(canvas)
-        self._canvas_width = canvas.width
         self._width, self._height = size
         self._taken: list[Box] = []
 
@@ -172,8 +172,8 @@ class _Pen:
             self._dashes((x0, y0, x1, y1))
         else:
             self._draw.rectangle((x0, y0, x1, y1), outline=BOX_COLOUR, width=2)
-        tag = self._fitting(tag, self._width - 8)
-        width, height = self._length(tag) + 6, TEXT_SIZE + 5
+        tag = _fitting(tag, self._width - 2 * MARGIN)
+        width, height = _length(tag) + 6, TEXT_SIZE + 5
         left = max(min(x0, self._width - width), 0)
         free = (
             (left, top, left + width, top + height)
@@ -183,12 +183,14 @@ class _Pen:
         place = next((each for each in free if not self._is_taken(each)), (left, 0, left + width, height))
         self._taken.append(place)
         self._draw.rectangle(place, fill=(0, 0, 0))
-        self._text((place[0] + 3, place[1] + TEXT_SIZE), tag, BOX_COLOUR)
+        self.write((place[0] + 3, place[1] + TEXT_SIZE), tag, BOX_COLOUR)
 
-    def write(self, place: tuple[int, int], text: str) -> None:
-        """A line of the footer, cut where the canvas ends."""
-        fitting = self._fitting(text, self._canvas_width - 2 * place[0])
-        self._text((place[0], place[1] + TEXT_SIZE), fitting, FOOTER_COLOUR)
+    def write(self, start: tuple[float, float], text: str, colour: tuple[int, int, int]) -> None:
+        """Text from `start`, the left end of its base line."""
+        x, y = start
+        for run, font in _runs(text):
+            self._draw.text((x, y), run, fill=colour, font=font, anchor="ls")
+            x += font.getlength(run)
 
     def _is_taken(self, place: Box) -> bool:
         return any(
@@ -205,22 +207,25 @@ class _Pen:
             for x in (x0, x1):
                 self._draw.line((x, y, x, min(y + dash, y1)), fill=BOX_COLOUR, width=2)
 
-    def _fitting(self, text: str, width: float) -> str:
-        if self._length(text) <= width:
-            return text
-        while text and self._length(f"{text}…") > width:
-            text = text[:-1]
-        return f"{text}…"
 
-    def _length(self, text: str) -> float:
-        return sum(self._draw.textlength(run, font=font) for run, font in _runs(text))
+def _wrapped(text: str, width: float) -> Iterator[str]:
+    """The text in rows that fit, parted at spaces where it has any."""
+    while _length(text) > width:
+        end = next(end for end in range(len(text) - 1, 0, -1) if _length(text[:end]) <= width or end == 1)
+        space = text.rfind(" ", 0, end + 1)
+        yield text[: space if space > 0 else end]
+        text = text[space + 1 if space > 0 else end :]
+    yield text
 
-    def _text(self, start: tuple[float, float], text: str, colour: tuple[int, int, int]) -> None:
-        """Draws text from `start`, the left end of its base line."""
-        x, y = start
-        for run, font in _runs(text):
-            self._draw.text((x, y), run, fill=colour, font=font, anchor="ls")
-            x += self._draw.textlength(run, font=font)
+
+def _fitting(text: str, width: float) -> str:
+    """As much of the text as fits into a row."""
+    row = next(_wrapped(text, width))
+    return row if row == text else f"{row}…"
+
+
+def _length(text: str) -> float:
+    return sum(font.getlength(run) for run, font in _runs(text))
 
 
 def _runs(text: str) -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:

@@ -191,8 +191,14 @@ def _narrative(report: Report) -> Iterator[sr.TextContentItem]:
 
 
 def _measurement(measured: Measurement) -> sr.Measurement:
-    concept, derivation = concepts.measurement(measured.name)
-    item = sr.Measurement(concept, measured.value, concepts.unit(measured.unit), derivation=derivation)
+    quantity = concepts.quantity(measured.name)
+    item = sr.Measurement(
+        quantity.concept,
+        measured.value,
+        concepts.unit(measured.unit),
+        derivation=quantity.derivation,
+        finding_sites=[sr.FindingSite(quantity.site, quantity.side)] if quantity.site else None,
+    )
     # TID 300 has a code for the method; ours is a sentence.
     method = sr.TextContentItem(codes.SCT.MeasurementMethod, prose(measured.method), "HAS CONCEPT MOD")
     children = item[0].get("ContentSequence", sr.ContentSequence())
