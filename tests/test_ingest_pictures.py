@@ -201,6 +201,21 @@ def test_each_frame_is_a_picture_whatever_the_order(tmp_path: Path, suffix: str,
         assert study.sources[0].page == number
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_each_frame_is_turned_as_the_file_asks(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = [RNG.randint(0, 255, (30, 40, 3), np.uint8) for _ in range(3)]
+    first, *rest = map(Image.fromarray, pixels)
+    options = {"lossless": True} if suffix == "webp" else {}
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=rest, exif=exif, **options)
+    units = plan([tmp_path]).units
+    for number in (0, 1, 2, 1, 1):
+        study = load(units[number])
+        assert isinstance(study, ImageStudy)
+        np.testing.assert_array_equal(study.pixels[0], np.rot90(pixels[number], -1))
+
+
 def test_a_file_of_many_pages_is_hashed_and_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *rest = frames(20)
     first.save(tmp_path / "a.gif", save_all=True, append_images=rest)

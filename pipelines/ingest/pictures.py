@@ -42,7 +42,8 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what it finds odd in a damaged file
 
 _DAMAGED: Final = (SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error)  # its words for a bad file
-# EXIF orientation (tag 0x0112) -> how the stored array is turned upright; 5 and above swap rows and columns.
+TURNED: Final = (5, 6, 7, 8)  # EXIF orientations that swap rows and columns
+# EXIF orientation (tag 0x0112) -> how the stored array is turned upright.
 _UPRIGHT: Final[dict[int, Callable[[np.ndarray], np.ndarray]]] = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -112,11 +113,14 @@ def decode(image: Image.Image) -> Decoded:
         _check_size(image)
         if ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I"):
             flags.add("reduced-to-8-bit")
-        stored = _orientation(image)  # before `load`, which turns a TIFF itself
+        # Without the tag, so that `load` does not turn a TIFF itself, for which it would hold it twice.
+        orientation = image.getexif().pop(ExifTags.Base.Orientation, 1)
         image.load()
+        image.getexif()[ExifTags.Base.Orientation] = orientation  # of the frames to come, too
         pixels = _to_array(image, flags)
-        pixels = _UPRIGHT.get(_orientation(image), lambda a: a)(pixels)
-        spacing = _spacing(image, swapped=stored >= 5)
+        if orientation in _UPRIGHT:
+            pixels = _UPRIGHT[orientation](pixels)
+        spacing = _spacing(image, swapped=orientation in TURNED)
     except (OSError, EOFError) as error:  # Pillow says "image file is truncated" and the like
         if isinstance(error, EOFError) or "truncated" in str(error):
             raise Refusal("truncated", "The image data ends too early.") from error
@@ -246,11 +250,6 @@ def _n_frames(image: Image.Image) -> int:
         return int(getattr(image, "n_frames", 1))
     except (OSError, EOFError, *_DAMAGED) as error:
         raise Refusal("damaged-image", "The list of pages is damaged.") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return value if isinstance(value, int) else 1
 
 
 def _spacing(image: Image.Image, *, swapped: bool) -> tuple[float, float] | None:
