@@ -1,7 +1,7 @@
 """The report for the hospital's record: an HL7 FHIR bundle, R4B (4.3.0), or R5 (5.0.0) by option.
 
 The bundle is a `collection`: a draft handed over as one piece. A `document` would need a Composition that somebody
-attests, and nobody has read this report yet.  Ids follow from the report's id, so that the same report gives the same
+attests, and nobody has read this report yet.  Ids follow from the report's id and language: the same report gives the same
 bundle.  Every literal reference resolves inside it; the patient is named by the identifier in the source, never made.
 """
 
@@ -91,7 +91,7 @@ class _Writer:
     # Identity
 
     def _id(self, part: str) -> str:
-        return str(uuid.uuid5(uuid.UUID(OWN.removeprefix("urn:uuid:")), f"{self.report.id}/{part}"))
+        return str(uuid.uuid5(uuid.UUID(OWN.removeprefix("urn:uuid:")), f"{self.report.id}/{self.report.language}/{part}"))
 
     def _reference(self, part: str) -> Resource:
         return {"reference": f"urn:uuid:{self._id(part)}"}
