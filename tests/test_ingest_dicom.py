@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 from ingest_doors import read, refusal
+from phantom import PHANTOM, Edit, item, one, phantom_slices, series
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     BasicTextSRStorage,
@@ -25,33 +25,6 @@ from pydicom.uid import (
 
 from pipelines.ingest import load, plan
 from pipelines.study import ImageStudy
-
-PHANTOM = Path(__file__).parents[1] / "examples" / "ct" / "phantom-series"
-Edit = Callable[[Dataset], None]
-
-
-def phantom_slices() -> list[Dataset]:
-    """The phantom's data sets in position order, uncompressed."""
-    slices = [pydicom.dcmread(path) for path in PHANTOM.iterdir()]
-    for ds in slices:
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    return sorted(slices, key=lambda ds: float(ds.ImagePositionPatient[2]))
-
-
-def series(folder: Path, slices: list[Dataset]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for k, ds in enumerate(slices):
-        ds.save_as(folder / f"{k:03d}.dcm", enforce_file_format=True)
-    return folder
-
-
-def one(folder: Path, edit: Edit = lambda ds: None) -> Path:
-    """A file with the phantom's sixth slice, edited."""
-    ds = phantom_slices()[5]
-    edit(ds)
-    path = folder / "one.dcm"
-    ds.save_as(path, enforce_file_format=True)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +249,6 @@ def enhanced() -> Dataset:
         frames.append(frame)
         pixels += (s.pixel_array + k).astype("<u2").tobytes()
     ds.PerFrameFunctionalGroupsSequence, ds.PixelData = frames, pixels
-    return ds
-
-
-def item(**values: object) -> Dataset:
-    ds = Dataset()
-    for keyword, value in values.items():
-        setattr(ds, keyword, value)
     return ds
 
 

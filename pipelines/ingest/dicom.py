@@ -339,8 +339,6 @@ def _check(dataset: Item, sop_class: str, kind: Kind, foreign: str) -> None:
         raise Refusal("localizer", "It is a localizer (scout), not a cross-section.")
     if _number(dataset, "SamplesPerPixel", 1) != 1:
         raise Refusal("not-ct-image", "It is a colour image.")
-    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
-        raise Refusal("unsupported-pixel-format", "Its pixels are floating-point numbers, which CT images never are.")
     count = frame_count(dataset)
     voxels = _number(dataset, "Rows") * _number(dataset, "Columns") * count
     if voxels <= 0:
@@ -447,13 +445,10 @@ def _rescale(item: Item, image_type: list[str]) -> tuple[Rescale, frozenset[str]
     if slope is None or intercept is None or slope[0] == 0:
         raise Refusal("no-hounsfield-units", "The header gives no rescale to Hounsfield units.")
     rescale = Rescale(slope[0], intercept[0])
-    unit = text(item, "RescaleType").upper()
-    if unit == "HU":
-        return rescale, frozenset()
-    original = image_type[0] == "ORIGINAL"
-    if not original and MAPS.search(" ".join(image_type)):
+    unit, original = text(item, "RescaleType").upper(), image_type[0] == "ORIGINAL"
+    if unit != "HU" and not original and MAPS.search(" ".join(image_type)):
         raise Refusal("no-hounsfield-units", "The pixel values are a derived map, not Hounsfield units.")
-    if not unit:
+    if unit in ("", "HU"):
         return rescale, frozenset()
     # "US" (unspecified) is written by some archives on original slices; on a derived image it means some other map.
     if unit == "US" and original:

@@ -22,9 +22,10 @@ AIR_HU: Final = -1024
 COARSE_HU_STEP: Final = 4  # HU between neighbouring stored values: above it, tissue contrast is quantised away
 PADDING_SHARE: Final = 0.01  # of the pixels: so many of one value below air are no noise
 TISSUE_HU: Final = (-900, 2000)  # padding that maps to a value in between hides tissue
-LOSSY_SMEAR_HU: Final = 200
+LOSSY_SMEAR_HU: Final = 100
 METAL_HU: Final = 16_000  # dense metal on extended scales stays below
 JPEG_2000: Final = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.4.20")
+FLOAT_PIXEL_DATA: Final = (0x0008, 0x0009)
 _UNDEFINED: Final = 0xFFFFFFFF
 _INT16: Final = np.iinfo(np.int16)
 
@@ -90,8 +91,10 @@ def _pixel_value(data: bytes, layout: Layout) -> tuple[memoryview, bool]:
         return memoryview(pixels), False
     at = layout.offset
     order: Literal["big", "little"] = "big" if NATIVE.get(layout.syntax) == ">" else "little"
-    group = (0x7FE0).to_bytes(2, order) + (0x0010).to_bytes(2, order)
-    if data[at : at + 4] != group or len(data) < at + 8:
+    group, element = (int.from_bytes(data[at + k : at + k + 2], order) for k in (0, 2))
+    if group == 0x7FE0 and element in FLOAT_PIXEL_DATA:
+        raise Refusal("unsupported-pixel-format", "Its pixels are floating-point numbers, which CT images never are.")
+    if (group, element) != (0x7FE0, 0x0010) or len(data) < at + 8:
         raise Refusal("truncated", "The pixel data is missing.")
     explicit = data[at + 4 : at + 6] in (b"OW", b"OB", b"UN")
     start = at + (12 if explicit else 8)
@@ -203,8 +206,11 @@ def _filler(hu: np.ndarray, *, lossy: bool) -> np.ndarray | None:
     if below.size < PADDING_SHARE * hu.size:
         return None
     value = np.median(below)
-    # Lossy compression smears the edge of the filling.
-    filler = hu < (AIR_HU + value) / 2 if lossy and value < AIR_HU - LOSSY_SMEAR_HU else hu == value
+    # Noise is spread; a filling is one value, unless lossy compression has smeared it.
+    spread = LOSSY_SMEAR_HU if lossy and value < AIR_HU - 2 * LOSSY_SMEAR_HU else 0
+    if (np.abs(below - value) <= spread).mean() < 0.5:
+        return None
+    filler = hu < AIR_HU - spread if spread else hu == value
     return filler if filler.mean() > PADDING_SHARE else None
 
 

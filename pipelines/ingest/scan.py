@@ -27,8 +27,6 @@ LEFT_TO_PYDICOM: Final = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
     "ModalityLUTSequence",
-    "FloatPixelData",
-    "DoubleFloatPixelData",
 )
 _KEYWORDS: Final = {tag_for_keyword(keyword): keyword for keyword in WANTED}
 _NESTED: Final = frozenset(tag_for_keyword(keyword) for keyword in LEFT_TO_PYDICOM)
