@@ -169,7 +169,11 @@ class Session:
         """What there is to report. Inputs that cannot be used are put on record; golden samples are left out."""
         plan = ingest.plan(self.job.inputs, progress=functools.partial(self._tell, "look"))
         wrote = self._folder.wrote  # output and inputs may share a folder
-        units = tuple(unit for unit in plan.units if not wrote(unit.files[0].path) and not self._references.has(unit))
+        units = tuple(
+            replace(unit, documents=tuple(each for each in unit.documents if not wrote(each.path)))
+            for unit in plan.units
+            if not wrote(unit.files[0].path) and not self._references.has(unit)
+        )
         self._rejected = [rejection for rejection in plan.rejections if not wrote(rejection.path)]
         self._folder.start(self.job.inputs, self._rejected)
         self._passed_over = sum(not wrote(each.path) for each in plan.passed_over)

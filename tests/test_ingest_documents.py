@@ -174,6 +174,16 @@ def test_a_scanned_page_is_inspected_and_flagged(tmp_path: Path) -> None:
     assert study.pixels.shape == (1, *PHOTO.shape)
 
 
+def test_a_scan_is_turned_with_its_page(tmp_path: Path) -> None:
+    Image.fromarray(PHOTO).save(tmp_path / "flat.pdf", quality=95)
+    made = pdfium.PdfDocument(tmp_path / "flat.pdf")
+    made[0].set_rotation(90)
+    made.save(tmp_path / "turned.pdf")
+    made.close()
+    flat, turned = (read(tmp_path / f"{name}.pdf").pixels[0] for name in ("flat", "turned"))
+    np.testing.assert_array_equal(turned, np.rot90(flat, -1))
+
+
 def test_a_drawn_page_without_text_is_rendered(tmp_path: Path) -> None:
     pdf(tmp_path / "drawn.pdf", "#rect(width: 4cm, height: 3cm, fill: blue)\n#circle(radius: 1cm)")
     [(name, study)] = studies(tmp_path / "drawn.pdf").items()

@@ -297,7 +297,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    ("mode", "suffix", "most_mib"), [("L", "png", 1536), ("RGB", "jpg", 2560), ("RGB", "tif", 2560)]
+    ("mode", "suffix", "most_mib"), [("L", "png", 1024), ("RGB", "jpg", 2048), ("RGB", "tif", 2048)]
 )
 def test_a_scan_of_20000_by_20000_is_reported_in_bounded_memory(
     tmp_path: Path, mode: str, suffix: str, most_mib: int

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Final, Literal
 
+import numpy as np
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 
@@ -125,7 +126,7 @@ def load_page_picture(unit: Unit) -> ImageStudy:
     """Decode one image of a PDF page, or draw the page. Raises Refusal."""
     ref, page = unit.files[0], unit.page or 0
     with _opened(ref.read()) as pdf, contextlib.closing(pdf[page]) as opened:
-        picture = _draw(opened) if unit.image is None else _extract(_images(opened)[unit.image])
+        picture = _draw(opened) if unit.image is None else _extract(opened, unit.image)
     source = SourceFile(ref.name, ref.sha256(), "application/pdf", page)
     key = hashlib.sha256(f"{content_key((source,))} image {unit.image}".encode()).hexdigest()
     return picture_study(key, unit.name, replace(picture, spacing_mm=None), source)  # its size on paper is no scale
@@ -251,12 +252,14 @@ def _images(page: pdfium.PdfPage) -> list[pdfium.PdfImage]:
     return list(page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=4))
 
 
-def _extract(image: pdfium.PdfImage) -> Decoded:
-    """The image as it is stored, at its own size."""
+def _extract(page: pdfium.PdfPage, number: int) -> Decoded:
+    """An image as it is stored, at its own size, turned with its page."""
+    image = _images(page)[number]
     width, height = image.get_px_size()
     if width * height > MAX_PIXELS:
         raise Refusal("too-large", f"The image is {width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,}.")
-    return decode(image.get_bitmap().to_pil())
+    picture = decode(image.get_bitmap().to_pil())
+    return replace(picture, pixels=np.rot90(picture.pixels, -page.get_rotation() // 90))
 
 
 def _draw(page: pdfium.PdfPage) -> Decoded:
