@@ -35,6 +35,7 @@ NATIVE: Final = {  # transfer syntaxes of pixels that are not compressed -> byte
     "1.2.840.10008.1.2.1.99": "<",
     "1.2.840.10008.1.2.2": ">",
 }
+LOSSY: Final = frozenset((decoders.JPEG_BASELINE, decoders.JPEG_EXTENDED, "1.2.840.10008.1.2.4.81"))  # by themselves
 _PACKAGES: Final = {
     "pydicom": "pydicom",
     "pillow": "PIL",

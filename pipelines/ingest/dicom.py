@@ -28,7 +28,7 @@ from pydicom.uid import (
     UID_dictionary,
 )
 
-from pipelines.ingest.codecs import reads
+from pipelines.ingest.codecs import LOSSY, reads
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.header_json import header_json
 from pipelines.ingest.refusals import Refusal
@@ -368,7 +368,7 @@ def _layout(dataset: Item, offset: int | None) -> Layout:
         high_bit=high_bit,
         signed=signed,
         syntax=str(syntax),
-        lossy=text(dataset, "LossyImageCompression") == "01",
+        lossy=text(dataset, "LossyImageCompression") == "01" or syntax in LOSSY,
         offset=offset,
         padding=_padding(dataset, allocated, signed=signed),
     )

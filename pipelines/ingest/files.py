@@ -258,7 +258,9 @@ def sniff(head: bytes) -> Format | None:
     if head.startswith(b"%PDF"):
         return "pdf"
     # A DICOM data set with no preamble opens with a tag of group 0002 or 0008 (PS3.10 section 7.1, PS3.5 section 7.1).
-    if len(head) >= 8 and struct.unpack_from("<HH", head) in {(g, e) for g in (2, 8) for e in range(0x19)}:
+    if len(head) >= 8 and any(
+        struct.unpack_from(order, head) in {(g, e) for g in (2, 8) for e in range(0x19)} for order in ("<HH", ">HH")
+    ):
         return "dicom"
     return None
 
