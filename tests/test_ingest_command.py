@@ -58,6 +58,20 @@ def test_slices_are_saved_one_by_one_under_their_own_uids(tmp_path: Path) -> Non
         assert geometry["positions_mm"] == [[float(v) for v in ds.ImagePositionPatient]]
 
 
+def test_verdict_changes_where_pixels_cannot_be_read(tmp_path: Path) -> None:
+    folder = series(tmp_path / "ct", phantom_slices())
+    broken = folder / "004.dcm"
+    broken.write_bytes(broken.read_bytes()[:50_000])
+    code, found = ingest(folder, "--save", tmp_path / "out")
+    assert code == 1
+    (one,) = found["series"]
+    assert (one["verdict"], one["code"], one["shape"]) == ("slices", "unreadable-slices", [11, 256, 256])
+    assert str(broken) not in one["files"]
+    assert [(each["path"], each["code"]) for each in found["rejected"]] == [(str(broken), "truncated")]
+    code, found = ingest(broken, "--save", tmp_path / "out")
+    assert (found["series"][0]["verdict"], found["series"][0]["code"]) == ("refused", "truncated")
+
+
 def test_a_uid_never_leads_out_of_the_folder(tmp_path: Path) -> None:
     slices = phantom_slices()
     for ds in slices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,11 +40,13 @@ def ingest(
     with console.progress("Looking at files") as tell:
         plan = door.plan(inputs, progress=lambda done, total: tell("Looking at files", done, total))
         rejected = list(plan.rejections)
+        series = list(plan.series)
         saved: dict[int, list[str]] = {}
-        for number, series in enumerate(plan.series):
-            if save is not None and series.unit is not None:
+        for number, each in enumerate(plan.series):
+            if save is not None and each.unit is not None:
                 tell("Decoding series", number, len(plan.series))
-                saved[number] = _save(series, save, isotropic, rejected)
+                series[number], saved[number] = _save(each, save, isotropic, rejected)
+        plan = replace(plan, series=tuple(series))
     if as_json:
         found = _as_dict(plan, rejected, saved)
         sys.stdout.write(json.dumps(found) + "\n")
@@ -53,28 +55,35 @@ def ingest(
     raise typer.Exit(SOME_REFUSED if rejected else OK)
 
 
-def _save(series: SeriesVerdict, folder: Path, isotropic: float | None, rejected: list[Rejection]) -> list[str]:
-    """Decode one series and write its volume, or each of its slices. What fails is added to `rejected`."""
+def _save(
+    series: SeriesVerdict, folder: Path, isotropic: float | None, rejected: list[Rejection]
+) -> tuple[SeriesVerdict, list[str]]:
+    """Decode one series and write its volume, or each of its slices. Gives the verdict as the pixels leave it, and the
+    files; what fails is added to `rejected`."""
     from pipelines import ingest as door
     from pipelines.ingest import volume
     from pipelines.study import Rejection
 
     assert series.unit is not None
     study = door.load(series.unit)
-    if isinstance(study, Rejection):
-        rejected.append(study)
-        return []
+    failed = (study,) if isinstance(study, Rejection) else study.rejected_sources
     known = {each.path for each in rejected}
-    rejected += [each for each in study.rejected_sources if each.path not in known]
-    whole = series.verdict == "volume" and "unreadable-slices" not in study.quality_flags
-    if not whole:
+    rejected += [each for each in failed if each.path not in known]
+    if isinstance(study, Rejection):
+        return replace(series, verdict="refused", code=study.code, reason=study.reason, score=0, preferred=False), []
+    if "unreadable-slices" in study.quality_flags:
+        reason = f"Files of the series could not be read: {len(study.pixels):,} slices are left. {series.reason}"
+        files = tuple(dict.fromkeys(source.path for source in study.sources))
+        shape = (len(study.pixels), *study.pixels.shape[1:3])
+        series = replace(series, verdict="slices", code="unreadable-slices", reason=reason, files=files, shape=shape)
+    series = replace(series, flags=study.quality_flags)
+    if series.verdict == "slices":
         parts = list(volume.slices(study))
     else:
         name = series.series_uid or study.key[:16]
-        parts = [(name if series.part == 1 else f"{name}_{series.part}", study)]
-        if isotropic is not None:
-            parts = [(name, volume.isotropic(each, isotropic)) for name, each in parts]
-    return [str(volume.save(each, folder, _file_name(name)).pixels) for name, each in parts]
+        whole = study if isotropic is None else volume.isotropic(study, isotropic)
+        parts = [(name if series.part == 1 else f"{name}_{series.part}", whole)]
+    return series, [str(volume.save(part, folder, _file_name(name)).pixels) for name, part in parts]
 
 
 def _file_name(uid: str) -> str:
