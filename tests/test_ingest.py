@@ -386,6 +386,16 @@ def test_archive_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     assert refusal(path).code == "archive-bomb"
 
 
+@pytest.mark.parametrize("name", ["../../a.png", "/etc/a.png", "b/../../a.png", "C:/a.png"])
+def test_member_that_names_a_place_outside_is_refused(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
+        z.write(EXAMPLES / "steel" / "scratches.png", "good.png")
+        z.writestr(zipfile.ZipInfo(name), (EXAMPLES / "steel" / "scratches.png").read_bytes())
+    planned = plan([tmp_path / "x.zip"])
+    assert [unit.name for unit in planned.units] == ["good.png"]
+    assert [each.code for each in planned.rejections] == ["path-traversal"]
+
+
 def test_damaged_member_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as z:
