@@ -312,11 +312,11 @@ class _Writer:
 
     def _measured(self, measurement: Measurement) -> Resource:
         name = visible(measurement.name)
-        concept, derivation = concepts.measurement(measurement.name)
+        known = concepts.quantity(measurement.name)
         coding = [{"system": OWN, "code": name}] if name else []
-        if derivation is None and concept.scheme_designator in SYSTEMS:
-            system = SYSTEMS[concept.scheme_designator]
-            coding.insert(0, {"system": system, "code": concept.value, "display": concept.meaning})
+        if known.derivation is known.site is None and known.concept.scheme_designator in SYSTEMS:
+            system = SYSTEMS[known.concept.scheme_designator]
+            coding.insert(0, {"system": system, "code": known.concept.value, "display": known.concept.meaning})
         unit = visible(measurement.unit)
         quantity: Resource = {"value": measurement.value}
         if unit:

@@ -39,7 +39,17 @@ _UNBREAKABLE: Final = re.compile(r"[^\s\u200b\u3000-\u9fff]{24}(?=[^\s])")
 
 
 def render(bundle: Bundle) -> bytes:
-    """The report as PDF."""
+    """The report as PDF. The last one is kept: several formats carry the same."""
+    global _latest
+    if _latest is None or _latest[0] is not bundle:
+        _latest = bundle, _render(bundle)
+    return _latest[1]
+
+
+_latest: tuple[Bundle, bytes] | None = None
+
+
+def _render(bundle: Bundle) -> bytes:
     report = bundle.report
     files: dict[str, bytes] = {"main.typ": _template()}
     page = asdict(page_of(report))

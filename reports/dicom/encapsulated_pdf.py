@@ -21,7 +21,8 @@ SOP_CLASS: Final = "1.2.840.10008.5.1.4.1.1.104.1"
 def render(bundle: Bundle) -> bytes:
     """The object as a DICOM file. Raises CannotCarryError, also when the PDF cannot be made."""
     report, source = bundle.report, source_series(bundle)
-    (pdf,) = formats()["pdf"].render(replace(bundle, report=as_made(report))).values()
+    made_of = replace(bundle, report=as_made(report)) if report.superseded_by else bundle
+    (pdf,) = formats()["pdf"].render(made_of).values()
     document = new_object(report, source, ROLE, SOP_CLASS)
     made = source.local(report.created)
     document.ConversionType = "WSD"
