@@ -72,7 +72,7 @@ def read_and_report(session: Session, batch: Batch) -> None:
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def export(session: Session) -> RunSummary:
-    """Write the HTML index."""
+    """Write what is over the whole folder: tables, the lot report, the HTML index."""
     return session.finish()
 
 

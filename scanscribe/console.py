@@ -63,6 +63,10 @@ def show(summary: RunSummary) -> None:
     counts += [f"{len(summary.rejected)} refused"] if summary.rejected else []
     counts += [f"{summary.passed_over} other files left alone"] if summary.passed_over else []
     console.print(f"{', '.join(counts)}; reading took {summary.seconds:.1f} s. Drafts for qualified review.")
+    for file in summary.files.values():
+        console.print(Text(f"Wrote {short(str(summary.out / file))}"), soft_wrap=True)
+    for name, message in summary.errors.items():
+        console.print(Text(f"{name} could not be written: ", "red") + _plain(message), soft_wrap=True)
     console.print(Text(f"Open {summary.index.resolve()}"), soft_wrap=True)
     if lacking := summary.without_golden_sample:
         words = "1 picture has" if lacking == 1 else f"{lacking} pictures have"

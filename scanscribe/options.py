@@ -8,10 +8,15 @@ from typing import Annotated
 import typer
 
 Inputs = Annotated[
-    list[Path], typer.Argument(help="Files, folders, DICOM series folders, zip archives.", show_default=False)
+    list[Path], typer.Argument(help="Files, folders, DICOM series folders, zip archives, PDF.", show_default=False)
 ]
 Out = Annotated[Path, typer.Option(help="Folder for the reports, index.jsonl, rejected.jsonl and index.html.")]
-Formats = Annotated[str | None, typer.Option(help="Names with commas: json, html. (default json,html)")]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        help="Names with commas; `scanscribe export --help` lists them. (default json,html)", show_default=False
+    ),
+]
 Model = Annotated[str | None, typer.Option(help="A model's name, or its folder. (default default)")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default auto)")]
 Kind = Annotated[str | None, typer.Option(help="What the inputs are: auto, ct or defect. (default auto)")]

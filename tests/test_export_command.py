@@ -177,12 +177,15 @@ def test_a_table_that_fails_is_told_and_costs_nothing_else(out: Path, monkeypatc
     assert not summary.complete
 
 
-def test_the_settings_file_says_how_lots_are_judged(scanscribe, out: Path) -> None:
+def test_settings_say_how_lots_are_judged(scanscribe, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("scanscribe.toml").write_text('[lot]\naql = 4.0\ninspection_level = "S-2"\nsizes = { A17 = 1200 }\n')
     code, *_ = scanscribe("report", "in", "--out", "out", "--formats", "lot")
     assert code == 0
     plan = json.loads((out / "lot.json").read_text())["plan"]
     assert (plan["aql"], plan["inspection_level"], plan["sizes"]) == (4.0, "S-2", {"A17": 1200})
+    monkeypatch.setenv("SCANSCRIBE_LOT__AQL", "0.65")
+    scanscribe("report", "in", "--out", "out", "--formats", "lot")
+    assert json.loads((out / "lot.json").read_text())["plan"]["aql"] == 0.65
     code, *_ = scanscribe("export", "out", "--formats", "lot", "--aql", "1.5")
     plan = json.loads((out / "lot.json").read_text())["plan"]
     assert (code, plan["aql"], plan["inspection_level"]) == (0, 1.5, "S-2")

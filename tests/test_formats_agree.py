@@ -261,7 +261,7 @@ def squeezed(text: str) -> str:
 
 
 def agrees(said: Statement, meant: Statement, *, rounded: bool = False, named: bool = True) -> None:
-    """`rounded`: per cent with 4 decimals, numbers in the 16 characters of a DS; not `named`: measurements are coded."""
+    """`rounded`: per cent in 4 decimals, numbers in the 16 characters of a DS; not `named`: measurements are coded."""
     assert said.disposition == meant.disposition
     assert sorted(said.findings) == sorted(meant.findings)
     pairs = [(said.measurements, meant.measurements)]
