@@ -487,7 +487,7 @@ class References:
 
 
 def check_job(job: Job) -> None:
-    """Raises UsageError or ModelError for what can be told to be wrong before any work."""
+    """Raises UsageError, PatternError or ModelError for what can be told to be wrong before any work."""
     if not job.inputs:
         raise UsageError("There is nothing to report: name at least one file, folder or zip archive.")
     # One missing path among others is a refused input; when nothing is there, the command itself is wrong.
@@ -508,6 +508,7 @@ def check_job(job: Job) -> None:
         check_formats(job.formats)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
+    load_patterns(job.identifiers)
     find(job.model)
 
 
