@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from pipelines.study import Rejection
-from reports.bundle import note_superseded
+from reports.bundle import REPORT, note_superseded
 from reports.files import atomic_write, is_temporary
 from reports.formats import own_files, run_file_links
 
@@ -126,7 +126,8 @@ class RunFolder:
         entry = self.known(request)
         if entry is None or any(name not in entry.formats for name in formats):
             return None
-        return entry if all((self.path / file).is_file() for file in entry.formats.values()) else None
+        files = (f"{entry.id}/{REPORT}", *entry.formats.values())
+        return entry if all((self.path / file).is_file() for file in files) else None
 
     def current(self, subject: str) -> IndexEntry | None:
         """The current report about `subject`."""
