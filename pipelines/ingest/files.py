@@ -77,7 +77,8 @@ class FileRef:
 
     @property
     def basename(self) -> str:
-        return PurePosixPath(self.member or FileRef(Path(self.path.name)).name).name
+        name = self.member or os.fsencode(self.path.name).decode("utf-8", "replace")
+        return name.rpartition("/")[2]
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -227,15 +228,15 @@ def _recognise(ref: FileRef, *, named: bool) -> Found | PassedOver:
     """What the file is by content; raises Refusal where it is nothing that can be read."""
     with ref.open() as stream:
         head = stream.read(DIRECTORY_HEAD_BYTES)
-    if head[128:132] == b"DICM" and MEDIA_STORAGE_DIRECTORY in head:
-        return Found(ref, "dicomdir")
+    if head[128:132] == b"DICM":
+        return Found(ref, "dicomdir" if MEDIA_STORAGE_DIRECTORY in head else "dicom", named)
     head = head[:HEAD_BYTES]
     suffix = PurePosixPath(ref.basename).suffix.lower()
     stem = PurePosixPath(ref.basename.lower()).stem
     if suffix in DOCUMENT_SUFFIXES and stem not in NO_DOCUMENTS and head and not sniff(head):
         return Found(ref, "text", named)
     sidecar = not named and (suffix in SIDECAR_SUFFIXES or ref.basename.upper() in SIDECAR_NAMES)
-    if (found := sniff(head)) and not (sidecar and ref.basename.upper() == "DICOMDIR"):
+    if found := sniff(head):
         return Found(ref, found, named)
     if sidecar:
         return PassedOver(ref.name, "a companion file, not an image")
