@@ -4,8 +4,9 @@
 
 Compared with pydicom on the same files: the decoding of their pixels on one core, divided by the cores, and its header
 pass divided by the cores.  The series is drawn (512 x 512, 12 of 16 bits, noise like a scanner's) unless a folder is
-named, and is measured uncompressed and in JPEG 2000; the disk cache is warm.  Its headers have 126 elements; those of
-real CT files at hand have 131 to 268.  The last line of the output is one JSON object with each figure beside its target.
+named, and is measured uncompressed and in JPEG 2000; the disk cache is warm.  Its headers have 126 elements; those
+of real CT files at hand have 131 to 268.  The last line of the output is one JSON object with each figure beside its
+target.
 """
 
 from __future__ import annotations

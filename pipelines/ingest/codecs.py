@@ -2,7 +2,7 @@
 
 Measured on one 512 x 512 slice: JPEG Baseline (Pillow) runs twice as fast on two threads; JPEG 2000, JPEG-LS, RLE and
 GDCM's JPEG Lossless gain nothing, because their bindings keep the global lock.  Those go to children, if there are
-several frames.  A frame's way to a child and back costs 0.6 ms, a child's start 0.1 s (GDCM) to 0.4 s.
+several frames.  A frame's way to a child and back costs 0.5 ms, a child's start 0.1 s (GDCM) to 0.5 s.
 """
 
 from __future__ import annotations
