@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Final, Literal, cast
+from typing import Any, BinaryIO, Final, cast
 
 import pydicom
 from pydicom import config
@@ -31,8 +29,10 @@ from pydicom.uid import (
 from pipelines.ingest.codecs import LOSSY, reads
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.header_json import header_json
+from pipelines.ingest.kinds import CT_SOP_CLASSES, SECONDARY_CAPTURE, Kind, contrast_phase, foreign, kind_of
 from pipelines.ingest.refusals import Refusal
 from pipelines.ingest.scan import Plain, scan
+from pipelines.ingest.values import Item, Macros, image_type, items, number, numbers, positive, text
 from reports.dicom_source import Instance
 
 # pydicom quotes the values that it finds odd. Patient data stays out of logs and off the terminal.
@@ -46,46 +46,9 @@ MAX_FRAME_PIXELS: Final = 8192 * 8192  # no scanner comes near; bounds the memor
 MAX_INFLATED_BYTES: Final = 512 << 20  # of a deflated data set
 HEAD_BYTES: Final = 1 << 16  # most headers end before
 CACHED_HEADERS: Final = 20_000
-CT_SOP_CLASSES: Final = frozenset(
-    (
-        "1.2.840.10008.5.1.4.1.1.2",  # CT Image Storage
-        "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT Image Storage
-        "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image Storage
-    )
-)
-SECONDARY_CAPTURE: Final = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame kinds, which begin alike
-DOSE_REPORTS: Final = ("1.2.840.10008.5.1.4.1.1.88.67", "1.2.840.10008.5.1.4.1.1.88.68")  # X-ray, radionuclides
-_MODALITIES: Final = "CR DX IO MG MR NM OT PR PT PX RF RTDOSE RTPLAN RTSTRUCT SEG SR US XA XC"
-OTHER_MODALITIES: Final = frozenset(_MODALITIES.split())
-
-# Attributes that only images of another modality have (PS3.3 C.8.9.1, C.8.3.1, C.8.11): some archives and workstations
-# label such images as CT.
-FOREIGN_ATTRIBUTES: Final = {
-    "DecayCorrection": "PET",
-    "EchoTime": "MR",
-    "MagneticFieldStrength": "MR",
-    "CompressionForce": "mammography or tomosynthesis",
-}
-LOCALIZERS: Final = frozenset(("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM", "SCANO", "SCOUT MODE"))
-PROJECTIONS: Final = frozenset(("MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "VRT", "VOLREN", "SSD"))
-REFORMATS: Final = frozenset(("MPR", "REFORMATTED", "CPR", "CURVED", "RESAMPLED", "AVERAGE", "CSA MPR", "MPVR"))
 MAPS: Final = re.compile(r"PERFUSION|\b(CBF|CBV|MTT|TTP|TMAX|PBV|RHO|ZEFF|Z_EFF)\b|IODINE|ELECTRON_DENSITY")
-DOSE_WORDS: Final = re.compile(r"\b(dose|protocol|exam summary)\b", re.IGNORECASE)
-
-Kind = Literal[
-    "original",  # reconstructed from the scan itself
-    "reformatted",  # planes through a volume: multiplanar, averaged
-    "projection",  # MIP, MinIP, volume rendering
-    "derived",  # any other image that was computed from images
-    "localizer",
-    "secondary-capture",
-    "dose-report",
-    "not-ct",
-]
-Numbers = tuple[float, ...]
 Position = tuple[float, float, float]
 Direction = tuple[float, float, float, float, float, float]
-Item = Dataset | Plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +174,8 @@ def read_about(ref: FileRef) -> About:
     frame = Macros(dataset, 0)
     voi = frame["FrameVOILUTSequence"]
     centre, width = numbers(voi, "WindowCenter"), numbers(voi, "WindowWidth")
-    agents = _items(dataset, "ContrastBolusAgentSequence")
-    regions = _items(frame["FrameAnatomySequence"], "AnatomicRegionSequence")
+    agents = items(dataset, "ContrastBolusAgentSequence")
+    regions = items(frame["FrameAnatomySequence"], "AnatomicRegionSequence")
     return About(
         window=(centre[0], width[0]) if centre and width and width[0] >= 1 else None,
         kernel=text(frame["CTReconstructionSequence"], "ConvolutionKernel") or None,
@@ -250,15 +213,15 @@ def _header(ref: FileRef, dataset: Item, offset: int | None) -> Header:
     if not sop_class and not text(dataset, "Modality"):
         raise Refusal("not-an-image", "It is neither a picture nor a DICOM image.")
     study, series = text(dataset, "StudyInstanceUID"), text(dataset, "SeriesInstanceUID")
-    number = numbers(dataset, "InstanceNumber", 1)
-    foreign = _foreign(dataset, sop_class)
-    kind = _kind(dataset, sop_class, foreign)
+    numbered = numbers(dataset, "InstanceNumber", 1)
+    other = foreign(dataset, sop_class)
+    kind = kind_of(dataset, sop_class, other)
     layout: Layout | None = None
     planes: tuple[Plane, ...] = ()
     flags: frozenset[str] = frozenset()
     fault = None
     try:
-        _check(dataset, sop_class, kind, foreign)
+        _check(dataset, sop_class, kind, other)
         layout = _layout(dataset, offset)
         planes, flags = _planes(dataset, layout.frames)
     except Refusal as refusal:
@@ -270,10 +233,12 @@ def _header(ref: FileRef, dataset: Item, offset: int | None) -> Header:
         series_uid=series,
         series_number=text(dataset, "SeriesNumber"),
         frame_of_reference=text(dataset, "FrameOfReferenceUID"),
-        instance=Instance(sop_instance, sop_class, int(number[0]) if number else None, layout.frames if layout else 1),
-        order=(_number(dataset, "AcquisitionNumber"), number[0] if number else 0.0),
+        instance=Instance(
+            sop_instance, sop_class, int(numbered[0]) if numbered else None, layout.frames if layout else 1
+        ),
+        order=(number(dataset, "AcquisitionNumber"), number(dataset, "InstanceNumber")),
         kind=kind,
-        contrast=_contrast(dataset),
+        contrast=contrast_phase(dataset),
         fault=fault,
         layout=layout,
         planes=planes,
@@ -288,41 +253,7 @@ def _sop_uids(dataset: Item) -> tuple[str, str]:
     return cast("tuple[str, str]", tuple(found))
 
 
-def _kind(dataset: Item, sop_class: str, foreign: str) -> Kind:
-    if sop_class in DOSE_REPORTS:
-        return "dose-report"
-    types = _image_type(dataset)
-    if sop_class.startswith(SECONDARY_CAPTURE):
-        title = text(dataset, "SeriesDescription") + " " + text(dataset, "ProtocolName")
-        return "dose-report" if DOSE_WORDS.search(title) else "secondary-capture"
-    if "Rows" not in dataset or foreign:
-        return "not-ct"
-    if LOCALIZERS.intersection(types) or LOCALIZERS.intersection(text(dataset, "ScanOptions").upper().split("\\")):
-        return "localizer"
-    if PROJECTIONS.intersection(types):
-        return "projection"
-    if REFORMATS.intersection(types):
-        return "reformatted"
-    return "derived" if types[0] == "DERIVED" else "original"
-
-
-def _foreign(dataset: Item, sop_class: str) -> str:
-    """In words what makes the image one of another modality than CT; "" for a CT image."""
-    modality = text(dataset, "Modality")
-    if modality != "CT" and (modality or sop_class not in CT_SOP_CLASSES):
-        # a value that the standard does not define is not quoted
-        return f"Its modality is {modality if modality in OTHER_MODALITIES else 'another one'}, not CT."
-    for keyword, which in FOREIGN_ATTRIBUTES.items():
-        if keyword in dataset and text(dataset, keyword):
-            return f"It is labelled CT, but has attributes of {which}."
-    breast = text(dataset, "BodyPartExamined").upper() == "BREAST" and text(dataset, "PositionerPrimaryAngle")
-    maker = text(dataset, "Manufacturer").upper()
-    if breast or maker.startswith("HOLOGIC") or any(each.startswith("TOMO") for each in _image_type(dataset)):
-        return "It is labelled CT, but is a tomosynthesis."
-    return ""
-
-
-def _check(dataset: Item, sop_class: str, kind: Kind, foreign: str) -> None:
+def _check(dataset: Item, sop_class: str, kind: Kind, other: str) -> None:
     """Raise Refusal unless the data set is a CT image in a form that can be decoded."""
     if sop_class.startswith(SECONDARY_CAPTURE):
         raise Refusal("not-ct-image", "It is a secondary capture (a screenshot), not a CT slice.")
@@ -331,16 +262,16 @@ def _check(dataset: Item, sop_class: str, kind: Kind, foreign: str) -> None:
     if "Rows" not in dataset or "Columns" not in dataset:
         what = UID(sop_class).name if sop_class in UID_dictionary else "DICOM object"
         raise Refusal("no-pixels", f"It is a {what}, which holds no image.")
-    if foreign:
-        raise Refusal("not-ct", foreign)
+    if other:
+        raise Refusal("not-ct", other)
     if sop_class and sop_class not in CT_SOP_CLASSES:
         raise Refusal("not-ct-image", "It is made from a CT study, but is not a CT image.")
     if kind == "localizer":
         raise Refusal("localizer", "It is a localizer (scout), not a cross-section.")
-    if _number(dataset, "SamplesPerPixel", 1) != 1:
+    if number(dataset, "SamplesPerPixel", 1) != 1:
         raise Refusal("not-ct-image", "It is a colour image.")
     count = frame_count(dataset)
-    voxels = _number(dataset, "Rows") * _number(dataset, "Columns") * count
+    voxels = number(dataset, "Rows") * number(dataset, "Columns") * count
     if voxels <= 0:
         raise Refusal("no-pixels", "The image is 0 pixels wide or high.")
     if voxels > MAX_VOXELS or count > MAX_FRAMES or voxels / count > MAX_FRAME_PIXELS:
@@ -349,19 +280,19 @@ def _check(dataset: Item, sop_class: str, kind: Kind, foreign: str) -> None:
 
 
 def _layout(dataset: Item, offset: int | None) -> Layout:
-    allocated = int(_number(dataset, "BitsAllocated", 16))
-    stored = int(_number(dataset, "BitsStored", allocated))
-    high_bit = int(_number(dataset, "HighBit", stored - 1))
+    allocated = int(number(dataset, "BitsAllocated", 16))
+    stored = int(number(dataset, "BitsStored", allocated))
+    high_bit = int(number(dataset, "HighBit", stored - 1))
     if allocated not in (8, 16, 32) or not 1 <= stored <= allocated or not stored - 1 <= high_bit < allocated:
         raise Refusal("unsupported-pixel-format", "Its pixels are packed in a way that no decoder reads.")
     syntax = dataset.syntax if isinstance(dataset, Plain) else text(dataset.file_meta, "TransferSyntaxUID")
     if not reads(syntax):
         title = UID(syntax).name if syntax in UID_dictionary else "not a known one"
         raise Refusal("unsupported-transfer-syntax", f"The transfer syntax is {title}, which no codec here reads.")
-    signed = _number(dataset, "PixelRepresentation") == 1
+    signed = number(dataset, "PixelRepresentation") == 1
     return Layout(
-        rows=int(_number(dataset, "Rows")),
-        columns=int(_number(dataset, "Columns")),
+        rows=int(number(dataset, "Rows")),
+        columns=int(number(dataset, "Columns")),
         frames=frame_count(dataset),
         bits_allocated=allocated,
         bits_stored=stored,
@@ -376,7 +307,7 @@ def _layout(dataset: Item, offset: int | None) -> Layout:
 
 def frame_count(dataset: Item) -> int:
     """Number of frames; 1 where the header says nothing of use."""
-    return max(int(_number(dataset, "NumberOfFrames", 1)), 1)
+    return max(int(number(dataset, "NumberOfFrames", 1)), 1)
 
 
 def _padding(dataset: Item, bits: int, *, signed: bool) -> tuple[float, float] | None:
@@ -394,10 +325,10 @@ def _padding(dataset: Item, bits: int, *, signed: bool) -> tuple[float, float] |
 def _planes(dataset: Item, frames: int) -> tuple[tuple[Plane, ...], frozenset[str]]:
     # Frames have places of their own only where per-frame functional groups give them.
     placed = frames == 1 or "PerFrameFunctionalGroupsSequence" in dataset
-    whole = _image_type(dataset)
+    whole = image_type(dataset)
     planes: list[Plane] = []
     flags: set[str] = set()
-    per_frame = len(_items(dataset, "PerFrameFunctionalGroupsSequence"))
+    per_frame = len(items(dataset, "PerFrameFunctionalGroupsSequence"))
     for index in range(min(frames, per_frame + 1)):  # frames without groups of their own are all alike
         frame = Macros(dataset, index)
         measures = frame["PixelMeasuresSequence"]
@@ -409,8 +340,8 @@ def _planes(dataset: Item, frames: int) -> tuple[tuple[Plane, ...], frozenset[st
             Plane(
                 position=cast("Position | None", position if placed else None),
                 orientation=cast("Direction | None", orientation),
-                spacing=cast("tuple[float, float] | None", _positive(numbers(measures, "PixelSpacing", 2))),
-                thickness=(_positive(numbers(measures, "SliceThickness", 1)) or (None,))[0],
+                spacing=cast("tuple[float, float] | None", positive(numbers(measures, "PixelSpacing", 2))),
+                thickness=(positive(numbers(measures, "SliceThickness", 1)) or (None,))[0],
                 rescale=rescale,
                 phases=_phases(dataset, frame, whole),
             )
@@ -439,7 +370,7 @@ def _phases(dataset: Item, frame: Macros, whole: list[str]) -> tuple[str, ...]:
 
 def _rescale(item: Item, image_type: list[str]) -> tuple[Rescale, frozenset[str]]:
     """Stored values to HU (PS3.3 C.11.1 and C.7.6.16.2.9), and flags. Raises Refusal where the values are not HU."""
-    if tables := _items(item, "ModalityLUTSequence"):
+    if tables := items(item, "ModalityLUTSequence"):
         return _table(tables[0]), frozenset()
     slope, intercept = numbers(item, "RescaleSlope", 1), numbers(item, "RescaleIntercept", 1)
     if slope is None or intercept is None or slope[0] == 0:
@@ -472,48 +403,6 @@ def _table(item: Dataset) -> Rescale:
     return Rescale(1.0, 0.0, (first, values[: entries or 65536]))
 
 
-def _contrast(dataset: Item) -> str:
-    """The contrast phase, as far as the header tells: its words are looked up, never quoted."""
-    title = " ".join(text(dataset, keyword) for keyword in ("SeriesDescription", "ProtocolName")).lower()
-    for phase, words in CONTRAST_WORDS.items():
-        if words.search(title):
-            return phase
-    return "contrast-enhanced" if text(dataset, "ContrastBolusAgent") else ""
-
-
-CONTRAST_WORDS: Final = {
-    "non-contrast": re.compile(r"\b(non[- ]?con\w*|native?|nativ|unenhanced|plain|without)\b|\bc-|w/o|sans inj"),
-    "arterial": re.compile(r"\b(art|arterial\w*|arteriell\w*|angio|cta)\b"),
-    "portal-venous": re.compile(r"\b(pv|pvp|portal\w*|portalven\w*)\b"),
-    "venous": re.compile(r"\b(ven|venous|venos\w*|venös)\b"),
-    "delayed": re.compile(r"\b(delay\w*|late|spaet|spät|tardi\w*|excretory|nephro\w*)\b"),
-    "contrast-enhanced": re.compile(r"\b(contrast|enhanced|post|with|km|iv)\b|\bc\+"),
-}
-
-
-class Macros:
-    """The functional group macros of one frame: `Macros(ds, 3)["PlanePositionSequence"]` is the item that holds them.
-
-    Per-frame groups win over shared ones (PS3.3 C.7.6.16.1); a single-frame file answers with the data set itself.
-    """
-
-    def __init__(self, dataset: Item, frame: int) -> None:
-        self.dataset = dataset
-        self.groups = tuple(self._groups(frame)) if isinstance(dataset, Dataset) else ()
-
-    def __getitem__(self, sequence: str) -> Item:
-        for group in self.groups:
-            if items := _items(group, sequence):
-                return items[0]
-        return self.dataset
-
-    def _groups(self, frame: int) -> Iterator[Dataset]:
-        per_frame = _items(self.dataset, "PerFrameFunctionalGroupsSequence")
-        if frame < len(per_frame):
-            yield per_frame[frame]
-        yield from _items(self.dataset, "SharedFunctionalGroupsSequence")
-
-
 def _check_deflated(stream: BinaryIO) -> None:
     """A deflated data set is inflated in one go by pydicom; refuse one that would fill the memory."""
     head = stream.read(1024)
@@ -532,53 +421,3 @@ def _check_deflated(stream: BinaryIO) -> None:
         if inflater.eof:
             break
     stream.seek(0)
-
-
-def text(item: Item, keyword: str) -> str:
-    """The value as stripped text, values of a list joined by a backslash; "" when absent."""
-    return "\\".join([str(value).strip().strip("\0") for value in _values(item, keyword)])
-
-
-def numbers(item: Item, keyword: str, count: int | None = None) -> Numbers | None:
-    """The value as finite numbers, or None when it is absent, malformed or not of `count` numbers."""
-    try:
-        found = tuple([float(value) for value in _values(item, keyword)])
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if (count is not None and len(found) != count) or not found or not all(map(math.isfinite, found)):
-        return None
-    return found
-
-
-def _values(item: Item, keyword: str) -> list[Any]:
-    """The value or values of an attribute; empty where it is absent, empty or breaks its VR."""
-    try:
-        value = item.get(keyword)
-    except Exception:  # pydicom meets values that break their VR with errors of many types
-        return []
-    if value is None or value == "":
-        return []
-    if type(value) in (str, int, float):  # what a scanned header gives: this is asked 100 times a file
-        return [value]
-    return list(value) if isinstance(value, list | pydicom.multival.MultiValue) else [value]
-
-
-def _number(item: Item, keyword: str, default: float = 0) -> float:
-    return (numbers(item, keyword, 1) or (default,))[0]
-
-
-def _positive(found: Numbers | None) -> Numbers | None:
-    return found if found and min(found) > 0 else None
-
-
-def _items(item: Item, keyword: str) -> list[Dataset]:
-    """The items of a sequence; empty where it is absent or no sequence."""
-    try:
-        value = item.get(keyword)
-    except Exception:  # as above
-        return []
-    return list(value) if isinstance(value, pydicom.sequence.Sequence) else []
-
-
-def _image_type(dataset: Item) -> list[str]:
-    return [value.strip() for value in text(dataset, "ImageType").upper().split("\\")]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pydicom.dataset import Dataset
 
-from pipelines.ingest.dicom import parse, text
+from pipelines.ingest.dicom import parse
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.refusals import Refusal
+from pipelines.ingest.values import text
 
 
 def referenced_files(path: Path) -> Iterator[Path | tuple[str, Refusal]]:

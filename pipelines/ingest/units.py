@@ -37,7 +37,7 @@ class SeriesVerdict:
     study_uid: str
     series_uid: str
     part: int  # from 1
-    kind: str  # `pipelines.ingest.dicom.Kind`
+    kind: str  # `pipelines.ingest.kinds.Kind`
     verdict: Literal["volume", "slices", "refused"]
     code: str | None  # why it is no volume
     reason: str  # a few sentences
