@@ -1,5 +1,6 @@
-"""Pixels to visual tokens, dense evidence and field logits."""
+"""Pixels to visual tokens and fields (the glance), and to dense evidence (the detector)."""
 
-from encoders.evidence import EncoderConfig, EncoderOutput, EvidenceEncoder
+from encoders.detector import Dense, Detector, DetectorConfig
+from encoders.glance import Glance, GlanceConfig, GlanceNet
 
-__all__ = ["EncoderConfig", "EncoderOutput", "EvidenceEncoder"]
+__all__ = ["Dense", "Detector", "DetectorConfig", "Glance", "GlanceConfig", "GlanceNet"]

@@ -1,6 +1,6 @@
 """Test-time augmentation: the dense evidence of a picture and of its mirror images, averaged.
 
-Shapes as in `encoders.evidence`.
+Shapes as in `encoders.detector`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from encoders.evidence import STRIDES, EncoderOutput, EvidenceEncoder
+from encoders.detector import STRIDES, Dense, Detector
 
 
 def _mirror_points(x_BAX: Tensor, size: tuple[int, int], dims: Sequence[int]) -> Tensor:
@@ -21,21 +21,20 @@ def _mirror_points(x_BAX: Tensor, size: tuple[int, int], dims: Sequence[int]) ->
     return torch.cat([grid.flip(tuple(dims)).flatten(1, 2) for grid in grids], 1)
 
 
-def look_from_all_sides(encoder: EvidenceEncoder, x_B3HW: Tensor) -> EncoderOutput:
-    """The picture as it is, mirrored left-right, upside down, and both: evidence averaged, the rest of the first.
-
-    Costs four passes instead of one.
-    """
-    first = encoder(x_B3HW)
-    assert first.types_BAT is not None and first.distances_BA4R is not None
+def look_from_all_sides(detector: Detector, x_B3HW: Tensor) -> Dense:
+    """The picture as it is, mirrored left-right, upside down, and both, averaged. Costs four passes instead of one."""
+    first = detector(x_B3HW)
     size = (x_B3HW.shape[2], x_B3HW.shape[3])
     types, distances = first.types_BAT.float().sigmoid(), first.distances_BA4R.float().softmax(-1)
+    presence = first.presence_BT.float().sigmoid()
     for dims in ((2,), (1,), (1, 2)):
-        seen = encoder(x_B3HW.flip([dim + 1 for dim in dims]))
-        assert seen.types_BAT is not None and seen.distances_BA4R is not None
+        seen = detector(x_B3HW.flip([dim + 1 for dim in dims]))
         sides = [2 if 2 in dims else 0, 3 if 1 in dims else 1, 0 if 2 in dims else 2, 1 if 1 in dims else 3]
         types = types + _mirror_points(seen.types_BAT.float().sigmoid(), size, dims)
         distances = distances + _mirror_points(seen.distances_BA4R.float().softmax(-1)[:, :, sides], size, dims)
+        presence = presence + seen.presence_BT.float().sigmoid()
     return first._replace(
-        types_BAT=torch.logit((types / 4).clamp(1e-6, 1 - 1e-6)), distances_BA4R=(distances / 4).clamp(min=1e-9).log()
+        types_BAT=torch.logit((types / 4).clamp(1e-6, 1 - 1e-6)),
+        distances_BA4R=(distances / 4).clamp(min=1e-9).log(),
+        presence_BT=torch.logit((presence / 4).clamp(1e-6, 1 - 1e-6)),
     )

@@ -46,12 +46,11 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18D(nn.Module):
-    """`[B, 3, H, W]` -> features of strides 8, 16 and 32: `[B, 128|256|512, H/s, W/s]`."""
+    """`[B, 3, H, W]` -> features of strides 8, 16 and 32: `[B, 128|256|512, H/s, W/s]`; `widths` of its four stages."""
 
-    channels = (128, 256, 512)
-
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, int, int, int] = (64, 128, 256, 512)) -> None:
         super().__init__()
+        self.channels = tuple(widths[1:])
         stem: list[nn.Module] = []
         for inputs, width, stride in ((3, 32, 2), (32, 32, 1)):
             stem += [nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
@@ -59,7 +58,7 @@ class ResNet18D(nn.Module):
         self.bn1: nn.Module = nn.BatchNorm2d(64)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             nn.Sequential(BasicBlock(inputs, width, stride), BasicBlock(width, width, 1))
-            for inputs, width, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
+            for inputs, width, stride in zip((64, *widths), widths, (1, 2, 2, 2), strict=False)
         )
 
     def forward(self, x_B3HW: Tensor) -> list[Tensor]:

@@ -45,10 +45,10 @@ class Labelled:
     reference: ImageStudy | None
 
 
-def join_weights(encoder: Path, writer: Path, out: Path) -> None:
-    """One file of two: the encoder's tensors get the prefix that the whole network gives them."""
+def join_weights(glance: Path, detector: Path, writer: Path, out: Path) -> None:
+    """One file of three: tensors get the prefix that the whole network gives them."""
     tensors: dict[str, Tensor] = {}
-    for path, prefix in ((encoder, "encoder."), (writer, "")):
+    for path, prefix in ((glance, "glance."), (detector, "detector."), (writer, "")):
         with safe_open(path, framework="pt") as file:
             tensors |= {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     out.mkdir(parents=True, exist_ok=True)
@@ -188,10 +188,18 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
 
 
 def build(
-    encoder: Path, writer: Path, data: Path, out: Path, *, name: str, version: str, fields_only: Sequence[str] = ()
+    glance: Path,
+    detector: Path,
+    writer: Path,
+    data: Path,
+    out: Path,
+    *,
+    name: str,
+    version: str,
+    fields_only: Sequence[str] = (),
 ) -> Calibration:
     """Makes a model folder and calibrates it on the `val` split of every data set below `data`."""
-    join_weights(encoder, writer, out)
+    join_weights(glance, detector, writer, out)
     config = load_config(writer)
     save_settings(out, name=name, version=version, config=config, calibration=Calibration())
     calibration = calibrate(Reader.load(out), load_cases(data, "val"), fields_only)
@@ -201,7 +209,7 @@ def build(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option in ("encoder", "writer", "data", "out"):
+    for option in ("glance", "detector", "writer", "data", "out"):
         parser.add_argument(f"--{option}", type=Path, required=True)
     parser.add_argument("--name", default="default")
     parser.add_argument("--version", default="1.0")
@@ -211,7 +219,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     print(
         build(
-            args.encoder,
+            args.glance,
+            args.detector,
             args.writer,
             args.data,
             args.out,

@@ -18,6 +18,10 @@ LONGEST_SIDE: Final = {"ct": GLANCE, "steel": GLANCE, "tile": 320, "board": 640}
 # Lines whose evidence is also looked for in the picture's mirror images, at four times the cost. Steel: +1.4 points of
 # mAP50 on validation data, tiles +6; boards are at 99.5 without.
 MIRRORED: Final = frozenset({"steel", "tile"})
+# How much the detector's word on the whole picture counts in a box's score (`encoders.select.select_boxes`).
+PRESENCE: Final = {"steel": 0.5, "tile": 0.85, "board": 0.3}
+# Lines whose types are told from the picture at another size than their boxes. Tiles: +3 points of presence AUROC.
+WHOLE_SIDE: Final = {"tile": GLANCE}
 MULTIPLE: Final = 32  # the network's largest stride
 MEAN, STD = 127.5, 64.0  # grey levels 0..255 -> about -2..2; padding is 0, a middle grey
 

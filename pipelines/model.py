@@ -1,4 +1,4 @@
-"""The whole network: vision encoder, bridge, and the decoder that reads both the picture and its evidence.
+"""The whole network: glance, detector, bridge, and the decoder that reads both the picture and its evidence.
 
 The decoder's prompt is, in this order: the bridge's queries (the picture), one token of all field logits, and one token
 for each evidence slot. What it writes is in the language of `reports.grammar`.
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from bridge import BridgeConfig, EvidenceTokens, build_bridge
 from decoder import Decoder, DecoderConfig
-from encoders import EncoderConfig, EncoderOutput, EvidenceEncoder
+from encoders import Detector, DetectorConfig, Glance, GlanceConfig, GlanceNet
 from reports.grammar import ID, POINTERS, TOKENS
 from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES
 
 LINE_VALUES = (*LINES, "ct")
-# What the encoder's field heads tell. The last one only helps training: its data set has no patient ids.
+# What the glance's field heads tell. The last one only helps training: its data set has no patient ids.
 FIELDS: dict[str, tuple[str, ...]] = {
     "line": LINE_VALUES,
     **CT_FIELDS,
@@ -37,7 +37,8 @@ POINTER_TOKENS = torch.tensor([ID[f"evidence:{i}"] for i in range(POINTERS)])
 class ModelConfig:
     """Every size of the network."""
 
-    encoder: EncoderConfig
+    glance: GlanceConfig
+    detector: DetectorConfig
     bridge: BridgeConfig
     decoder: DecoderConfig
 
@@ -46,12 +47,12 @@ class ModelConfig:
         """The bundled model's sizes, for the taxonomy's terms."""
         decoder = DecoderConfig(vocabulary=len(TOKENS))
         return cls(
-            EncoderConfig(
-                box_types=len(DEFECT_TYPES),
+            GlanceConfig(
                 map_types=len(CT_TYPES),
                 fields={name: len(values) for name, values in FIELDS.items()},
                 backbone=backbone,
             ),
+            DetectorConfig(types=len(DEFECT_TYPES)),
             BridgeConfig(visual_width, decoder.width, decoder.vocabulary, name=bridge),
             decoder,
         )
@@ -60,7 +61,8 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`."""
         return cls(
-            EncoderConfig(**values["encoder"]),
+            GlanceConfig(**values["glance"]),
+            DetectorConfig(**values["detector"] | {"widths": tuple(values["detector"]["widths"])}),
             BridgeConfig(**values["bridge"]),
             DecoderConfig(**values["decoder"]),
         )
@@ -90,15 +92,16 @@ class Evidence:
 
 
 class ScanScribeModel(nn.Module):
-    """Encoder, bridge and decoder. The encoder runs on its own; `prompt` joins what it gave."""
+    """Glance, detector, bridge and decoder. The first two run on their own; `prompt` joins what they gave."""
 
-    def __init__(self, config: ModelConfig, *, encoder: EvidenceEncoder | None = None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = encoder or EvidenceEncoder(config.encoder)
+        self.glance = GlanceNet(config.glance)
+        self.detector = Detector(config.detector)
         self.bridge = build_bridge(config.bridge)
         self.decoder = Decoder(config.decoder)
-        self.evidence = EvidenceTokens(config.decoder.width, sum(config.encoder.fields.values()))
+        self.evidence = EvidenceTokens(config.decoder.width, sum(config.glance.fields.values()))
 
     def prompt(self, visual_BNC: Tensor, fields_BF: Tensor, evidence: Evidence) -> Tensor:
         """`[B, queries + 1 + K, D]`: what the decoder reads. `fields_BF` as `field_log_probabilities` gives them."""
@@ -109,7 +112,7 @@ class ScanScribeModel(nn.Module):
         return torch.cat((picture, found.to(picture.dtype)), 1)
 
 
-def field_log_probabilities(output: EncoderOutput) -> Tensor:
+def field_log_probabilities(output: Glance) -> Tensor:
     """All field logits, normalised field by field: `[B, F]`."""
     return torch.cat([logits.float().log_softmax(-1) for logits in output.fields.values()], 1)
 

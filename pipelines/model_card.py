@@ -125,9 +125,9 @@ def write_card(model: Path) -> None:
     card = CARD.format(
         name=stored.name,
         version=stored.version,
-        backbone=config.encoder.backbone,
-        box_types=config.encoder.box_types,
-        map_types=config.encoder.map_types,
+        backbone=config.glance.backbone,
+        box_types=config.detector.types,
+        map_types=config.glance.map_types,
         queries=config.bridge.queries,
         vocabulary=decoder.vocabulary,
         layers=decoder.layers,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from decoder import generate
-from encoders import EncoderOutput
+from encoders import Dense, Glance
 from encoders.flips import look_from_all_sides
 from encoders.select import Items, select_boxes, select_regions
 from pipelines import tiles
@@ -26,7 +26,9 @@ from pipelines.inputs import (
     LONGEST_SIDE,
     LUNG,
     MIRRORED,
+    PRESENCE,
     SOFT_TISSUE,
+    WHOLE_SIDE,
     channels,
     grey8,
     pad,
@@ -149,9 +151,10 @@ class Reader:
         except ValueError as error:
             raise ModelError(str(error)) from None
         network.eval().requires_grad_(False)
-        network.encoder.fuse()
+        network.glance.fuse()
+        network.detector.fuse()
         network.to(place)
-        network.encoder.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)
         info = ModelIdentity(stored.name, stored.version, stored.weights_sha256, stored.config_sha256, str(place))
         return cls(network, stored.calibration, info, place)
 
@@ -165,7 +168,7 @@ class Reader:
         return replace(reading, timing_s=timing)
 
     def look(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Seen:
-        """The encoder's part of `read`."""
+        """The part of `read` that glance and detector do."""
         if study.units == "HU" and kind != "defect":
             return self._look_at_volume(study)
         if study.units == "display" and tiles.is_large(study.pixels[0]):
@@ -173,17 +176,24 @@ class Reader:
         return self._look_at_picture(study, kind, reference)
 
     @torch.inference_mode()
-    def _encode(self, views: Sequence[View]) -> EncoderOutput:
-        """Everything but boxes, of views of one size."""
+    def _glance(self, views: Sequence[View]) -> Glance:
+        """What the pictures are; views of one size."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.model.encoder(self._batch(views), boxes=False)
+            return self.model.glance(self._batch(views))
 
     @torch.inference_mode()
-    def _inspect(self, seen: View, *, mirrored: bool) -> Items:
-        """The boxes of one view."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            x = self._batch([seen])
-            return select_boxes(look_from_all_sides(self.model.encoder, x) if mirrored else self.model.encoder(x))
+    def _inspect(self, seen: View, line: str, whole: View | None = None, *, mirrored: bool) -> Items:
+        """The boxes of one view; `whole` is the view that tells which types there are, when it is another."""
+
+        def dense(of: View) -> Dense:
+            x = self._batch([of])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                return look_from_all_sides(self.model.detector, x) if mirrored else self.model.detector(x)
+
+        found = dense(seen)
+        if whole is not None:
+            found = found._replace(presence_BT=dense(whole).presence_BT)
+        return select_boxes(found, presence=PRESENCE[line])
 
     def _batch(self, views: Sequence[View]) -> Tensor:
         x = torch.from_numpy(np.stack([v.x_CHW for v in views])).to(self.device)
@@ -197,7 +207,7 @@ class Reader:
             grey = grey8(study.pixels[middle])
         golden = grey8(reference.pixels[0]) if reference is not None and reference.units == "display" else None
         glance = view(grey, GLANCE, golden, square=True)
-        output = self._encode([glance])
+        output = self._glance([glance])
         fields = field_log_probabilities(output)
         line, confidence = self._line(fields, kind)
         if line == "ct":
@@ -205,10 +215,11 @@ class Reader:
             found = _candidates(items, 0, glance, CT_TYPES, middle)
         else:
             closer = view(grey, LONGEST_SIDE[line], golden, square=False)
-            items = self._inspect(closer, mirrored=line in MIRRORED)
+            whole = view(grey, WHOLE_SIDE[line], golden, square=False) if line in WHOLE_SIDE else None
+            items = self._inspect(closer, line, whole, mirrored=line in MIRRORED)
             found = _candidates(items, 0, closer, DEFECT_TYPES, middle)
             found = [candidate for candidate in found if LINE_OF_TYPE[candidate.type] == line]
-        return Seen(line, confidence, fields, output.visual_BND, found, glance.size, (middle,))
+        return Seen(line, confidence, fields, output.visual_BNC, found, glance.size, (middle,))
 
     def _look_at_tiles(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> Seen:
         """A picture far larger than the network's view: an overview tells what it is, tiles show its defects."""
@@ -218,19 +229,19 @@ class Reader:
         small = grey8(tiles.overview(pixels))
         small_golden = None if golden is None else grey8(tiles.overview(golden))
         glance = view(small, GLANCE, small_golden, square=True)
-        output = self._encode([glance])
+        output = self._glance([glance])
         fields = field_log_probabilities(output)
         line, confidence = self._line(fields, kind)
         if line == "ct":
             whole = replace(glance, scale=glance.scale * max(small.shape) / max(height, width), size=(width, height))
             found = _candidates(select_regions(output.maps_BTHW, glance.x_CHW.shape[1:]), 0, whole, CT_TYPES)
-            return Seen(line, confidence, fields, output.visual_BND, found, (width, height), flags=("seen-reduced",))
+            return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), flags=("seen-reduced",))
         places = tiles.layout(height, width, LONGEST_SIDE[line])
         goldens = repeat(None) if golden is None else tiles.cut(golden, places, pixels.shape)
         items = []
         for place, grey, beside in zip(places, tiles.cut(pixels, places), goldens, strict=False):
             closer = view(grey, LONGEST_SIDE[line], beside, square=False)
-            for each in _candidates(self._inspect(closer, mirrored=False), 0, closer, DEFECT_TYPES):
+            for each in _candidates(self._inspect(closer, line, mirrored=False), 0, closer, DEFECT_TYPES):
                 if LINE_OF_TYPE[each.type] == line:
                     x, y = place[:2]
                     x0, y0, x1, y1 = each.bbox
@@ -243,7 +254,7 @@ class Reader:
         )
         found = [replace(items[i][0], bbox=bbox) for i, bbox in merged]
         flags = ("read-in-tiles", "seen-reduced") if places[0][2] > LONGEST_SIDE[line] else ("read-in-tiles",)
-        return Seen(line, confidence, fields, output.visual_BND, found, (width, height), flags=flags)
+        return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), flags=flags)
 
     def _look_at_volume(self, study: ImageStudy) -> Seen:
         count = len(study.pixels)
@@ -274,9 +285,9 @@ class Reader:
         for start in range(0, len(chosen), BATCH):
             part = chosen[start : start + BATCH]
             views = [view(window(study.pixels[s], *WINDOWS[name]), GLANCE, square=True) for s in part]
-            output = self._encode(views)
+            output = self._glance(views)
             fields.append(field_log_probabilities(output))
-            visual.append(output.visual_BND)
+            visual.append(output.visual_BNC)
             items = select_regions(output.maps_BTHW, views[0].x_CHW.shape[1:])
             found += [_candidates(items, b, views[b], CT_TYPES, s) for b, s in enumerate(part)]
         return torch.cat(fields), torch.cat(visual), found
@@ -360,6 +371,7 @@ class Reader:
                     "weak" if seen.line == "ct" else "box",
                     zone,
                     extent,
+                    candidate.score,
                 )
             )
         findings.sort(key=lambda finding: -finding.confidence)
@@ -395,7 +407,8 @@ class Reader:
             p = (log_p / self.calibration.temperature.get(name, 1.0)).softmax(-1).tolist()
             best = max(range(len(values)), key=p.__getitem__)
             value = values[best] if p[best] >= self.calibration.answer.get(name, 0.0) else UNDETERMINED
-            readings[name] = FieldReading(value, dict(zip(values, p, strict=True)))
+            raw = dict(zip(values, log_p.exp().tolist(), strict=True))
+            readings[name] = FieldReading(value, dict(zip(values, p, strict=True)), raw)
         return readings
 
 

@@ -156,7 +156,7 @@ def test_ctrl_c_exits_130_with_a_sentence(scanscribe, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("command", "door", "hint"),
     [
-        ("train --recipe evidence --data . --out x", "pipelines.training.__main__.cli", "--resume"),
+        ("train --recipe detector --data . --out x", "pipelines.training.__main__.cli", "--resume"),
         ("evaluate --data a.jsonl --out x.json", "pipelines.evaluation.evaluate", "--resume"),
     ],
 )
@@ -176,7 +176,7 @@ def test_ctrl_c_says_how_that_command_goes_on(scanscribe, monkeypatch, command: 
     ("options", "word"),
     [
         ("", "--recipe"),
-        ("--recipe evidence --data . --out x --bogus", "--bogus"),
+        ("--recipe detector --data . --out x --bogus", "--bogus"),
         ("--recipe bogus --data . --out x", "bogus"),
     ],
 )

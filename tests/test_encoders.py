@@ -5,24 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from encoders import EncoderConfig, EvidenceEncoder
-from encoders.evidence import decode_boxes
+from encoders import Dense, Detector, DetectorConfig, GlanceConfig, GlanceNet
+from encoders.detector import decode_boxes
+from encoders.flips import look_from_all_sides
 from encoders.resnet import ResNet18D
 from encoders.select import box_iou, select_boxes, select_regions
 
-CONFIG = EncoderConfig(box_types=4, map_types=3, fields={"line": 4, "region": 5})
+GLANCE = GlanceConfig(map_types=3, fields={"line": 4, "region": 5})
 
 
-@pytest.fixture(scope="module")
-def encoder() -> EvidenceEncoder:
-    torch.manual_seed(0)
-    made = EvidenceEncoder(CONFIG)
+def worn(network: torch.nn.Module) -> None:
+    """Batch norms that have seen data."""
     with torch.no_grad():
-        for name, buffer in made.named_buffers():  # batch norms that have seen data
+        for name, buffer in network.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(std=0.1)
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    torch.manual_seed(0)
+    made = Detector(DetectorConfig(types=4))
+    worn(made)
+    with torch.no_grad():
         made.boxes.types.bias.fill_(0)
     return made.eval()
 
@@ -37,30 +44,42 @@ def test_resnet_is_timms_resnet18d() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_an_encoder_trained_through_timm_loads_without_it() -> None:
-    through = EvidenceEncoder(CONFIG, via_timm=True)
-    assert EvidenceEncoder(CONFIG).load_state_dict(through.state_dict()).missing_keys == []
+def test_a_glance_trained_through_timm_loads_without_it() -> None:
+    through = GlanceNet(GLANCE, via_timm=True)
+    assert GlanceNet(GLANCE).load_state_dict(through.state_dict()).missing_keys == []
 
 
-def test_folding_batch_norms_changes_nothing(encoder: EvidenceEncoder) -> None:
+def test_folding_batch_norms_changes_nothing(detector: Detector) -> None:
     x = torch.randn(2, 3, 64, 96)
-    before = encoder(x)
-    folded = EvidenceEncoder(CONFIG)
-    folded.load_state_dict(encoder.state_dict())
-    after = folded.fuse()(x)
-    assert before.types_BAT is not None and after.types_BAT is not None
-    torch.testing.assert_close(after.types_BAT, before.types_BAT, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(after.maps_BTHW, before.maps_BTHW, atol=1e-3, rtol=1e-3)
+    folded = Detector(detector.config)
+    folded.load_state_dict(detector.state_dict())
+    for before, after in zip(detector(x), folded.fuse()(x), strict=True):
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    glance = GlanceNet(GLANCE)
+    worn(glance)
+    before_maps = glance.eval()(x).maps_BTHW
+    torch.testing.assert_close(glance.fuse()(x).maps_BTHW, before_maps, atol=1e-3, rtol=1e-3)
 
 
-def test_shapes_follow_the_input(encoder: EvidenceEncoder) -> None:
-    output = encoder(torch.randn(3, 3, 64, 96), boxes=2)
+def test_shapes_follow_the_input(detector: Detector) -> None:
+    x = torch.randn(3, 3, 64, 96)
     points = 8 * 12 + 4 * 6 + 2 * 3
-    assert output.visual_BND.shape == (3, 6, 512)
-    assert output.maps_BTHW.shape == (3, 3, 2, 3)
-    assert output.types_BAT is not None and output.types_BAT.shape == (2, points, 4)
-    assert encoder(torch.randn(1, 3, 64, 64), boxes=False).types_BAT is None
+    dense = detector(x)
+    assert dense.types_BAT.shape == (3, points, 4) and dense.distances_BA4R.shape == (3, points, 4, 16)
+    assert dense.presence_BT.shape == (3, 4)
+    output = GlanceNet(GLANCE).eval()(x)
+    assert output.visual_BNC.shape == (3, 6, 512) and output.maps_BTHW.shape == (3, 3, 2, 3)
+    assert [f.shape[-1] for f in output.features] == [12, 6, 3]
+
+
+def test_all_sides_of_a_picture_give_what_all_sides_of_its_mirror_image_give(detector: Detector) -> None:
+    x = torch.randn(1, 3, 64, 96)
+    one, other = look_from_all_sides(detector, x), look_from_all_sides(detector, x.flip(3))
+    torch.testing.assert_close(one.presence_BT, other.presence_BT)
+    here, there = (select_boxes(dense, keep=5).boxes[0] for dense in (one, other))
+    there = torch.stack((96 - there[:, 2], there[:, 1], 96 - there[:, 0], there[:, 3]), 1)
+    torch.testing.assert_close(here, there, atol=1e-2, rtol=1e-3)
 
 
 def test_distances_around_a_point_make_its_box() -> None:
@@ -71,20 +90,34 @@ def test_distances_around_a_point_make_its_box() -> None:
     torch.testing.assert_close(box[0, 0], torch.tensor([32.0, 44.0, 64.0, 92.0]))
 
 
-def test_selection_is_torchvisions_suppression(encoder: EvidenceEncoder) -> None:
+def test_selection_is_torchvisions_suppression(detector: Detector) -> None:
     torchvision = pytest.importorskip("torchvision")
     with torch.inference_mode():
-        output = encoder(torch.randn(1, 3, 128, 128))
-    assert output.types_BAT is not None and output.distances_BA4R is not None
-    assert output.points_A2 is not None and output.strides_A is not None
-    items = select_boxes(output, keep=50, overlap=0.6, candidates=300, threshold=0.0)
-    scores, flat = output.types_BAT[0].sigmoid().flatten().topk(300)
-    boxes = decode_boxes(output.distances_BA4R, output.points_A2, output.strides_A)[0][flat // 4]
-    kept = torchvision.ops.batched_nms(boxes, scores, flat % 4, 0.6)[:50]
+        dense = detector(torch.randn(1, 3, 128, 128))
+    items = select_boxes(dense, presence=0.0, keep=50, overlap=0.6, candidates=300, threshold=0.0)
+    scores, flat = dense.types_BAT[0].sigmoid().flatten().topk(300)
+    types, boxes = flat % 4, decode_boxes(dense.distances_BA4R, dense.points_A2, dense.strides_A)[0][flat // 4]
+    kept = torchvision.ops.batched_nms(boxes, scores, types, 0.6)[:50]
     count = int((items.scores[0] > 0).sum())
     assert count == len(kept)
-    torch.testing.assert_close(items.boxes[0, :count], boxes[kept])
-    assert items.types[0, :count].tolist() == (flat % 4)[kept].tolist()
+    assert items.types[0, :count].tolist() == types[kept].tolist()
+    torch.testing.assert_close(items.scores[0, :count], scores[kept])
+    # A kept box is the mean of those that it stands for.
+    first = kept[0]
+    iou = torchvision.ops.box_iou(boxes[first][None], boxes)[0] * (types == types[first])
+    weight = iou.square() * scores * (iou > 0.6)
+    torch.testing.assert_close(items.boxes[0, 0], (weight @ boxes) / weight.sum(), atol=1e-3, rtol=1e-4)
+
+
+def test_a_box_of_a_type_that_the_picture_does_not_show_counts_less() -> None:
+    sides = torch.full((1, 2, 4, 16), -50.0)
+    sides[..., 2] = 50.0
+    points, strides = torch.tensor([[40.0, 40.0], [200.0, 40.0]]), torch.full((2,), 8.0)
+    types = torch.tensor([[[2.0, -9.0], [-9.0, 2.0]]])
+    items = select_boxes(Dense(types, sides, points, strides, torch.tensor([[-3.0, 3.0]])), presence=0.5)
+    assert items.types[0, :2].tolist() == [1, 0]
+    expected = (torch.tensor([2.0, 3.0]).sigmoid().prod().sqrt(), torch.tensor([2.0, -3.0]).sigmoid().prod().sqrt())
+    torch.testing.assert_close(items.scores[0, :2], torch.stack(expected))
 
 
 def test_iou_of_known_boxes() -> None:

@@ -182,7 +182,7 @@ def test_the_bundled_model_is_small_whole_and_has_a_card() -> None:
     card = (model.folder / "MODEL_CARD.md").read_text()
     assert model.weights_sha256 in card and "Not for diagnosis" in card
     assert set(model.calibration.evidence) == {"steel", "tile", "board", "ct"}
-    assert len(DEFECT_TYPES) == model.config["encoder"]["box_types"]
+    assert len(DEFECT_TYPES) == model.config["detector"]["types"]
 
 
 def test_models_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,12 @@ from pipelines.manifest import read_manifest
 from pipelines.training import run as training_run
 from pipelines.training.__main__ import cli
 from pipelines.training.augment import LATERALITY, LEFT_RIGHT, Augmentation, draw
-from pipelines.training.losses import ciou, evidence_loss
+from pipelines.training.losses import ciou, evidence_loss, presence_loss
 from pipelines.training.shrink import shrink
 from pipelines.training.streams import load_streams
 from pipelines.weights import load_config, load_into, load_weights, save_weights
 
-EVIDENCE = """
-kind = "evidence"
+COMMON = """
 seed = 1
 steps = 4
 side = 64
@@ -29,14 +28,29 @@ weight_decay = 0.05
 warmup = 1
 clip = 10.0
 ema = 0.9
-plain_share = 0.5
-loss = { evidence = 1.0, fields = 0.5, types = 5.0 }
+late_share = 0.5
 checkpoint_every = 2
-backbone = "resnet18d"
-pretrained = false
+"""
+DETECTOR = (
+    'kind = "detector"'
+    + COMMON
+    + """
+loss = { boxes = 1.0, presence = 1.0 }
 [streams.strip]
 batch = 4
 mosaic = 0.5
+late = { whole = true }
+"""
+)
+GLANCE = (
+    'kind = "glance"'
+    + COMMON
+    + """
+loss = { fields = 0.5, types = 5.0 }
+backbone = "resnet18d"
+pretrained = false
+[streams.strip]
+batch = 2
 [streams.body]
 batch = 2
 symmetry = "mirror"
@@ -44,6 +58,7 @@ whole = true
 rotate = 10.0
 erase = 0.5
 """
+)
 WRITER = """
 kind = "writer"
 seed = 1
@@ -108,23 +123,24 @@ def recipe(folder: Path, text: str) -> str:
 
 
 def test_from_manifests_to_weights(data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "evidence"
     arguments = ["--data", str(data), "--device", "cpu"]
-    assert cli(["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(out), *arguments]) == 0
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["step"] == 4 and all(np.isfinite(log[-1][name]) for name in ("evidence", "fields", "types"))
-    assert json.loads((out / "recipe.json").read_text())["streams"]["strip"]["batch"] == 4
+    for name, text, losses in (("glance", GLANCE, ("fields", "types")), ("detector", DETECTOR, ("boxes", "presence"))):
+        out = tmp_path / name
+        assert cli(["--recipe", recipe(tmp_path, text), "--out", str(out), *arguments]) == 0
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert log[-1]["step"] == 4 and all(np.isfinite(log[-1][loss]) for loss in losses)
+        assert json.loads((out / "recipe.json").read_text())["streams"]["strip"]["batch"] in (2, 4)
 
     written = tmp_path / "writer"
-    encoder = ["--encoder", str(out / "encoder.safetensors")]
-    assert cli(["--recipe", recipe(tmp_path, WRITER), "--out", str(written), *arguments, *encoder]) == 0
+    trained = [f"--{name}={tmp_path / name / name}.safetensors" for name in ("glance", "detector")]
+    assert cli(["--recipe", recipe(tmp_path, WRITER), "--out", str(written), *arguments, *trained]) == 0
     assert "decoder.embedding.weight" in load_weights(written / "writer.safetensors")
 
 
 def test_an_interrupted_run_goes_on_from_its_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(tmp_path / "run"), "--data", str(data)]
+    command = ["--recipe", recipe(tmp_path, DETECTOR), "--out", str(tmp_path / "run"), "--data", str(data)]
     save = training_run.Run.save
 
     def interrupted(self: training_run.Run, step: int, parts: dict) -> None:
@@ -143,15 +159,15 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     assert done["step"] == 4
     # The weights went on from the checkpoint's: they have moved, but less than two fresh networks differ.
     key = "layer4.1.conv2.weight"
-    moved = (done["encoder"][f"backbone.{key}"] - kept["encoder"][f"backbone.{key}"]).norm()
-    assert 0 < moved < 0.2 * kept["encoder"][f"backbone.{key}"].norm()
+    moved = (done["network"][f"backbone.{key}"] - kept["network"][f"backbone.{key}"]).norm()
+    assert 0 < moved < 0.2 * kept["network"][f"backbone.{key}"].norm()
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [4]
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(tmp_path / "run"), "--data", str(data)]
+    command = ["--recipe", recipe(tmp_path, DETECTOR), "--out", str(tmp_path / "run"), "--data", str(data)]
     assert cli([*command, "--device", "cpu", "--set", "steps=2"]) == 0
     assert cli([*command, "--device", "cpu", "--set", "steps=3", "--resume"]) == 2
     assert "another recipe" in capsys.readouterr().err
@@ -160,7 +176,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(
 def test_a_run_that_diverges_stops_and_says_where_it_was_good(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--out", str(tmp_path / "run"), "--data", str(data)]
+    command = ["--recipe", recipe(tmp_path, DETECTOR), "--out", str(tmp_path / "run"), "--data", str(data)]
     assert cli([*command, "--device", "cpu", "--set", "learning_rate=1e30", "--set", "clip=1e30"]) == 2
     message = capsys.readouterr().err
     assert "last good checkpoint: none was written" in message and "learning_rate" in message
@@ -170,11 +186,14 @@ def test_a_run_that_diverges_stops_and_says_where_it_was_good(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "nothing"], "there are: evidence, writer"),
-        (["--recipe", "evidence", "--set", "stepz=3"], "has no 'stepz'"),
-        (["--recipe", "writer"], "give --encoder"),
-        (["--recipe", "writer", "--encoder", "nothing.safetensors"], "not a readable safetensors file"),
-        (["--recipe", "evidence"], "data sets that are not there: covid-ct"),
+        (["--recipe", "nothing"], "there are: detector, glance, writer"),
+        (["--recipe", "detector", "--set", "stepz=3"], "has no 'stepz'"),
+        (["--recipe", "writer"], "give --glance"),
+        (
+            ["--recipe", "writer", "--glance", "nothing.safetensors", "--detector", "nothing.safetensors"],
+            "not a readable safetensors file",
+        ),
+        (["--recipe", "detector"], "data sets that are not there: deep-pcb"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_trains(
@@ -187,7 +206,7 @@ def test_wrong_usage_is_told_before_anything_trains(
 def test_faults_of_a_manifest_are_named_with_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "manifest.jsonl").write_text('{"id": "a", "image": "gone.png", "split": "train"}\n')
-    command = ["--recipe", recipe(tmp_path, EVIDENCE), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    command = ["--recipe", recipe(tmp_path, DETECTOR), "--data", str(tmp_path), "--out", str(tmp_path / "run")]
     assert cli([*command, "--device", "cpu"]) == 2
     assert "line 1" in capsys.readouterr().err
 
@@ -225,7 +244,7 @@ def test_ciou_of_equal_boxes_is_one() -> None:
 
 
 def test_the_evidence_loss_prefers_the_truth() -> None:
-    from encoders import EncoderOutput
+    from encoders import Dense
 
     points = torch.tensor([[4.0 + 8 * x, 4.0 + 8 * y] for y in range(8) for x in range(8)])
     strides = torch.full((64,), 8.0)
@@ -237,13 +256,20 @@ def test_the_evidence_loss_prefers_the_truth() -> None:
         inside = (sides > 0).all(1)
         types[0, inside, label] = 4.0
         distances = -(sides.clamp(0, 15)[None, ..., None] - torch.arange(16)).abs() * 10
-        none = torch.empty(0)
-        return float(
-            evidence_loss(EncoderOutput(none, {}, none, types, distances, points, strides), labels, truth, valid)
-        )
+        dense = Dense(types, distances, points, strides, torch.zeros(1, 3))
+        return float(evidence_loss(dense, labels, truth, valid))
 
     right = loss((16, 16, 48, 48), 1)
     assert right < loss((16, 16, 48, 48), 0) and right < loss((24, 24, 60, 60), 1)
+
+
+def test_the_presence_loss_prefers_the_types_that_are_there() -> None:
+    labels, valid = torch.tensor([[1, 1, 2]]), torch.tensor([[True, True, False]])
+
+    def loss(*logits: float) -> float:
+        return float(presence_loss(torch.tensor([logits]), labels, valid))
+
+    assert loss(-4, 4, -4) < loss(-4, 4, 4) < loss(4, -4, 4)
 
 
 def test_boxes_shrink_with_their_picture_whatever_the_golden_samples_size(tmp_path: Path) -> None:
@@ -288,8 +314,8 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_recipe_with_wrong_keys_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--data", str(data), "--out", str(tmp_path / "run"), "--device", "cpu"]
     for text, message in (
-        (EVIDENCE.replace("clip = 10.0", ""), "lacks clip"),
-        (EVIDENCE.replace("mosaic = 0.5", "mosiac = 0.5"), "does not know: mosiac"),
+        (DETECTOR.replace("clip = 10.0", ""), "lacks clip"),
+        (DETECTOR.replace("mosaic = 0.5", "mosiac = 0.5"), "does not know: mosiac"),
         ("kind = [", "is not a recipe"),
     ):
         assert cli(["--recipe", recipe(tmp_path, text), *command]) == 2

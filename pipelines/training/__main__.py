@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from encoders import EncoderConfig, EvidenceEncoder
+from encoders import Detector, DetectorConfig, GlanceConfig, GlanceNet
 from pipelines.manifest import ManifestError
-from pipelines.training.evidence import train_evidence
+from pipelines.training.encoders import train_detector, train_glance
 from pipelines.training.run import DivergedError, Run, load_recipe
 from pipelines.training.writer import train_writer
 from pipelines.weights import load_config, load_into, save_weights
@@ -21,31 +21,39 @@ def cli(argv: list[str]) -> int:
     """Trains one recipe. Returns 0, or 2 after a message that names what to mend."""
     parser = argparse.ArgumentParser(
         prog="scanscribe train",
-        description="Trains a recipe: `evidence` (the vision encoder), then `writer` (bridge and decoder on top).",
-        epilog="example: scanscribe train --recipe evidence --data data/ --out runs/evidence --set steps=2000",
+        description="Trains a recipe: `glance` and `detector` (vision), then `writer` (bridge and decoder on top).",
+        epilog="example: scanscribe train --recipe detector --data data/ --out runs/detector --set steps=2000",
     )
     parser.add_argument("--recipe", required=True, help="a recipe's name, or a TOML file")
     parser.add_argument("--data", type=Path, required=True, help="folder of data-set folders, each with manifest.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder: recipe, log, checkpoint, weights")
-    parser.add_argument("--encoder", type=Path, help="weights of the encoder (recipe `writer`)")
+    parser.add_argument("--glance", type=Path, help="weights of the glance (recipe `writer`)")
+    parser.add_argument("--detector", type=Path, help="weights of the detector (recipe `writer`)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's value")
     args = parser.parse_args(argv)
     try:
         recipe = load_recipe(args.recipe, args.set)
-        if recipe["kind"] == "writer" and args.encoder is None:
-            raise ValueError("the writer needs a trained encoder; give --encoder RUN/encoder.safetensors")
+        if recipe["kind"] == "writer" and (args.glance is None or args.detector is None):
+            raise ValueError(
+                "the writer reads with trained networks: "
+                "give --glance RUN/glance.safetensors --detector RUN/detector.safetensors"
+            )
         run, device = Run(args.out, recipe, resume=args.resume), torch.device(args.device)
-        if recipe["kind"] == "evidence":
-            encoder = train_evidence(run, args.data, device)
-            save_weights(args.out / "encoder.safetensors", encoder.state_dict(), asdict(encoder.config))
-        else:
-            encoder = EvidenceEncoder(EncoderConfig(**load_config(args.encoder)))
-            load_into(encoder, args.encoder)
-            model = train_writer(run, args.data, encoder, device)
-            written = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+        if recipe["kind"] == "writer":
+            glance = GlanceNet(GlanceConfig(**load_config(args.glance)))
+            load_into(glance, args.glance)
+            detector = Detector(DetectorConfig(**load_config(args.detector)))
+            load_into(detector, args.detector)
+            model = train_writer(run, args.data, glance, detector, device)
+            written = {k: v for k, v in model.state_dict().items() if not k.startswith(("glance.", "detector."))}
             save_weights(args.out / "writer.safetensors", written, model.config.to_dict())
+        else:
+            train = train_glance if recipe["kind"] == "glance" else train_detector
+            network = train(run, args.data, device)
+            name = f"{recipe['kind']}.safetensors"
+            save_weights(args.out / name, network.state_dict(), asdict(network.config))
     except (ManifestError, DivergedError, ValueError) as error:
         print(f"scanscribe train: {error}", file=sys.stderr)
         return 2

@@ -167,10 +167,10 @@ def _photometric(x_BCHW: Tensor, how: Augmentation) -> Tensor:
     return x
 
 
-def draw(stream: Stream, n: int, side: int, how: Augmentation, *, mosaic: bool = True) -> Batch:
+def draw(stream: Stream, n: int, side: int, how: Augmentation) -> Batch:
     """`n` augmented pictures of the stream, `side` pixels square."""
     device = stream.pictures.device
-    composed = round(n * how.mosaic) if mosaic else 0
+    composed = round(n * how.mosaic)
     plain = n - composed
 
     index = torch.randint(len(stream), (plain,), device=device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.evidence import EncoderOutput, decode_boxes
+from encoders.detector import Dense, decode_boxes
 
 TOP_K = 10  # anchor points assigned to a labelled box
 ALPHA, BETA = 0.5, 6.0  # exponents of score and IoU in the alignment
@@ -74,14 +74,12 @@ def assign(
     return owner_BA, has_BA, soft_BA
 
 
-def evidence_loss(output: EncoderOutput, labels_BM: Tensor, truth_BM4: Tensor, valid_BM: Tensor) -> Tensor:
+def evidence_loss(dense: Dense, labels_BM: Tensor, truth_BM4: Tensor, valid_BM: Tensor) -> Tensor:
     """The weighted sum of the three terms, per assigned score; `truth` in pixels of the network's input."""
-    assert output.types_BAT is not None and output.distances_BA4R is not None
-    assert output.points_A2 is not None and output.strides_A is not None
-    logits_BAT, distances_BA4R = output.types_BAT.float(), output.distances_BA4R.float()
-    boxes_BA4 = decode_boxes(distances_BA4R, output.points_A2, output.strides_A)
+    logits_BAT, distances_BA4R = dense.types_BAT.float(), dense.distances_BA4R.float()
+    boxes_BA4 = decode_boxes(distances_BA4R, dense.points_A2, dense.strides_A)
     owner_BA, has_BA, soft_BA = assign(
-        logits_BAT.detach().sigmoid(), boxes_BA4.detach(), output.points_A2, labels_BM, truth_BM4, valid_BM
+        logits_BAT.detach().sigmoid(), boxes_BA4.detach(), dense.points_A2, labels_BM, truth_BM4, valid_BM
     )
     total = soft_BA.sum().clamp(min=1)
     label_BA = labels_BM.gather(1, owner_BA)
@@ -93,14 +91,21 @@ def evidence_loss(output: EncoderOutput, labels_BM: Tensor, truth_BM4: Tensor, v
     iou = ((1 - ciou(boxes_BA4, truth_BA4)) * weight_BA).sum() / total
 
     bins = distances_BA4R.shape[-1]
-    sides_BA4 = torch.cat((output.points_A2 - truth_BA4[..., :2], truth_BA4[..., 2:] - output.points_A2), -1)
-    sides_BA4 = (sides_BA4 / output.strides_A[:, None]).clamp(0, bins - 1.01)
+    sides_BA4 = torch.cat((dense.points_A2 - truth_BA4[..., :2], truth_BA4[..., 2:] - dense.points_A2), -1)
+    sides_BA4 = (sides_BA4 / dense.strides_A[:, None]).clamp(0, bins - 1.01)
     low = sides_BA4.floor()
     log_p = distances_BA4R.log_softmax(-1)
     low_p, high_p = (log_p.gather(-1, (low.long() + step)[..., None])[..., 0] for step in (0, 1))
     spread = -(low_p * (low + 1 - sides_BA4) + high_p * (sides_BA4 - low)).mean(-1)
     distances = (spread * weight_BA).sum() / total
     return WEIGHTS["types"] * types + WEIGHTS["iou"] * iou + WEIGHTS["distances"] * distances
+
+
+def presence_loss(logits_BT: Tensor, labels_BM: Tensor, valid_BM: Tensor) -> Tensor:
+    """Binary cross-entropy of each type being on the picture, summed over types, mean over pictures."""
+    present_BT = torch.zeros_like(logits_BT, dtype=torch.float32)
+    present_BT = present_BT.scatter_add(1, labels_BM, valid_BM.float()).clamp(max=1)
+    return F.binary_cross_entropy_with_logits(logits_BT.float(), present_BT, reduction="none").sum(1).mean()
 
 
 def field_loss(fields: dict[str, Tensor], truth_BF: Tensor, smoothing: float = 0.1) -> Tensor:

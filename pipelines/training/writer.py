@@ -1,6 +1,6 @@
-"""Trains bridge and decoder: to read what the encoder found, point at what is real, and word the report.
+"""Trains bridge and decoder: to read what glance and detector found, point at what is real, and word the report.
 
-The encoder is frozen, so that its outputs are computed once for a pool of augmented views; the pool fits the GPU.
+Both networks are frozen, so that their outputs are computed once for a pool of augmented views; the pool fits the GPU.
 Shapes: B pictures, K evidence slots, M labelled boxes, L positions of a target, V vocabulary.
 """
 
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders import EvidenceEncoder
+from encoders import Detector, GlanceNet
 from encoders.select import Items, box_iou, select_boxes, select_regions
-from pipelines.inputs import GLANCE
+from pipelines.inputs import GLANCE, PRESENCE
 from pipelines.model import (
     BOX_TYPE_TOKENS,
     FIELDS,
@@ -109,18 +109,17 @@ def ct_drafts(items: Items, batch: Batch, side: int) -> list[Draft]:
 
 
 @torch.no_grad()
-def examples(encoder: EvidenceEncoder, stream: Stream, batch: Batch, *, findings: bool) -> Pool:
-    """What the encoder makes of a batch, and the right report. `findings=False`: only the fields are taught."""
+def examples(glancing: GlanceNet, detector: Detector, stream: Stream, batch: Batch, *, findings: bool) -> Pool:
+    """What both networks make of a batch, and the right report. `findings=False`: only the fields are taught."""
     x, side = batch.x, batch.x.shape[-1]
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
         small = x if side == GLANCE else F.interpolate(x, size=(GLANCE, GLANCE), mode="area")
-        glance = encoder(small, boxes=side == GLANCE and stream.line != "ct")
+        glance = glancing(small)
         if stream.line == "ct":
             items = select_regions(glance.maps_BTHW, (side, side), keep=REGIONS)
             type_tokens = MAP_TYPE_TOKENS
         else:
-            dense = glance if side == GLANCE else encoder(x)
-            items = select_boxes(dense, keep=POINTERS, candidates=150, threshold=0.03)
+            items = select_boxes(detector(x), presence=PRESENCE[stream.line], keep=POINTERS)
             type_tokens = BOX_TYPE_TOKENS
     drafts = ct_drafts(items, batch, side) if stream.line == "ct" else defect_drafts(stream.line, items, batch, side)
     evidence = Evidence(items.boxes / side, type_tokens.to(x.device)[items.types], items.scores).padded()
@@ -140,7 +139,7 @@ def examples(encoder: EvidenceEncoder, stream: Stream, batch: Batch, *, findings
                 targets[b, 2 + len(CT_FIELDS) :] = IGNORE
     device = x.device
     return Pool(
-        glance.visual_BND.half(),
+        glance.visual_BNC.half(),
         field_log_probabilities(glance),
         evidence.boxes.float(),
         evidence.types,
@@ -150,14 +149,14 @@ def examples(encoder: EvidenceEncoder, stream: Stream, batch: Batch, *, findings
     )
 
 
-def build_pool(encoder: EvidenceEncoder, streams: list[Stream], recipe: dict[str, Any], run: Run) -> Pool:
+def build_pool(glance: GlanceNet, detector: Detector, streams: list[Stream], recipe: dict[str, Any], run: Run) -> Pool:
     """Draws every stream `pool_rounds` times."""
     known = {stream.name: stream for stream in streams}
     parts: list[Pool] = []
     for i in range(recipe["pool_rounds"]):
         for name, table in recipe["streams"].items():
-            batch = draw(known[name], table["batch"], table["side"], augmentation(table), mosaic=False)
-            parts.append(examples(encoder, known[name], batch, findings=table.get("findings", True)))
+            batch = draw(known[name], table["batch"], table["side"], augmentation(table))
+            parts.append(examples(glance, detector, known[name], batch, findings=table.get("findings", True)))
         if (i + 1) % 50 == 0:
             run.log(pool=sum(len(part.tokens) for part in parts))
     return Pool(*(torch.cat([getattr(part, name) for part in parts]) for name in Pool.__slots__))
@@ -173,19 +172,23 @@ def writer_loss(model: ScanScribeModel, rows: Pool, score_noise: float) -> Tenso
     return F.cross_entropy(logits.float().transpose(1, 2), rows.targets[:, 1:], ignore_index=IGNORE)
 
 
-def train_writer(run: Run, data: Path, encoder: EvidenceEncoder, device: torch.device) -> ScanScribeModel:
-    """Runs the recipe and returns the whole model with averaged weights. Raises as `train_evidence` does."""
+def train_writer(run: Run, data: Path, glance: GlanceNet, detector: Detector, device: torch.device) -> ScanScribeModel:
+    """Runs the recipe and returns the whole model with averaged weights. Raises as `train_glance` does."""
     recipe = run.recipe
     torch.manual_seed(recipe["seed"])
-    encoder = encoder.to(device).eval().requires_grad_(False)
+    for network in (glance, detector):
+        network.to(device).eval().requires_grad_(False)
     wanted = set(recipe["streams"])
     streams = [s.to(device) for s in load_streams(data, "train") if s.name in wanted]
     if missing := wanted - {s.name for s in streams}:
         raise ValueError(f"the recipe names data sets that are not there: {', '.join(sorted(missing))}")
-    pool = build_pool(encoder, streams, recipe, run)
-    config = ModelConfig.default(backbone=encoder.config.backbone, visual_width=encoder.width, bridge=recipe["bridge"])
-    model = ScanScribeModel(config, encoder=encoder).to(device).train()
-    encoder.eval()
+    pool = build_pool(glance, detector, streams, recipe, run)
+    config = ModelConfig.default(backbone=glance.config.backbone, visual_width=glance.width, bridge=recipe["bridge"])
+    model = ScanScribeModel(config)
+    model.glance, model.detector = glance, detector
+    model.to(device).train()
+    for network in (glance, detector):
+        network.eval()
     average = Ema(model, recipe["ema"])
     groups = parameter_groups(model, recipe["weight_decay"])
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")

@@ -1,17 +1,16 @@
-"""The vision encoder: one backbone, and three things read off it.
+"""The detector: dense evidence, boxes of defects on a picture that is seen at the size of inspection.
 
-- dense evidence: boxes of defects (anchor-free head over a PAN neck; distances as distributions, "DFL"),
-- CT class maps (class activation maps: the mean of a map is its finding's logit),
-- field logits (product line, region, plane, ...), and the visual tokens that the bridge reads.
+An anchor-free head over a PAN neck gives every anchor point a logit for each type and a distribution for each side's
+distance ("DFL"); beside it, the pooled neck tells which types are on the picture at all. A box is as sure as its point
+and the whole picture say together (`encoders.select`).
 
-Shapes: B batch, C channels, H W pixels, A anchor points over all strides, T types, R bins of a distance, N tokens,
-D token width.
-Sources: PANet (arXiv 1803.01534), GFL/DFL (arXiv 2006.04388), TOOD (arXiv 2108.07755), CAM (arXiv 1512.04150).
+Shapes: B batch, C channels, H W pixels, A anchor points over all strides, T types, R bins of a distance.
+Sources: PANet (arXiv 1803.01534), GFL/DFL (arXiv 2006.04388), TOOD (arXiv 2108.07755).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,28 +23,24 @@ STRIDES = (8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderConfig:
-    """Sizes of the encoder. `fields` maps a field to its number of values."""
+class DetectorConfig:
+    """Sizes of the detector."""
 
-    box_types: int
-    map_types: int
-    fields: dict[str, int] = field(default_factory=dict)
-    backbone: str = "resnet18d"
+    types: int
+    # The last stage is half as wide as ResNet-18's: textures need no more, and it holds two thirds of the weights.
+    widths: tuple[int, int, int, int] = (64, 128, 256, 256)
     neck: int = 128
     bins: int = 16  # a side's distance is at most (bins - 1) * stride pixels
-    dropout: float = 0.3
 
 
-class EncoderOutput(NamedTuple):
+class Dense(NamedTuple):
     """What one forward pass gives. Boxes and points are in pixels of the network's input."""
 
-    visual_BND: Tensor  # visual tokens: the stride-32 features, row by row
-    fields: dict[str, Tensor]  # field -> logits [B, values]
-    maps_BTHW: Tensor  # CT class maps at stride 32
-    types_BAT: Tensor | None  # evidence logits; None when boxes were not asked for
-    distances_BA4R: Tensor | None  # logits over distance bins: left, top, right, bottom
-    points_A2: Tensor | None  # anchor points (x, y)
-    strides_A: Tensor | None
+    types_BAT: Tensor  # logits
+    distances_BA4R: Tensor  # logits over distance bins: left, top, right, bottom
+    points_A2: Tensor  # anchor points (x, y)
+    strides_A: Tensor
+    presence_BT: Tensor  # logit of each type to be anywhere on the picture
 
 
 class ConvBNAct(nn.Module):
@@ -117,49 +112,26 @@ class BoxHead(nn.Module):
         return torch.cat(types, 1), torch.cat(distances, 1), torch.cat(points), torch.cat(strides)
 
 
-class EvidenceEncoder(nn.Module):
-    """`[B, 3, H, W]` pictures (image, reference, difference; H and W multiples of 32) -> `EncoderOutput`."""
+class Detector(nn.Module):
+    """`[B, 3, H, W]` pictures (image, reference, difference; H and W multiples of 32) -> `Dense`."""
 
-    def __init__(self, config: EncoderConfig, *, via_timm: bool = False, pretrained: bool = False) -> None:
-        """`via_timm` builds the backbone through timm: needed for any backbone but resnet18d, and for its weights."""
+    def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
         self.config = config
-        if via_timm or config.backbone != "resnet18d":
-            from encoders.timm_backbone import timm_features
+        self.backbone = ResNet18D(config.widths)
+        self.neck = Neck(self.backbone.channels, config.neck)
+        self.boxes = BoxHead(config.neck, config.types, config.bins)
+        self.presence = nn.Linear(2 * len(STRIDES) * config.neck, config.types)
+        nn.init.constant_(self.presence.bias, -3.0)  # most types are on few pictures
 
-            self.backbone: nn.Module = timm_features(config.backbone, pretrained=pretrained)
-        else:
-            self.backbone = ResNet18D()
-        channels = tuple(self.backbone.channels)  # type: ignore[arg-type]
-        self.neck = Neck(channels, config.neck)
-        self.boxes = BoxHead(config.neck, config.box_types, config.bins)
-        self.maps = nn.Conv2d(channels[-1], config.map_types, 1)
-        self.dropout = nn.Dropout(config.dropout)
-        self.fields = nn.ModuleDict({name: nn.Linear(3 * channels[-1], n) for name, n in config.fields.items()})
+    def forward(self, x_B3HW: Tensor) -> Dense:
+        levels = self.neck(self.backbone(x_B3HW))
+        pooled = torch.cat([pool for level in levels for pool in (level.mean((2, 3)), level.amax((2, 3)))], 1)
+        types, distances, points, strides = self.boxes(levels)
+        return Dense(types, distances, points, strides, self.presence(pooled))
 
-    @property
-    def width(self) -> int:
-        """D, the width of a visual token."""
-        return self.maps.in_channels
-
-    def forward(self, x_B3HW: Tensor, *, boxes: bool | int = True) -> EncoderOutput:
-        """`boxes=False` leaves the neck and the box head out; a number runs them on the first so many of the batch."""
-        features = self.backbone(x_B3HW)
-        top = features[-1]
-        half = top.shape[-1] // 2
-        # Left, right and whole: laterality is lost in a plain average.
-        pooled = torch.cat((top.mean((2, 3)), top[..., :half].mean((2, 3)), top[..., half:].mean((2, 3))), 1)
-        pooled = self.dropout(pooled)
-        fields = {name: head(pooled) for name, head in self.fields.items()}
-        maps = self.maps(F.dropout(top, self.config.dropout, self.training))
-        visual = top.flatten(2).transpose(1, 2)
-        if boxes is False:
-            return EncoderOutput(visual, fields, maps, None, None, None, None)
-        first = len(x_B3HW) if boxes is True else boxes
-        return EncoderOutput(visual, fields, maps, *self.boxes(self.neck([f[:first] for f in features])))
-
-    def fuse(self) -> EvidenceEncoder:
-        """Folds every batch norm of the neck and head, and of a ResNet18D, for evaluation."""
+    def fuse(self) -> Detector:
+        """Folds every batch norm, for evaluation."""
         self.eval()
         for module in self.modules():
             if isinstance(module, ConvBNAct | ResNet18D):
