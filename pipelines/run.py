@@ -141,7 +141,7 @@ class Session:
         self._reported: list[IndexEntry] = []
         self._made: set[str] = set()  # the requests of this run's reports
         self._already: list[IndexEntry] = []
-        self._rejected: list[Rejection] = []
+        self._rejected: dict[Rejection, None] = {}  # what the header pass refuses is refused by its series, too
         self._passed_over = self._without_golden_sample = 0
         self._done = self._total = 0
         self._first_report: float | None = None
@@ -174,7 +174,7 @@ class Session:
             for unit in plan.units
             if not wrote(unit.files[0].path) and not self._references.has(unit)
         )
-        self._rejected = [rejection for rejection in plan.rejections if not wrote(rejection.path)]
+        self._rejected = dict.fromkeys(each for each in plan.rejections if not wrote(each.path))
         self._folder.start(self.job.inputs, self._rejected)
         self._passed_over = sum(not wrote(each.path) for each in plan.passed_over)
         self._without_golden_sample = sum(map(self._references.lacks, units))
@@ -364,7 +364,7 @@ class Session:
             self._first_report = time.perf_counter() - self._started
 
     def _reject(self, rejection: Rejection) -> None:
-        self._rejected.append(rejection)
+        self._rejected[rejection] = None
         self._folder.reject(rejection)
 
     def _tell(self, stage: Literal["look", "report"], done: int, total: int) -> None:

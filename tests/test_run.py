@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -188,10 +189,22 @@ def test_inputs_may_lie_in_the_output_folder(
 
 
 def doubled_series(folder: Path) -> Path:
-    """The sample series with one slice twice: the study leaves out the second."""
+    """The sample series with another instance at the place of a slice: the study leaves that one out."""
     shutil.copytree(EXAMPLES / "ct" / "phantom-series", folder)
-    shutil.copy(folder / "IM0005.dcm", folder / "IM0005b.dcm")
+    other = pydicom.dcmread(folder / "IM0005.dcm")
+    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    other.save_as(folder / "IM0005b.dcm")
     return folder
+
+
+def test_a_byte_identical_copy_of_a_slice_is_passed_over(tmp_path: Path, reader: TinyReader) -> None:
+    shutil.copytree(EXAMPLES / "ct" / "phantom-series", tmp_path / "in")
+    once = execute(Job((tmp_path / "in",), tmp_path / "once"))
+    shutil.copy(tmp_path / "in" / "IM0005.dcm", tmp_path / "in" / "IM0005b.dcm")
+    twice = execute(Job((tmp_path / "in",), tmp_path / "twice"))
+    assert twice.complete
+    assert twice.passed_over == 1
+    assert [entry.id for entry in twice.reported] == [entry.id for entry in once.reported]
 
 
 def test_refused_slices_stay_on_record_whatever_the_folder_is_called(
