@@ -265,6 +265,23 @@ def test_a_decompression_bomb_is_refused_in_words(tmp_path: Path) -> None:
     assert "500 megapixels" in refused.reason
 
 
+def test_a_jpeg_that_declares_more_pixels_than_it_can_hold_is_not_filled_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(NOISE).save(path)
+    data = path.read_bytes()
+    at = data.index(b"\xff\xc0") + 5  # height and width in the frame header
+    path.write_bytes(data[:at] + struct.pack(">HH", 20_000, 20_000) + data[at + 4 :])
+    assert refusal(path).code == "truncated"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_almost_nothing_but_one_value_is_read(tmp_path: Path, progressive: bool) -> None:
+    pixels = np.full((2000, 2000), 100, np.uint8)
+    pixels[:40, :40] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", optimize=True, progressive=progressive)
+    assert read(tmp_path / "a.jpg").pixels.shape == (1, 2000, 2000)
+
+
 # ---------------------------------------------------------------- large pictures
 
 

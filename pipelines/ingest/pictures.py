@@ -28,6 +28,7 @@ MAX_PIXELS: Final = 500_000_000  # of one picture; a scan of 20,000 x 20,000 has
 MAX_FRAME_PIXELS: Final = 64_000_000  # of a WebP or GIF, of whose canvas the decoders keep several copies
 MAX_PAGES: Final = 2_000
 MAX_FILM_PIXELS: Final = 8_000_000_000  # of all frames of an animation: each is made from the ones before
+PIXELS_A_JPEG_BYTE: Final = 8 * 64  # at most: a block of 8 x 8 takes a bit or more (ITU-T T.81, F.1.2 and G.1.2)
 MAX_PNG_CHUNKS: Final = 2_000_000  # that are walked through to see whether the last one is there
 MIN_SIDE: Final = 16  # a side shorter than this shows nothing that could be assessed
 FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
@@ -206,6 +207,11 @@ def _open(stream: BinaryIO) -> Image.Image:
             raise Refusal("truncated", "The file ends too early.") from error
         raise Refusal("damaged-image", "The header is damaged.") from error
     _check_size(image)
+    if (
+        image.format in ("JPEG", "MPO")
+        and stream.seek(0, io.SEEK_END) * PIXELS_A_JPEG_BYTE < image.width * image.height
+    ):
+        raise Refusal("truncated", "The file is too small for the pixels that its header declares.")
     return image
 
 
