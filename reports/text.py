@@ -84,7 +84,7 @@ def _lines(page: Page) -> Iterator[Line]:
             yield "fact", h["rule"], page.rule
     yield "heading", h["findings"], ""
     for finding in page.findings:
-        yield "finding", f"{finding.id} {finding.title}", ""
+        yield "finding", f"{finding.id} {finding.title}".strip(), ""
         yield "text", finding.description, ""
         if finding.severity:
             yield "fact", h["severity"], finding.severity_title

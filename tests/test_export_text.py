@@ -28,7 +28,9 @@ def test_markdown_is_read_back_as_the_findings(report: Report) -> None:
     lines = markdown.splitlines()
     h = page.headings
     assert [bare(line) for line in lines if line.startswith("# ")] == [f"# {page.title}"]
-    assert [bare(line[4:]) for line in lines if line.startswith("### ")] == [f"{f.id} {f.title}" for f in page.findings]
+    assert [bare(line[4:]) for line in lines if line.startswith("### ")] == [
+        f"{f.id} {f.title}".strip() for f in page.findings
+    ]
     rows = [bare(line) for line in lines if line.startswith("| ") and line != f"| {h['measurements']} | {h['value']} |"]
     measured = [m for finding in page.findings for m in finding.measurements] + list(page.measurements)
     assert rows == [f"| {m.name} | {m.text} |" for m in measured]

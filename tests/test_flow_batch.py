@@ -167,7 +167,7 @@ def test_a_server_of_the_user_s_own_is_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import pipelines.run
 from flows.jobs import run_batch
@@ -178,6 +178,7 @@ class Slow(TinyReader):
         time.sleep(0.2)
         return super().read(study, **options)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
 reader = Slow()
 pipelines.run.find = lambda model: reader.stored
 pipelines.run.load_reader = lambda model, device: reader

@@ -356,7 +356,7 @@ def test_a_torn_last_line_is_repaired_and_the_lines_before_it_stay(
 
 
 SLOW_RUN = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import pipelines.run
 from tests.tiny_reader import TinyReader
@@ -366,6 +366,7 @@ class Slow(TinyReader):
         time.sleep(0.1)
         return super().read(study, **options)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
 reader = Slow()
 pipelines.run.find = lambda model: reader.stored
 pipelines.run.load_reader = lambda model, device: reader
