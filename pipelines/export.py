@@ -34,12 +34,19 @@ class ExportSummary:
     """What came of an export."""
 
     reports: int = 0
+    written: int = 0  # formats of single reports
     files: list[str] = field(default_factory=list)  # over whole output folders
     failures: list[Failure] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         failures = [{"place": f.place, "format": f.format, "message": f.message} for f in self.failures]
-        return {"reports": self.reports, "files": self.files, "failures": failures, "complete": not failures}
+        return {
+            "reports": self.reports,
+            "written": self.written,
+            "files": self.files,
+            "failures": failures,
+            "complete": not failures,
+        }
 
 
 def export(
@@ -64,6 +71,7 @@ def export(
             for report_id in ids:
                 entry = folder.entry(report_id)
                 files, failed = _render(out / report_id, report_formats(names), language)
+                summary.written += len(files)
                 summary.failures += [Failure(str(out / report_id), *each) for each in failed.items()]
                 if entry is not None and (files or failed):
                     folder.add(_updated(entry, files, failed, out))

@@ -16,6 +16,7 @@ from rich.text import Text
 from pipelines.run import RunSummary
 from pipelines.run_folder import IndexEntry
 from pipelines.store import StoredModel
+from pipelines.study import Rejection
 from reports.taxonomy import title
 from scanscribe.doctor import Check
 
@@ -55,7 +56,7 @@ def show(summary: RunSummary) -> None:
         if len(entries) > ROWS:
             console.print(f"… and {len(entries) - ROWS} more: see the index.")
     if summary.rejected:
-        console.print(_refused(summary))
+        console.print(refused(summary.rejected[:ROWS]))
         if len(summary.rejected) > ROWS:
             console.print(f"… and {len(summary.rejected) - ROWS} more: see {summary.out / 'rejected.jsonl'}.")
     counts = [f"{len(summary.reported)} reported"]
@@ -65,8 +66,8 @@ def show(summary: RunSummary) -> None:
     console.print(f"{', '.join(counts)}; reading took {summary.seconds:.1f} s. Drafts for qualified review.")
     for file in summary.files.values():
         console.print(Text(f"Wrote {short(str(summary.out / file))}"), soft_wrap=True)
-    for name, message in summary.errors.items():
-        console.print(Text(f"{name} could not be written: ", "red") + _plain(message), soft_wrap=True)
+    for line in unwritten(summary.errors):
+        console.print(line, soft_wrap=True)
     console.print(Text(f"Open {summary.index.resolve()}"), soft_wrap=True)
     if lacking := summary.without_golden_sample:
         words = "1 picture has" if lacking == 1 else f"{lacking} pictures have"
@@ -86,22 +87,23 @@ def _reports(entries: tuple[IndexEntry, ...]) -> Table:
         table.add_row(
             entry.id,
             entry.kind,
-            _plain(entry.title),
+            plain(entry.title),
             findings,
             Text(entry.disposition or "", DISPOSITION_STYLE.get(entry.disposition or "", "")),
             "" if entry.confidence is None else f"{entry.confidence:.0%}",
         )
-        for name, message in entry.errors.items():
-            table.add_row("", "", Text(f"{name} could not be written: ", "red") + _plain(message))
+        for line in unwritten(entry.errors):
+            table.add_row("", "", line)
     return table
 
 
-def _refused(summary: RunSummary) -> Table:
+def refused(rejections: Sequence[Rejection]) -> Table:
+    """Inputs that were refused, each with its remedy."""
     table = Table(title="Refused", title_justify="left", title_style="italic red")
     for name in ("input", "code", "why", "what would mend it"):
         table.add_column(name, overflow="fold")
-    for rejection in summary.rejected[:ROWS]:
-        table.add_row(_plain(short(rejection.path)), rejection.code, _plain(rejection.reason), _plain(rejection.remedy))
+    for rejection in rejections:
+        table.add_row(plain(short(rejection.path)), rejection.code, plain(rejection.reason), plain(rejection.remedy))
     return table
 
 
@@ -111,7 +113,7 @@ def show_models(stored: Sequence[StoredModel]) -> None:
     for name in ("name", "version", "weights", "folder"):
         table.add_column(name, overflow="fold")
     for model in stored:
-        table.add_row(model.name, model.version, model.weights_sha256[:12], _plain(short(str(model.folder))))
+        table.add_row(model.name, model.version, model.weights_sha256[:12], plain(short(str(model.folder))))
     output().print(table)
 
 
@@ -121,7 +123,7 @@ def show_checks(checks: Sequence[Check]) -> None:
     table = Table(box=None, show_header=False)
     for check in checks:
         remedy = f" → {check.remedy}" if check.remedy else ""
-        table.add_row(Text(check.state, styles[check.state]), check.name, _plain(check.message + remedy))
+        table.add_row(Text(check.state, styles[check.state]), check.name, plain(check.message + remedy))
     output().print(table)
 
 
@@ -187,6 +189,15 @@ def short(path: str) -> str:
         return path
 
 
-def _plain(text: str) -> Text:
+def unwritten(errors: Mapping[str, str]) -> Iterator[Text]:
+    """A line a reason, with the formats (the keys of `errors`) that could not be written for it."""
+    formats: dict[str, list[str]] = {}
+    for name, reason in errors.items():
+        formats.setdefault(reason, []).append(name)
+    for reason, names in formats.items():
+        yield Text(f"{', '.join(names)} could not be written: ", "red") + plain(reason)
+
+
+def plain(text: str) -> Text:
     """Text from outside, with nothing in it that a terminal would obey."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -61,7 +61,7 @@ def test_an_output_folder_gets_formats_of_each_report_and_over_all(scanscribe, o
 def test_a_single_report_is_exported_and_its_line_kept_up(scanscribe, out: Path) -> None:
     first, *others = lines(out / "index.jsonl")
     code, printed, _ = scanscribe("export", out / first["id"], "--formats", "md,txt")
-    assert (code, "1 report looked at" in printed) == (0, True)
+    assert (code, "Reports: 1, formats written in their folders: 2." in printed) == (0, True)
     again, *same = lines(out / "index.jsonl")
     assert set(again["formats"]) == {"json", "md", "txt"}
     assert same == others

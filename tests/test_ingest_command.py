@@ -85,7 +85,17 @@ def test_explain_is_for_people(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "scanscribe.cli", "ingest", PHANTOM, "--explain"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     words = " ".join(done.stdout.replace("│", " ").split())
-    assert "volume" in words and "Preferred" in words and "1 series, 0 pictures, 0 refused files." in words
+    assert "volume" in words and "Preferred" in words and "Series: 1, pictures: 0, refused files: 0." in words
+
+
+def test_names_of_files_are_shown_as_they_are_and_obeyed_by_nothing(tmp_path: Path) -> None:
+    name = "a very long [red] name that does not fit into a column of a table \x1b[31m.png"
+    (tmp_path / name).write_bytes(b"no picture")
+    command = [sys.executable, "-m", "scanscribe.cli", "ingest", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 1
+    words = "".join(done.stdout.replace("│", " ").split())
+    assert "[red]" in words and "column" in words and "\x1b" not in words
 
 
 def test_isotropic_needs_a_folder_to_save_to() -> None:

@@ -43,7 +43,7 @@ def _show(correction: Correction) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from scanscribe.console import output, short
+    from scanscribe.console import output, short, unwritten
 
     def brief(value: Any) -> Text:
         words = json.dumps(value, ensure_ascii=False)
@@ -56,8 +56,8 @@ def _show(correction: Correction) -> None:
         table.add_row(Text(change.place), brief(change.before), brief(change.after))
     console = output()
     console.print(table)
-    for name, message in correction.errors.items():
-        console.print(Text(f"{name} could not be written: {message}", "red"))
+    for line in unwritten(correction.errors):
+        console.print(line, soft_wrap=True)
     report = correction.report
     console.print(f"Version {report.version}, report {report.id}, supersedes {report.supersedes}.")
     console.print(Text(f"In {short(str(correction.directory))}"), soft_wrap=True)

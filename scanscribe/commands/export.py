@@ -94,6 +94,6 @@ def _show(summary: ExportSummary) -> None:
         console.print(table)
         if len(summary.failures) > ROWS:
             console.print(f"… and {len(summary.failures) - ROWS} more: see index.jsonl.")
-    console.print(f"{summary.reports} report{'' if summary.reports == 1 else 's'} looked at.")
+    console.print(f"Reports: {summary.reports}, formats written in their folders: {summary.written}.")
     for file in summary.files:
         console.print(Text(f"Wrote {short(file)}"), soft_wrap=True)

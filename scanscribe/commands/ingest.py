@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,8 @@ import typer
 from scanscribe.options import Inputs, Json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from pipelines.ingest import Plan, SeriesVerdict
     from pipelines.study import Rejection
 
@@ -51,7 +54,7 @@ def ingest(
         found = _as_dict(plan, rejected, saved)
         sys.stdout.write(json.dumps(found) + "\n")
     else:
-        _show(plan, rejected, explain=explain)
+        _show(plan, rejected, sum(map(len, saved.values())), explain=explain)
     raise typer.Exit(SOME_REFUSED if rejected else OK)
 
 
@@ -106,30 +109,37 @@ def _as_dict(plan: Plan, rejected: list[Rejection], saved: dict[int, list[str]])
     }
 
 
-def _show(plan: Plan, rejected: list[Rejection], *, explain: bool) -> None:
+def _show(plan: Plan, rejected: list[Rejection], saved: int, *, explain: bool) -> None:
+    from scanscribe.console import ROWS, output, refused
+
+    console, shown = output(), None if explain else ROWS
+    for rows, table in (
+        (plan.series, _series(plan.series[:shown], explain=explain)),
+        (rejected, refused(rejected[:shown])),
+    ):
+        if rows:
+            console.print(table)
+            if not explain and len(rows) > ROWS:
+                console.print(f"… and {len(rows) - ROWS} more: add --explain or --json.")
+    pictures = sum(unit.kind != "series" for unit in plan.units)
+    written = f" Arrays written: {saved}." if saved else ""
+    console.print(f"Series: {len(plan.series)}, pictures: {pictures}, refused files: {len(rejected)}.{written}")
+
+
+def _series(series: Sequence[SeriesVerdict], *, explain: bool) -> Table:
     from rich.table import Table
 
-    from scanscribe.console import ROWS, output
+    from scanscribe.console import plain, short
 
-    console = output()
-    if plan.series:
-        table = Table("series", "kind", "verdict", "score", "slices", "spacing (mm)", *(["why"] if explain else []))
-        for each in plan.series if explain else plan.series[:ROWS]:
-            name = each.unit.name if each.unit else Path(each.files[0]).name
-            spacing = " x ".join("?" if mm is None else f"{mm:.2f}" for mm in each.spacing_mm or ())
-            verdict = each.verdict if each.code is None else f"{each.verdict} ({each.code})"
-            why = [f"{'Preferred of its study. ' if each.preferred else ''}{each.reason}"] if explain else []
-            count = str(each.shape[0] if each.shape else len(each.files))
-            table.add_row(name, each.kind, verdict, str(each.score), count, spacing, *why)
-        console.print(table)
-        if not explain and len(plan.series) > ROWS:
-            console.print(f"… and {len(plan.series) - ROWS} more: add --explain or --json.")
-    pictures = sum(unit.kind != "series" for unit in plan.units)
-    console.print(f"{len(plan.series)} series, {pictures} pictures, {len(rejected)} refused files.")
-    if rejected:
-        table = Table("refused", "code", "reason", "remedy")
-        for refused in rejected if explain else rejected[:ROWS]:
-            table.add_row(refused.path, refused.code, refused.reason, refused.remedy)
-        console.print(table)
-        if not explain and len(rejected) > ROWS:
-            console.print(f"… and {len(rejected) - ROWS} more: add --explain or --json.")
+    table = Table(title="Series", title_justify="left")
+    for name in ("series", "kind", "verdict", "score", "slices", "spacing (mm)", *(["why"] if explain else [])):
+        table.add_column(name, overflow="fold")
+    for each in series:
+        name = each.unit.name if each.unit else Path(each.files[0]).name
+        spacing = " x ".join("?" if mm is None else f"{mm:.2f}" for mm in each.spacing_mm or ())
+        verdict = each.verdict if each.code is None else f"{each.verdict} ({each.code})"
+        count = str(each.shape[0] if each.shape else len(each.files))
+        why = f"{'Preferred of its study. ' if each.preferred else ''}{each.reason} First file: {short(each.files[0])}"
+        row = (plain(name), each.kind, verdict, str(each.score), count, spacing)
+        table.add_row(*row, *([plain(why)] if explain else []))
+    return table
