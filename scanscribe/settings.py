@@ -72,6 +72,8 @@ def settings(**flags: Any) -> Settings:
         )
         unknown = any(fault["type"] == "extra_forbidden" for fault in error.errors())
         known = f"; there are: {', '.join(Settings.model_fields)}" if unknown else ""
-        raise UsageError(f"A setting cannot be used ({faults}): mend the flag, SCANSCRIBE_* or {FILE}{known}.") from None
+        raise UsageError(
+            f"A setting cannot be used ({faults}): mend the flag, SCANSCRIBE_* or {FILE}{known}."
+        ) from None
     except ValueError as error:  # a TOML file that does not parse
         raise UsageError(f"{FILE} is not valid TOML ({error}): mend or remove it.") from None
