@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipelines.run import RunSummary
+    from reports.texts import Language
 
 __all__ = ["__version__", "report"]
 __version__ = version("scanscribe")
@@ -26,6 +27,7 @@ def report(
     kind: str = "auto",
     reference: str | Path | None = None,
     rules: str | Path | None = None,
+    language: Language = "en",
     mm_per_pixel: float | None = None,
     identifiers: str | Path | None = None,
 ) -> RunSummary:
@@ -49,6 +51,7 @@ def report(
             kind=kind,
             reference=Path(reference) if reference else None,
             rules=Path(rules) if rules else DEFAULT_RULES,
+            language=language,
             mm_per_pixel=mm_per_pixel,
             identifiers=Path(identifiers) if identifiers else DEFAULT_PATTERNS,
         )

@@ -148,7 +148,7 @@ def batch(
 @app.command(
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: [cyan]scanscribe train --recipe evidence --data data/ --out runs/evidence[/]",
+    epilog="Example: [cyan]scanscribe train --recipe detector --data data/ --out runs/detector[/]",
 )
 def train(context: typer.Context, as_json: Json = False) -> None:
     """Train a model from manifests. `scanscribe train --help` lists its options."""

@@ -294,9 +294,10 @@ def test_the_library_door_reports_as_the_command_does(tmp_path: Path, monkeypatc
     from scanscribe import report
 
     TinyReader().install(monkeypatch)
-    summary = report(picture(tmp_path / "a.png"), out=tmp_path / "out", formats=["json"])
+    summary = report(picture(tmp_path / "a.png"), out=tmp_path / "out", formats=["json"], language="zh-CN")
     assert summary.complete
     assert list(summary.reported[0].formats) == ["json"]
+    assert json.loads((summary.out / summary.reported[0].formats["json"]).read_text())["language"] == "zh-CN"
 
 
 @pytest.fixture(scope="module")
