@@ -21,6 +21,7 @@ import typer
 from scanscribe.commands.correct import correct
 from scanscribe.commands.export import ListsFormats, export
 from scanscribe.commands.ingest import ingest
+from scanscribe.commands.ledger import app as ledger_app
 from scanscribe.commands.send import send
 from scanscribe.options import (
     Device,
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The models that are installed.")
 app.add_typer(models_app, name="models")
+app.add_typer(ledger_app, name="ledger")
 
 
 def _version(asked: bool) -> None:

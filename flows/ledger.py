@@ -1,0 +1,533 @@
+"""The ledger: which piece of content is waiting, at work, done or in quarantine, and who works on it until when.
+
+A row is one request (the hash over content, golden sample, model and settings that a run computes) in one scope (an
+output folder). SQLite on a local disk by default; PostgreSQL by URL, where several machines work together. The row that
+says "done" is written last: what the files of a report say, a row may lag behind, never the other way round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, TypeVar
+
+import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from flows.mounts import network_type
+from flows.server import state_folder
+
+State = Literal["waiting", "claimed", "done", "failed", "quarantined"]
+STATES: Final = ("waiting", "claimed", "done", "failed", "quarantined")
+OPEN: Final = ("waiting", "claimed", "failed")  # there is still something to do
+LEASE_S: Final = 60.0
+TRIES: Final = 3
+BACK_OFF_S: Final = 5.0  # before the second try; doubles with each further one
+MOST_BACK_OFF_S: Final = 600.0
+BUSY_S: Final = 30.0
+CHUNK: Final = 500  # rows a statement
+_TABLES_LOCK: Final = 0x5CA45C21  # of PostgreSQL: one process at a time makes the tables
+
+_TABLES = sql.MetaData()
+_ITEMS = sql.Table(
+    "items",
+    _TABLES,
+    sql.Column("scope", sql.Text, primary_key=True),
+    sql.Column("request", sql.String(64), primary_key=True),
+    sql.Column("state", sql.String(12), nullable=False),
+    sql.Column("files", sql.Text, nullable=False),  # JSON
+    sql.Column("attempts", sql.Integer, nullable=False),
+    sql.Column("due", sql.Double, nullable=False),  # may be claimed from then on; while claimed: the end of the lease
+    sql.Column("token", sql.String(16)),  # of the claim in force
+    sql.Column("owner", sql.Text),
+    sql.Column("report", sql.String(16)),
+    sql.Column("code", sql.Text),
+    sql.Column("reason", sql.Text),
+    sql.Column("added", sql.Double, nullable=False),
+    sql.Column("changed", sql.Double, nullable=False),
+    sql.Index("items_due", "scope", "state", "due"),
+)
+_SEEN = sql.Table(
+    "seen",
+    _TABLES,
+    sql.Column("scope", sql.Text, primary_key=True),
+    sql.Column("path", sql.Text, primary_key=True),
+    sql.Column("size", sql.BigInteger, nullable=False),
+    sql.Column("mtime_ns", sql.BigInteger, nullable=False),
+    sql.Column("study", sql.String(16), nullable=False),
+    sql.Column("instance", sql.String(16), nullable=False),
+)
+# Statements of every item are built once.
+_DUE = (
+    sql.select(_ITEMS.c.request)
+    .where(_ITEMS.c.scope == sql.bindparam("its_scope"), _ITEMS.c.state.in_(OPEN), _ITEMS.c.due <= sql.bindparam("now"))
+    .order_by(_ITEMS.c.due, _ITEMS.c.added)
+    .limit(sql.bindparam("most"))
+    .with_for_update(skip_locked=True)  # SQLite's writers are alone anyway
+)
+_DUE_ONE = _DUE.where(_ITEMS.c.request == sql.bindparam("its_request"))
+_TAKE = (
+    sql.update(_ITEMS)
+    .where(
+        _ITEMS.c.scope == sql.bindparam("its_scope"), _ITEMS.c.request.in_(sql.bindparam("requests", expanding=True))
+    )
+    .values(attempts=_ITEMS.c.attempts + 1)
+    .returning(_ITEMS.c.request, _ITEMS.c.files, _ITEMS.c.attempts)
+)
+_MINE = sql.update(_ITEMS).where(
+    _ITEMS.c.scope == sql.bindparam("its_scope"),
+    _ITEMS.c.request == sql.bindparam("its_request"),
+    _ITEMS.c.token == sql.bindparam("its_token"),
+)
+_T = TypeVar("_T")
+
+
+class LedgerError(Exception):
+    """The ledger cannot be used. The message says how to mend it; it holds no password."""
+
+    code = "ledger"
+
+
+class LeaseLostError(Exception):
+    """The claim is no longer ours: its lease ran out and another owner has the item."""
+
+    code = "lease-lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An item that is ours until its lease runs out."""
+
+    request: str
+    files: tuple[str, ...]
+    attempt: int  # from 1
+    tries: int  # how many there are
+    token: str
+
+    @property
+    def last(self) -> bool:
+        """Whether a failure of this attempt is one for good."""
+        return self.attempt >= self.tries
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every attempt ended with the death of its process: put it in quarantine, do not try it."""
+        return self.attempt > self.tries
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the ledger says about an item. Times are seconds since the epoch."""
+
+    request: str
+    state: State
+    files: tuple[str, ...]
+    attempts: int
+    due: float  # waiting, failed: not before; claimed: the end of the lease
+    owner: str | None
+    report: str | None  # the id of the report, when done
+    code: str | None  # of the last failure
+    reason: str | None
+    added: float
+    changed: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A file whose content is on record, so that a restart need not read it again."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    study: str = ""  # hash of its Study Instance UID
+    instance: str = ""  # hash of its SOP Instance UID
+
+
+class Ledger:
+    """The items of one scope. Safe to use from several threads, processes and, with PostgreSQL, machines.
+
+    `scope` is the output folder. Without `url` the ledger is `ledger.db` in the state folder. `clock` gives seconds
+    since the epoch; machines that share a ledger must agree on the time to within a fraction of the lease.  Raises
+    LedgerError, as all its methods do.
+    """
+
+    def __init__(
+        self,
+        scope: Path | str,
+        url: str | None = None,
+        *,
+        owner: str | None = None,
+        lease_s: float = LEASE_S,
+        tries: int = TRIES,
+        back_off_s: float = BACK_OFF_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.scope = os.path.realpath(scope)
+        self.owner = owner or this_process()
+        self.lease_s, self.tries, self.back_off_s = lease_s, tries, back_off_s
+        self._clock = clock
+        self._database = _Database(url or f"sqlite:///{state_folder() / 'ledger.db'}")
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    def add(self, items: Iterable[tuple[str, Sequence[str]]]) -> None:
+        """Put (request, files) on record as waiting; a request that is there stays as it is."""
+        now = self._clock()
+        rows = [
+            {
+                "scope": self.scope,
+                "request": request,
+                "state": "waiting",
+                "files": _plain(files),
+                "attempts": 0,
+                "due": now,
+                "added": now,
+                "changed": now,
+            }
+            for request, files in items
+        ]
+
+        def work(connection: sql.Connection) -> None:
+            for chunk in _chunks(rows):
+                connection.execute(self._database.insert(_ITEMS).on_conflict_do_nothing(), chunk)
+
+        self._database.run(work)
+
+    def claim(self, limit: int = 1, *, request: str | None = None) -> list[Claim]:
+        """Take up to `limit` items that are due, the oldest first, or that one `request` if it is.
+
+        Due are items that wait, failed ones after their back-off, and those whose owner let the lease run out.
+        """
+        now = self._clock()
+        token, asked = secrets.token_hex(8), {"its_request": request}
+        due = {"its_scope": self.scope, "now": now, "most": limit}
+        mine = {"owner": self.owner, "token": token, "due": now + self.lease_s, "state": "claimed", "changed": now}
+
+        def work(connection: sql.Connection) -> list[Claim]:
+            wanted = connection.scalars(_DUE, due) if request is None else connection.scalars(_DUE_ONE, due | asked)
+            chosen = wanted.all()
+            rows: list[Any] = []
+            for chunk in _chunks(chosen):
+                rows += connection.execute(_TAKE, mine | {"its_scope": self.scope, "requests": chunk})
+            order = {name: place for place, name in enumerate(chosen)}
+            rows.sort(key=lambda row: order[row.request])
+            return [Claim(row.request, _files(row.files), row.attempts, self.tries, token) for row in rows]
+
+        return self._database.run(work)
+
+    def beat(self, claim: Claim) -> None:
+        """Extend the lease. Raises LeaseLostError."""
+        self._change(claim, due=self._clock() + self.lease_s)
+
+    @contextlib.contextmanager
+    def holding(self, claim: Claim) -> Iterator[None]:
+        """Extends the lease of a claim three times a lease for as long as the block runs."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(self.lease_s / 3):
+                with contextlib.suppress(LedgerError):  # it may be back at the next beat
+                    try:
+                        self.beat(claim)
+                    except LeaseLostError:  # the owner hears of it when it is done
+                        return
+
+        thread = threading.Thread(target=beat, name="heart-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def done(self, claim: Claim, report: str) -> None:
+        """The report is whole on disk. Raises LeaseLostError."""
+        self._change(claim, state="done", report=report, code=None, reason=None, **_FREE)
+
+    def failed(self, claim: Claim, code: str, reason: str) -> None:
+        """The attempt failed; another one may do, after a while. Raises LeaseLostError."""
+        wait = min(self.back_off_s * 2 ** (claim.attempt - 1), MOST_BACK_OFF_S)
+        self._change(claim, state="failed", due=self._clock() + wait, code=code, reason=reason, **_FREE)
+
+    def quarantined(self, claim: Claim, code: str, reason: str) -> None:
+        """It failed for good. Raises LeaseLostError."""
+        self._change(claim, state="quarantined", code=code, reason=reason, **_FREE)
+
+    def release(self, claim: Claim) -> None:
+        """Give it back as if it had not been claimed. Raises LeaseLostError."""
+        self._change(claim, state="waiting", due=self._clock(), attempts=claim.attempt - 1, **_FREE)
+
+    def hand_over(self) -> int:
+        """Make claims due at once whose owner was a process of this machine that is gone; returns how many."""
+        now = self._clock()
+        mine = _ITEMS.c.scope == self.scope, _ITEMS.c.state == "claimed"
+
+        def work(connection: sql.Connection) -> int:
+            owners = connection.scalars(sql.select(_ITEMS.c.owner).where(*mine).distinct())
+            gone = [owner for owner in owners if is_gone(owner)]
+            taken = sql.update(_ITEMS).where(*mine, _ITEMS.c.owner.in_(gone)).values(due=now)
+            return connection.execute(taken).rowcount if gone else 0
+
+        return self._database.run(work)
+
+    def get(self, request: str) -> Row | None:
+        """The row of a request."""
+        rows = self._rows(_ITEMS.c.request == request)
+        return rows[0] if rows else None
+
+    def rows(self, state: State | None = None, *, beginning: str = "") -> list[Row]:
+        """All rows, or those in a state, or whose request begins so; the oldest first."""
+        wanted = [_ITEMS.c.request.startswith(beginning, autoescape=True)]
+        return self._rows(*wanted, *([_ITEMS.c.state == state] if state else []))
+
+    def counts(self) -> dict[State, int]:
+        """How many items are in each state."""
+        count = sql.select(_ITEMS.c.state, sql.func.count()).where(_ITEMS.c.scope == self.scope)
+        found = self._database.run(lambda c: {state: n for state, n in c.execute(count.group_by(_ITEMS.c.state))})
+        return {state: found.get(state, 0) for state in STATES}
+
+    def retry(self, requests: Iterable[str]) -> int:
+        """Let items wait again with all their tries, unless somebody works on them; returns how many.
+
+        Their files are looked at again.
+        """
+        now = self._clock()
+        again = {"state": "waiting", "attempts": 0, "due": now, "changed": now, "report": None}
+        return self._each(sql.update(_ITEMS).values(**again), requests)
+
+    def forget(self, requests: Iterable[str]) -> int:
+        """Take items off the record, unless somebody works on them; returns how many. Their reports stay.
+
+        Files that are still there are taken anew by the next watcher that starts.
+        """
+        return self._each(sql.delete(_ITEMS), requests)
+
+    def seen(self) -> list[Seen]:
+        """The files whose content is on record."""
+        columns = [column for column in _SEEN.c if column.name != "scope"]
+        wanted = sql.select(*columns).where(_SEEN.c.scope == self.scope)
+        return self._database.run(lambda connection: [Seen(*row) for row in connection.execute(wanted)])
+
+    def see(self, files: Iterable[Seen]) -> None:
+        """Put files on record whose content is."""
+        rows = [{"scope": self.scope} | asdict(file) for file in files]
+        insert = self._database.insert(_SEEN)
+        values = {name: insert.excluded[name] for name in ("size", "mtime_ns", "study", "instance")}
+        put = insert.on_conflict_do_update(index_elements=["scope", "path"], set_=values)
+
+        def work(connection: sql.Connection) -> None:
+            for chunk in _chunks(rows):
+                connection.execute(put, chunk)
+
+        self._database.run(work)
+
+    def unsee(self, paths: Iterable[str]) -> None:
+        """Take files off the record: they are gone, or to be looked at again."""
+        self._database.run(lambda connection: self._unsee(connection, list(paths)))
+
+    def _unsee(self, connection: sql.Connection, paths: list[str]) -> None:
+        for chunk in _chunks(paths):
+            connection.execute(sql.delete(_SEEN).where(_SEEN.c.scope == self.scope, _SEEN.c.path.in_(chunk)))
+
+    def _change(self, claim: Claim, **values: Any) -> None:
+        mine = {"its_scope": self.scope, "its_request": claim.request, "its_token": claim.token}
+        change = mine | values | {"changed": self._clock()}
+        if self._database.run(lambda connection: connection.execute(_MINE, change).rowcount) != 1:
+            raise LeaseLostError(
+                "Another worker has taken the item over: this one was silent for longer than its lease."
+            )
+
+    def _rows(self, *where: sql.ColumnElement[bool]) -> list[Row]:
+        columns = [column for column in _ITEMS.c if column.name not in ("scope", "token")]
+        wanted = sql.select(*columns).where(_ITEMS.c.scope == self.scope, *where).order_by(_ITEMS.c.added)
+        rows = self._database.run(lambda connection: [row._asdict() for row in connection.execute(wanted)])
+        return [Row(**row | {"files": _files(row["files"])}) for row in rows]
+
+    def _each(self, change: Any, requests: Iterable[str]) -> int:
+        """Change rows that nobody works on, and take their files off what was seen."""
+        mine = _ITEMS.c.scope == self.scope, _ITEMS.c.state != "claimed"
+
+        def work(connection: sql.Connection) -> int:
+            count = 0
+            for chunk in _chunks(list(requests)):
+                rows = *mine, _ITEMS.c.request.in_(chunk)
+                files = [
+                    file
+                    for text in connection.scalars(sql.select(_ITEMS.c.files).where(*rows))
+                    for file in _files(text)
+                ]
+                count += connection.execute(change.where(*rows)).rowcount
+                self._unsee(connection, files)
+            return count
+
+        return self._database.run(work)
+
+
+_FREE: Final = {"token": None, "owner": None}
+
+
+@functools.cache
+def this_process() -> str:
+    """A name that no other process has: machine, process id and its name space, time of start."""
+    return f"{socket.gethostname()}/{_name_space()}/{os.getpid()}/{_started(os.getpid())}"
+
+
+def is_gone(owner: str) -> bool:
+    """Whether `owner` is a process of this machine that has ended. Of other machines that cannot be told."""
+    host, _, rest = owner.rpartition("/")[0].partition("/")
+    space, _, pid = rest.rpartition("/")
+    if not pid.isdigit() or (host, space) != (socket.gethostname(), _name_space()):
+        return False
+    return _started(int(pid)) != owner.rpartition("/")[2]
+
+
+def _name_space() -> str:
+    """Containers can share a host name, and then not their process ids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since the machine did; "" where there is none (proc(5), field 22 of stat)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _plain(files: Sequence[str]) -> str:
+    return json.dumps(list(files))
+
+
+def _files(text: str) -> tuple[str, ...]:
+    return tuple(json.loads(text))
+
+
+def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+
+
+class _Database:
+    """Runs each piece of work in a transaction of its own. SQLite has one writer at a time, the others wait for it."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._url = sql.make_url(url)
+        except SQLAlchemyError:
+            raise LedgerError(
+                "The ledger's URL cannot be read: give one like postgresql://user:password@host/database."
+            ) from None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        name = self._url.get_backend_name()
+        if name == "sqlite":
+            self.insert: Any = sqlite.insert
+            _check_local(self._url.database)
+            self._engine = sql.create_engine(self._url, connect_args={"timeout": BUSY_S})
+            sql.event.listen(self._engine, "connect", _prepare_sqlite)
+            sql.event.listen(self._engine, "begin", _begin_immediate)
+        elif name == "postgresql":
+            self.insert = postgresql.insert
+            self._async = create_async_engine(self._url.set(drivername="postgresql+asyncpg"), pool_pre_ping=True)
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="ledger", daemon=True).start()
+        else:
+            raise LedgerError(f"There is no ledger on {name}: give a URL of PostgreSQL, or none for SQLite.")
+        try:
+            self.run(_make_tables)
+        except LedgerError:
+            self.close()
+            raise
+
+    def run(self, work: Callable[[sql.Connection], _T]) -> _T:
+        """Raises LedgerError."""
+        try:
+            if self._loop is not None:
+                return asyncio.run_coroutine_threadsafe(self._run(work), self._loop).result()
+            with self._engine.begin() as connection:
+                return work(connection)
+        except (SQLAlchemyError, OSError) as error:
+            raise LedgerError(self._explain(error)) from None
+        except Exception as error:  # asyncpg raises its own where there is no connection yet
+            if not type(error).__module__.startswith("asyncpg"):
+                raise
+            raise LedgerError(self._explain(error)) from None
+
+    async def _run(self, work: Callable[[sql.Connection], _T]) -> _T:
+        async with self._async.begin() as connection:
+            return await connection.run_sync(work)
+
+    def close(self) -> None:
+        if self._loop is None:
+            self._engine.dispose()
+            return
+        asyncio.run_coroutine_threadsafe(self._async.dispose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _explain(self, error: Exception) -> str:
+        """What to tell a person. Statements and their values, which hold paths, stay out."""
+        place = self._url.render_as_string(hide_password=True)
+        cause = str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
+        if self._url.get_backend_name() == "postgresql":
+            return f"The ledger at {place} cannot be used ({cause}): see that the server runs and takes this user."
+        if "not a database" in cause or "malformed" in cause:
+            return f"The ledger {place} is damaged: move it away; the next start makes it anew from what is on disk."
+        return f"The ledger {place} cannot be used ({cause}): see that its folder can be written and has space."
+
+
+def _make_tables(connection: sql.Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_TABLES_LOCK)))
+    _TABLES.create_all(connection)
+
+
+def _prepare_sqlite(connection: Any, record: object) -> None:
+    """WAL: readers and the writer do not wait for each other. A power cut can cost the last rows, never the file."""
+    connection.isolation_level = None  # transactions are begun below
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _begin_immediate(connection: sql.Connection) -> None:
+    """The write lock is taken first: a transaction that finds it needs it only later could not wait for it."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _check_local(database: str | None) -> None:
+    if not database or database == ":memory:":
+        raise LedgerError("The ledger needs a file: give a URL like sqlite:////var/lib/scanscribe/ledger.db.")
+    folder = Path(database).resolve().parent
+    if not folder.is_dir():
+        raise LedgerError(f"There is no folder {folder} for the ledger: make it, or give another URL.")
+    if kind := network_type(folder):
+        raise LedgerError(
+            f"The ledger lies on a network file system ({kind}), where SQLite cannot lock it: set SCANSCRIBE_HOME to a "
+            "local folder, or use PostgreSQL."
+        )
+    path = Path(database)
+    if not path.exists():
+        with contextlib.suppress(OSError):  # for SQLite to say
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds file names
