@@ -28,7 +28,7 @@ _PICTURES, _DICOM, _SEGMENTS = "pictures.json", "source.dcm.json", "segments.npz
 _SUPERSEDED: Final = "superseded.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Bundle:
     """A report with what its formats need beside it."""
 

@@ -1,8 +1,9 @@
 """The report for the hospital's record: an HL7 FHIR bundle, R4B (4.3.0), or R5 (5.0.0) by option.
 
 The bundle is a `collection`: a draft handed over as one piece. A `document` would need a Composition that somebody
-attests, and nobody has read this report yet.  Ids follow from the report's id and language: the same report gives the same
-bundle.  Every literal reference resolves inside it; the patient is named by the identifier in the source, never made.
+attests, and nobody has read this report yet.  Ids follow from the report's id and language: the same report gives the
+same bundle.  Every literal reference resolves inside it; the patient is named by the identifier in the source, never
+made.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ class _Writer:
     # Identity
 
     def _id(self, part: str) -> str:
-        return str(uuid.uuid5(uuid.UUID(OWN.removeprefix("urn:uuid:")), f"{self.report.id}/{self.report.language}/{part}"))
+        name = f"{self.report.id}/{self.report.language}/{part}"
+        return str(uuid.uuid5(uuid.UUID(OWN.removeprefix("urn:uuid:")), name))
 
     def _reference(self, part: str) -> Resource:
         return {"reference": f"urn:uuid:{self._id(part)}"}
@@ -169,16 +171,17 @@ class _Writer:
     def _narrative(self) -> str:
         """What a person reads where a system shows no PDF: never the findings without what was not assessed."""
         page = self.page
-        lines = [page.title, page.disclaimer, page.impression]
-        if self.report.supersedes:
-            lines.insert(1, self.say.sentence("superseded", id=self.report.supersedes))
-        if self.report.superseded_by:
-            lines.insert(1, f"{page.headings['superseded-by']}: {self.report.superseded_by}")
+        lines = [
+            page.title,
+            *(f"{fact.title}: {fact.value}" for fact in page.identity),
+            page.disclaimer,
+            page.impression,
+        ]
         lines += [f"{row.id} {row.title}: {row.description}" for row in page.findings]
         lines.append(page.headings["not-assessed"])
         lines += [f"{item.text} {item.reason}" for item in page.not_assessed]
         lines += [item.text for item in page.quality]
-        paragraphs = "".join(f"<p>{escape(line)}</p>" for line in lines)
+        paragraphs = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
         return f'<div xmlns="http://www.w3.org/1999/xhtml" lang="{page.language}">{paragraphs}</div>'
 
     def _imaging_study(self) -> Resource:

@@ -6,17 +6,20 @@ a box.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reports.images import Box, EncodedPicture, Picture, ReportImages, around, encode_picture
 from reports.schema import Evidence, Finding, Report
 from reports.texts import visible, words
 
+Tag = tuple[float, float, bool]  # left and top in percent of the figure, and whether it hangs below
+TAG_WIDTH, TAG_HEIGHT = 6.0, 6.0  # in percent of a figure, roughly: how large it is depends on the screen
+
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One evidence box on one figure, in the figure's pixels; its tag in percent of the figure."""
+    """One evidence box on one figure, in the figure's pixels; a corner of its tag in percent of the figure."""
 
     finding_id: str
     weak: bool
@@ -26,7 +29,7 @@ class Mark:
     height: float
     tag_left: float
     tag_top: float
-    tag_below: bool  # the box touches the upper edge, so the tag goes inside
+    tag_below: bool  # the tag hangs below that corner, instead of standing on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +93,41 @@ def _figure(
     box: Box | None = None,
 ) -> Figure:
     encoded = encode_picture(picture, longest_side=longest_side, box=box)
-    marks = tuple(_mark(finding, evidence, encoded.box) for finding, evidence in findings)
-    return Figure(encoded, marks, alt, caption)
+    return Figure(encoded, tuple(_marks(findings, encoded.box)), alt, caption)
 
 
-def _mark(finding: Finding, evidence: Evidence, shown: Box) -> Mark:
+def _marks(findings: Sequence[tuple[Finding, Evidence]], shown: Box) -> Iterator[Mark]:
     width, height = shown[2] - shown[0], shown[3] - shown[1]
-    x0, x1 = sorted(min(max(x - shown[0], 0), width) for x in (evidence.bbox[0], evidence.bbox[2]))
-    y0, y1 = sorted(min(max(y - shown[1], 0), height) for y in (evidence.bbox[1], evidence.bbox[3]))
-    return Mark(
-        finding_id=visible(finding.id),
-        weak=evidence.localisation == "weak",
-        x=x0,
-        y=y0,
-        width=x1 - x0,
-        height=y1 - y0,
-        tag_left=min(100 * x0 / width, 94),
-        tag_top=100 * y0 / height,
-        tag_below=y0 < 0.06 * height,
-    )
+    taken: list[Tag] = []
+    for finding, evidence in findings:
+        x0, x1 = sorted(min(max(x - shown[0], 0), width) for x in (evidence.bbox[0], evidence.bbox[2]))
+        y0, y1 = sorted(min(max(y - shown[1], 0), height) for y in (evidence.bbox[1], evidence.bbox[3]))
+        tag = _tag(100 * x0 / width, 100 * y0 / height, 100 * x1 / width, 100 * y1 / height, taken)
+        taken.append(tag)
+        left, top, below = tag
+        yield Mark(
+            finding_id=visible(finding.id),
+            weak=evidence.localisation == "weak",
+            x=x0,
+            y=y0,
+            width=x1 - x0,
+            height=y1 - y0,
+            tag_left=left,
+            tag_top=top,
+            tag_below=below,
+        )
+
+
+def _tag(x0: float, y0: float, x1: float, y1: float, taken: Sequence[Tag]) -> Tag:
+    """Where the tag of a box goes: at that of its corners where it covers the least of the tags before it."""
+    x0, x1 = min(x0, 100 - TAG_WIDTH), min(x1, 100 - TAG_WIDTH)
+    corners = [(x0, y0, False), (x0, y1, True), (x1, y0, False), (x1, y1, True), (x0, y0, True)]
+    inside = [tag for tag in corners if (tag[1] <= 100 - TAG_HEIGHT if tag[2] else tag[1] >= TAG_HEIGHT)]
+
+    return min(inside or corners[-1:], key=lambda tag: sum(_overlap(tag, other) for other in taken))
+
+
+def _overlap(one: Tag, other: Tag) -> float:
+    """The area that two tags share, in percent of the width by percent of the height."""
+    tops = (top if below else top - TAG_HEIGHT for _, top, below in (one, other))
+    return max(TAG_WIDTH - abs(one[0] - other[0]), 0) * max(TAG_HEIGHT - abs(next(tops) - next(tops)), 0)

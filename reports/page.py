@@ -11,7 +11,7 @@ from typing import Final
 
 from reports.schema import Evidence, FieldValue, Finding, Measurement, Report
 from reports.taxonomy import UNDETERMINED
-from reports.texts import Words, capital, number, visible, visible_lines, words
+from reports.texts import Words, capital, decimal, number, visible, visible_lines, words
 
 FIELDS: Final = ("region", "plane", "contrast")
 INPUTS_LISTED: Final = 24
@@ -166,7 +166,7 @@ def page_of(report: Report) -> Page:
         not_assessed=tuple(
             Remark(capital(visible(n.what)), say.bracketed(visible(n.reason))) for n in report.not_assessed
         ),
-        quality=tuple(Remark(visible(say.flag(flag)), visible(flag)) for flag in report.quality_flags),
+        quality=tuple(Remark(visible(say.flag(flag)), say.bracketed(visible(flag))) for flag in report.quality_flags),
         provenance=tuple(_provenance(report, say)),
         inputs=tuple(_inputs(report, say)),
         inputs_summary=say.sentence("inputs-in-json", count=len(report.source.inputs)) if many_inputs else "",
@@ -208,14 +208,14 @@ def _row(finding: Finding, report: Report, say: Words) -> Row:
 
 
 def _place(evidence: Evidence, report: Report, say: Words) -> str:
-    x0, y0, x1, y1 = (f"{value:.1f}" for value in evidence.bbox)
+    x0, y0, x1, y1 = map(decimal, evidence.bbox)
     parts = [say.sentence("box", box=say.sentence("corners", x0=x0, y0=y0, x1=x1, y1=y1))]
     if (report.technique.slice_count or 1) > 1:
         parts.insert(0, say.sentence("slice", slice=evidence.slice_index + 1))
     if evidence.bbox_mm:
-        first, last = (", ".join(f"{value:.1f}" for value in corner) for corner in evidence.bbox_mm)
+        first, last = (", ".join(map(decimal, corner)) for corner in evidence.bbox_mm)
         parts.append(say.sentence("box-patient", first=first, last=last))
-    return "; ".join(parts)
+    return say.clauses(parts)
 
 
 def _measured(measurement: Measurement, say: Words) -> Measured:
@@ -260,7 +260,7 @@ def _technique(report: Report, say: Words) -> Iterator[Fact]:
         if text:
             yield Fact(say.heading(name), visible(text), said)
     if t.windows:
-        yield Fact(say.heading("windows"), say.list(visible(say.term("window", w)) for w in t.windows))
+        yield Fact(say.heading("windows"), capital(say.list(visible(say.term("window", w)) for w in t.windows)))
 
 
 def _field(name: str, field: FieldValue, known: bool, read_from: str, say: Words) -> Fact:

@@ -7,11 +7,12 @@ template as JSON strings, which typst sets and never evaluates.
 from __future__ import annotations
 
 import json
-import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import typst
@@ -34,19 +35,19 @@ _SVG: Final = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">'
     '<image width="{width}" height="{height}" preserveAspectRatio="none" href="{data_uri}"/></svg>'
 )
-# Paper has an edge: after so many characters without a place to break, one is put in (zero width space).
-_UNBREAKABLE: Final = re.compile(r"[^\s\u200b\u3000-\u9fff]{24}(?=[^\s])")
 
 
 def render(bundle: Bundle) -> bytes:
-    """The report as PDF. The last one is kept: several formats carry the same."""
+    """The report as PDF. The last one is kept as long as its bundle lives: several formats carry the same."""
     global _latest
-    if _latest is None or _latest[0] is not bundle:
-        _latest = bundle, _render(bundle)
-    return _latest[1]
+    with _one_at_a_time:
+        if _latest is None or _latest[0]() is not bundle:
+            _latest = weakref.ref(bundle), _render(bundle)
+        return _latest[1]
 
 
-_latest: tuple[Bundle, bytes] | None = None
+_latest: tuple[weakref.ref[Bundle], bytes] | None = None
+_one_at_a_time: Final = Lock()  # the compiler is one, and keeps its own state
 
 
 def _render(bundle: Bundle) -> bytes:
@@ -80,6 +81,7 @@ def _placed(figure: Figure, name: str, files: dict[str, bytes], *, named: bool) 
     marks = [
         {"id": m.finding_id, "weak": m.weak, "x": m.x / width, "y": m.y / height}
         | {"width": m.width / width, "height": m.height / height}
+        | {"tag-left": m.tag_left / 100, "tag-top": m.tag_top / 100, "tag-below": m.tag_below}
         for m in figure.marks
     ]
     said = {"alt": figure.alt, "caption": figure.caption, "named": named}
@@ -87,10 +89,9 @@ def _placed(figure: Figure, name: str, files: dict[str, bytes], *, named: bool) 
 
 
 def _printable(value: Any) -> Any:
-    """The value with text that the fonts can set, and that fits the paper."""
+    """The value with text that the fonts can set."""
     if isinstance(value, str):
-        text = "".join(character if ord(character) in _characters() else NO_GLYPH for character in value)
-        return _UNBREAKABLE.sub("\\g<0>\u200b", text)
+        return "".join(character if ord(character) in _characters() else NO_GLYPH for character in value)
     if isinstance(value, Mapping):
         return {key: _printable(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -104,10 +104,10 @@ def _lines(page: Page) -> Iterator[Line]:
         yield from map(_value, page.measurements)
     if page.segments:
         yield "heading", h["segments"], ""
-        yield from map(_item, page.segments)
+        yield from map(_method, page.segments)
     if page.methods:
         yield "heading", h["methods"], ""
-        yield from (("fact", method.text, method.reason) for method in page.methods)
+        yield from map(_method, page.methods)
     if page.context:
         yield "heading", h["context"], ""
         yield "text", s["quoted"], ""
@@ -138,6 +138,10 @@ def _value(measured: Measured) -> Line:
 
 def _item(remark: Remark) -> Line:
     return "item", " ".join(filter(None, (remark.text, remark.reason))), ""
+
+
+def _method(remark: Remark) -> Line:
+    return "fact", remark.text, remark.reason
 
 
 def _marked(words: str) -> str:

@@ -61,6 +61,9 @@ class Words:
     def list(self, words: Iterable[str]) -> str:
         return str(self._tables["punctuation"]["list"]).join(words)
 
+    def clauses(self, parts: Iterable[str]) -> str:
+        return str(self._tables["punctuation"]["clauses"]).join(parts)
+
     def join(self, sentences: Iterable[str]) -> str:
         return str(self._tables["punctuation"]["sentences"]).join(sentences)
 
@@ -148,6 +151,8 @@ def _impression(report: Report, say: Words) -> str:
     drafts = [DraftFinding(0, f.type, f.location or ZONES[-1]) for f in report.findings]
     if sentences := summary(report.kind, summarise(drafts), say.language):
         return sentences
+    if "out-of-domain" in report.quality_flags:
+        return say.sentence("out-of-domain")
     if report.kind == "ct":
         return say.sentence("no-finding-ct")
     if not report.technique.product_line:
@@ -187,6 +192,11 @@ def number(value: float) -> str:
     else:
         text = f"{value:.2g}"
     return text.replace("-", "−")
+
+
+def decimal(value: float) -> str:
+    """A coordinate: one digit after the point, a real minus sign."""
+    return f"{value:.1f}".replace("-", "−")
 
 
 # C0 and C1 controls, line and paragraph separators, embeddings, overrides and isolates (UAX #9), tags, byte order mark,

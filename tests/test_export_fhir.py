@@ -154,7 +154,7 @@ def test_a_later_version_names_the_former_and_says_what_was_not_assessed() -> No
     (made,) = resources(render_r4b(Bundle(report, bundle.images, bundle.dicom)), "DiagnosticReport")
     assert made["extension"][0]["valueReference"]["identifier"]["value"] == "f" * 16
     assert made["language"] == "zh-CN"
-    assert "取代报告 " + "f" * 16 in made["text"]["div"]
+    assert "<p>版本: 2</p><p>取代报告: " + "f" * 16 in made["text"]["div"]
     assert "未评估内容" in made["text"]["div"]
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,26 @@ def test_nothing_runs_off_the_paper(awkward: str) -> None:
     for page in opened(pdf):
         grey = np.asarray(page.render(scale=1).to_pil().convert("L"))
         assert grey[:, -40:].min() > 250
+
+
+def test_hashes_and_identifiers_are_copied_whole() -> None:
+    uid = "1.2.826.0.1.3680043.8.498.92964635008453263329159346242144643776"
+    digest = "0123456789abcdef" * 4
+    source = Source(
+        inputs=(SourceInput(name="scan.dcm", sha256=digest, media_type="application/dicom"),), study_uid=uid
+    )
+    document = opened(render(Bundle(plain_report(source=source))))
+    text = "".join(page.get_textpage().get_text_bounded() for page in document)
+    for whole in (uid, digest, "b" * 64, "c" * 64):
+        assert whole in text
+
+
+def test_one_that_is_at_work_does_not_give_its_file_to_another() -> None:
+    bundles = [with_finding(title=f"Picture {n}") for n in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(render, bundles))
+    for bundle, pdf in zip(bundles, made, strict=True):
+        assert squeezed(bundle.report.title) in text_of(pdf)
 
 
 def test_the_box_is_drawn_where_the_finding_is() -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -19,6 +20,7 @@ from PIL import Image
 from report_strategies import AWKWARD, HEIGHT, WIDTH, images_for, plain_report, reports, texts
 
 from reports.bundle import Bundle
+from reports.figures import TAG_HEIGHT, TAG_WIDTH, figures
 from reports.html import render
 from reports.images import BOX_COLOUR, Picture, ReportImages
 from reports.index_page import write_index
@@ -221,6 +223,20 @@ def test_a_browser_runs_the_index_filters(tmp_path: Path) -> None:
     }
     dom = browse(write_index(tmp_path, [record, record], []), tmp_path / "profile", "--dump-dom").decode()
     assert "2 of 2 reports shown" in Page(dom.encode()).text
+
+
+def test_tags_of_boxes_that_share_a_corner_stand_apart() -> None:
+    bundle = with_box(100, 100, 160, 150, size=(600, 400))
+    [finding] = bundle.report.findings
+    boxes = [(100, 100, 160, 150), (102, 104, 150, 140), (98, 98, 170, 200)]
+    many = tuple(
+        finding.model_copy(update={"id": f"F{n}", "evidence": (finding.evidence[0].model_copy(update={"bbox": box}),)})
+        for n, box in enumerate(boxes)
+    )
+    [figure] = figures(plain_report(findings=many), bundle.images, longest_side=600)
+    spots = [(m.tag_left, m.tag_top - (0 if m.tag_below else TAG_HEIGHT)) for m in figure.marks]
+    for one, other in combinations(spots, 2):
+        assert abs(one[0] - other[0]) >= TAG_WIDTH or abs(one[1] - other[1]) >= TAG_HEIGHT
 
 
 def test_a_weak_box_and_a_tag_inside_keep_their_marks() -> None:
