@@ -113,7 +113,7 @@ class DomainModel:
             centre = scaled.mean(0)
             away = scaled - centre
             variances, axes = torch.linalg.eigh(away.T @ away / len(away))
-            kept = min(RANK, len(scaled) // 4)
+            kept = min(RANK, len(scaled) // 4, scaled.shape[1] // 2)
             found[line] = LineDomain(
                 centre.float(),
                 axes[:, -kept:].flip(1).T.contiguous().half().float(),  # as stored
@@ -188,8 +188,9 @@ def fit_domain(glance: GlanceNet, data: Path, *, progress: Callable[[str], None]
     rows: dict[str, list[Tensor]] = defaultdict(list)
     lines: dict[str, list[str]] = defaultdict(list)
     for manifest in sorted(data.glob("*/manifest.jsonl")):
+        labelled = read_manifest(manifest)
         for split in ("train", "val"):
-            cases = read_manifest(manifest, split=split)
+            cases = [case for case in labelled if case.split == split]
             if len(cases) > PER_SET:
                 cases = [cases[i] for i in sorted(rng.choice(len(cases), PER_SET, replace=False))]
             progress(f"{manifest.parent.name}, {split}: {len(cases)} pictures")
