@@ -167,34 +167,47 @@ class Session:
 
     def discover(self) -> tuple[ingest.Unit, ...]:
         """What there is to report. Inputs that cannot be used are put on record; golden samples are left out."""
-        plan = ingest.plan(self.job.inputs, progress=functools.partial(self._tell, "look"))
-        wrote = self._folder.wrote  # output and inputs may share a folder
-        units = tuple(
-            replace(unit, documents=tuple(each for each in unit.documents if not wrote(each.path)))
-            for unit in plan.units
-            if not wrote(unit.files[0].path) and not self._references.has(unit)
-        )
-        self._rejected = dict.fromkeys(each for each in plan.rejections if not wrote(each.path))
-        self._folder.start(self.job.inputs, self._rejected)
-        self._passed_over = sum(not wrote(each.path) for each in plan.passed_over)
-        self._without_golden_sample = sum(map(self._references.lacks, units))
-        self._total = len(units)
+        plan = self.plan(self.job.inputs)
+        self._rejected = dict.fromkeys(plan.rejections)
+        self.start(self.job.inputs, plan.rejections)
+        self._passed_over = len(plan.passed_over)
+        self._without_golden_sample = sum(map(self._references.lacks, plan.units))
+        self._total = len(plan.units)
         self._tell("report", 0, self._total)
-        return units
+        return plan.units
+
+    def plan(self, inputs: Sequence[Path]) -> ingest.Plan:
+        """What some inputs hold, without golden samples and what runs wrote. Puts nothing on record."""
+        plan = ingest.plan(inputs, progress=functools.partial(self._tell, "look"))
+        wrote = self._folder.wrote  # output and inputs may share a folder
+        return replace(
+            plan,
+            units=tuple(
+                replace(unit, documents=tuple(each for each in unit.documents if not wrote(each.path)))
+                for unit in plan.units
+                if not wrote(unit.files[0].path) and not self._references.has(unit)
+            ),
+            rejections=tuple(each for each in plan.rejections if not wrote(each.path)),
+            passed_over=tuple(each for each in plan.passed_over if not wrote(each.path)),
+        )
+
+    def start(self, inputs: Sequence[Path], rejections: Sequence[Rejection]) -> None:
+        """Put on record what is refused of some inputs, in place of what was refused of them earlier."""
+        self._folder.start(inputs, rejections)
 
     def process(self, units: Sequence[ingest.Unit]) -> None:
         """Report each unit or put it on record as rejected. The next unit is decoded while the model reads this one."""
         with self._at_work, ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
             if not units or self._stop.is_set():
                 return
-            ahead = [decoder.submit(self._prepare, units[0])]
+            ahead = [decoder.submit(self.prepare, units[0])]
             for following in (*units[1:], None):
                 if self._stop.is_set():
                     return
                 prepared = ahead.pop().result()
                 if following is not None:
-                    ahead.append(decoder.submit(self._prepare, following))
-                self._conclude(prepared)
+                    ahead.append(decoder.submit(self.prepare, following))
+                self.conclude(prepared)
 
     def finish(self) -> RunSummary:
         """Write what is over the whole folder, the HTML index last, and say what came of the run."""
@@ -214,8 +227,24 @@ class Session:
             errors=errors,
         )
 
-    def _prepare(self, unit: ingest.Unit) -> _Prepared | _Already | _Stored | Rejection:
-        """Decode a unit and its golden sample, unless its report is there: that is known from the bytes alone."""
+    def request(self, unit: ingest.Unit) -> str:
+        """SHA-256 over all that the report of `unit` depends on, from the files' bytes; empty where one is unreadable.
+
+        A ledger knows a unit by it, before anything is decoded.
+        """
+        golden = self._references.of(unit)
+        return "" if isinstance(golden, Rejection) else self._request(unit, golden)
+
+    def reported(self, request: str) -> str | None:
+        """The id of the current report on `request`, when it is there in all formats of the job."""
+        entry = self._folder.finished(request, self._formats)
+        return entry.id if entry else None
+
+    def prepare(self, unit: ingest.Unit) -> Prepared:
+        """Decode a unit and its golden sample, unless its report is there: that is known from the bytes alone.
+
+        Puts nothing on record; `conclude` does.  Safe in another thread.
+        """
         started = time.perf_counter()
         golden = self._references.of(unit)
         request = "" if isinstance(golden, Rejection) else self._request(unit, golden)
@@ -237,29 +266,32 @@ class Session:
             reason = "Its golden sample has other proportions: it cannot be the same view."
             remedy = "Give the golden sample of this very view, cut alike."
             return Rejection(unit.path, "golden-sample-mismatch", reason, remedy)
-        return _Prepared(unit, request, study, reference, time.perf_counter() - started)
+        return _Decoded(unit, request, study, reference, time.perf_counter() - started)
 
-    def _conclude(self, prepared: _Prepared | _Already | _Stored | Rejection) -> None:
-        """Report what was prepared, or put it on record as refused or done before."""
+    def conclude(self, prepared: Prepared) -> IndexEntry | Rejection:
+        """Report what was prepared, or put it on record as refused or done before; says which. Raises OutputError."""
+        outcome: IndexEntry | Rejection
         if isinstance(prepared, Rejection):
-            self._reject(prepared)
+            outcome = self._reject(prepared)
         elif isinstance(prepared, _Already):
-            self._note_done(prepared.unit, prepared.entry)
+            outcome = self._note_done(prepared.unit, prepared.entry)
         elif isinstance(prepared, _Stored):
-            self._complete(prepared)
+            outcome = self._complete(prepared)
         elif prepared.request in self._made and (done := self._folder.known(prepared.request)):  # twice in one run
-            self._note_done(prepared.unit, done)
+            outcome = self._note_done(prepared.unit, done)
         else:
-            self._report(prepared)
+            outcome = self._report(prepared)
         self._done += 1
         self._tell("report", self._done, self._total)
+        return outcome
 
-    def _note_done(self, unit: ingest.Unit, entry: IndexEntry) -> None:
+    def _note_done(self, unit: ingest.Unit, entry: IndexEntry) -> IndexEntry:
         """The report is there."""
         self._already.append(entry)
         self._reject_missing(unit, entry)
+        return entry
 
-    def _complete(self, stored: _Stored) -> None:
+    def _complete(self, stored: _Stored) -> IndexEntry:
         """The report is there, in other formats than the job's: write those that it lacks."""
         entry, directory = stored.entry, self.job.out / stored.entry.id
         here = {name for name, file in entry.formats.items() if (self.job.out / file).is_file()}
@@ -269,6 +301,7 @@ class Session:
         errors = {name: why for name, why in entry.errors.items() if name not in self._formats} | errors
         self._reported.append(self._folder.add(replace(entry, formats=files, errors=errors)))
         self._reject_missing(stored.unit, entry)
+        return self._reported[-1]
 
     def _write(
         self, write: Callable[[Path, Bundle, Sequence[str]], dict[str, Path]], *what: Any
@@ -304,7 +337,7 @@ class Session:
             return ""
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _report(self, prepared: _Prepared) -> None:
+    def _report(self, prepared: _Decoded) -> IndexEntry | Rejection:
         """Read one study with the model and write its report, then note it as done."""
         study, reference = prepared.study, prepared.reference
         for missing in study.rejected_sources:
@@ -332,8 +365,7 @@ class Session:
             )
             bundle = Bundle(report, report_images(study, report, reference=reference), study.dicom, measures.masks)
         except Exception as error:  # whatever one input does to the model, the others are still reported
-            self._reject(_failed(prepared.unit, error))
-            return
+            return self._reject(_failed(prepared.unit, error))
         subject = _subject(study, prepared.unit)
         report = as_version(report, self._folder, prepared.request, subject)
         directory = self.job.out / report.id
@@ -362,10 +394,12 @@ class Session:
         self._made.add(prepared.request)
         if self._first_report is None:
             self._first_report = time.perf_counter() - self._started
+        return self._reported[-1]
 
-    def _reject(self, rejection: Rejection) -> None:
+    def _reject(self, rejection: Rejection) -> Rejection:
         self._rejected[rejection] = None
         self._folder.reject(rejection)
+        return rejection
 
     def _tell(self, stage: Literal["look", "report"], done: int, total: int) -> None:
         if self._listener is not None:
@@ -373,7 +407,7 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class _Decoded:
     unit: ingest.Unit
     request: str
     study: ImageStudy
@@ -392,6 +426,9 @@ class _Stored:
     unit: ingest.Unit
     entry: IndexEntry
     bundle: Bundle
+
+
+Prepared = _Decoded | _Already | _Stored | Rejection  # what `Session.prepare` hands to `Session.conclude`
 
 
 def write_over_run(

@@ -27,6 +27,7 @@ from reports.formats import own_files, run_file_links
 
 INDEX: Final = "index.jsonl"
 REJECTED: Final = "rejected.jsonl"
+QUARANTINE: Final = "quarantine"
 _OWN_FILES: Final = (INDEX, REJECTED, "index.html")
 _REPORT_ID: Final = re.compile("[0-9a-f]{16}")
 
@@ -193,16 +194,7 @@ class RunFolder:
 
     def wrote(self, path: str | Path) -> bool:
         """Whether `path` is something that a run writes into this folder. Whatever else lies there is the user's."""
-        # `resolve` fails on a loop of links, `realpath` does not.
-        real, here = Path(os.path.realpath(path)), os.path.realpath(self.path)
-        if not real.is_relative_to(here):
-            return False
-        parts = real.relative_to(here).parts
-        if is_temporary(parts[0]):
-            return True
-        if len(parts) == 1:
-            return parts[0] in _OWN_FILES or parts[0] in own_files()
-        return _REPORT_ID.fullmatch(parts[0]) is not None
+        return written_by_runs(self.path, path)
 
     def write_html_index(self) -> Path:
         """Write `index.html` over the current reports and the refused inputs of the folder; returns its path."""
@@ -218,6 +210,20 @@ class RunFolder:
             )
         except OSError as error:
             raise cannot_write(error) from None
+
+
+def written_by_runs(folder: Path, path: str | Path) -> bool:
+    """Whether `path` is something that runs write into the output folder `folder`."""
+    # `resolve` fails on a loop of links, `realpath` does not.
+    real, here = Path(os.path.realpath(path)), os.path.realpath(folder)
+    if not real.is_relative_to(here) or real == Path(here):
+        return False
+    parts = real.relative_to(here).parts
+    if is_temporary(parts[0]) or parts[0] == QUARANTINE:
+        return True
+    if len(parts) == 1:
+        return parts[0] in _OWN_FILES or parts[0] in own_files()
+    return _REPORT_ID.fullmatch(parts[0]) is not None
 
 
 def _page(entry: IndexEntry) -> str:
