@@ -155,18 +155,16 @@ def to_hu(stored: np.ndarray, layout: Layout, rescale: Rescale, out: np.ndarray)
     Padding is what the header declares (PS3.3 C.7.5.1.1.2), or one value below -1024 HU that fills a part of the image.
     Photometric MONOCHROME1 changes the display, not the HU.  Raises Overflow where int16 is too small.
     """
-    stored, dirty = _used_bits(stored, layout)
+    stored, ends, dirty = _used_bits(stored, layout)
     flags: set[str] = {"unused-bits-masked"} if dirty else set()
     padding = _declared_padding(stored, layout)
     if rescale.table is not None:
         first, values = rescale.table
         table = np.array(values)
-        ends = int(table.min()), int(table.max())
-        _check_fits(ends, out)
+        _check_fits(_ends(table), out)
         out[...] = table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
         low, high = float(out.min()), float(out.max())
     else:
-        ends = int(stored.min()), int(stored.max())
         low, high = sorted(end * rescale.slope + rescale.intercept for end in ends)
         _check_fits((low, high), out)
         if out.dtype == np.int16:  # modulo 2^16 all the way, which is exact because the result fits
@@ -223,19 +221,25 @@ def _as_int16(stored: np.ndarray) -> np.ndarray:
     return stored.view(np.int16) if same_bits else stored.astype(np.int16)
 
 
-def _used_bits(stored: np.ndarray, layout: Layout) -> tuple[np.ndarray, bool]:
-    """The values in their Bits Stored below High Bit, and whether other bits (old overlays, dirt) were taken off."""
-    bits = 8 * stored.dtype.itemsize
+def _used_bits(stored: np.ndarray, layout: Layout) -> tuple[np.ndarray, tuple[int, int], bool]:
+    """The values in their Bits Stored below High Bit, the lowest and the highest of them, and whether other bits (old
+    overlays, dirt) were taken off."""
+    bits, ends = 8 * stored.dtype.itemsize, _ends(stored)
     unused_below = layout.high_bit + 1 - layout.bits_stored if layout.syntax in NATIVE else 0
-    if bits == layout.bits_stored or bits < layout.bits_stored:
-        return stored, False
+    if bits <= layout.bits_stored:
+        return stored, ends, False
     top = 1 << layout.bits_stored
     lowest, highest = (-top // 2, top // 2 - 1) if layout.signed else (0, top - 1)
-    if not unused_below and lowest <= stored.min() and stored.max() <= highest:
-        return stored, False
+    if not unused_below and lowest <= ends[0] and ends[1] <= highest:
+        return stored, ends, False
     values = stored.astype(stored.dtype.newbyteorder("="))
     unused_above = bits - layout.bits_stored - unused_below
-    return (values << unused_above) >> (unused_above + unused_below), not unused_below
+    used = (values << unused_above) >> (unused_above + unused_below)
+    return used, _ends(used), not unused_below
+
+
+def _ends(values: np.ndarray) -> tuple[int, int]:
+    return int(values.min()), int(values.max())
 
 
 def _declared_padding(stored: np.ndarray, layout: Layout) -> np.ndarray | None:

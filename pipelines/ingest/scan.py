@@ -34,6 +34,7 @@ _TYPES: Final = {keyword: dictionary_VR(tag) for tag, keyword in _KEYWORDS.items
 _LONG: Final = frozenset((b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"))
 _SHORT: Final = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 _BINARY: Final = {"US": "<H", "UL": "<I", "FL": "<f", "FD": "<d", "US or SS": "<H"}
+_ELEMENT: Final = struct.Struct("<HH2sH")  # group, element, and of explicit VR: VR and length
 _UNDEFINED: Final = 0xFFFFFFFF
 _PIXEL_DATA: Final = 0x7FE00010
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -82,20 +83,17 @@ def _scan(head: bytes) -> tuple[Plain, int]:
 
 def _walk(head: bytes, at: int, *, explicit: bool, found: dict[int, bytes] | None, until: int) -> int:
     """Step over elements from `at` until a tag of `until` or above; keep the wanted values in `found`."""
-    unpack_tag = struct.Struct("<HH").unpack_from
     while True:
-        group, number = unpack_tag(head, at)
-        tag = group << 16 | number
+        group, number, vr, length = _ELEMENT.unpack_from(head, at)
+        tag, start = group << 16 | number, at + 8
         if tag >= until:
             return at
-        vr = head[at + 4 : at + 6]
         if not explicit:
-            length, start = int.from_bytes(head[at + 4 : at + 8], "little"), at + 8
-        elif vr in _SHORT:
-            length, start = int.from_bytes(head[at + 6 : at + 8], "little"), at + 8
+            length = int.from_bytes(head[at + 4 : start], "little")
         elif vr in _LONG:
-            length, start = int.from_bytes(head[at + 8 : at + 12], "little"), at + 12
-        else:
+            start = at + 12
+            length = int.from_bytes(head[at + 8 : start], "little")
+        elif vr not in _SHORT:
             raise _NotPlainError
         if length == _UNDEFINED:
             if explicit and vr != b"SQ":
