@@ -96,12 +96,14 @@ def test_a_volume_is_as_usual_as_its_median_slice(glance: GlanceNet, fitted: Dom
 
 def test_what_leaves_the_axes_of_a_line_is_strange() -> None:
     torch.manual_seed(0)
-    usual = torch.randn(400, 32) * torch.tensor([1.0] * 16 + [0.1] * 16)
+    usual = torch.randn(400, 8) @ torch.randn(8, 32) + 0.1 * torch.randn(400, 32)
     known = DomainModel.fit(usual[:200], ["steel"] * 200).calibrate(usual[200:], ["steel"] * 200)
-    beside = torch.zeros(1, 32)
-    beside[0, 20:24] = 1.0  # no farther from the centre than usual pictures are, but where none of them is
+    line = known.lines["steel"]
+    away = torch.randn(32)
+    away -= away @ line.axes.T @ line.axes
+    beside = (line.centre + 6 * away / away.norm()) * known.scale
     assert known.score(torch.zeros(1, 32), "steel") > 0.9
-    assert known.score(beside, "steel") < 0.1
+    assert known.score(beside[None], "steel") < 0.2
 
 
 def test_colour_is_strange_but_a_tint_is_not(glance: GlanceNet, fitted: DomainModel) -> None:
