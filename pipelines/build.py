@@ -19,12 +19,13 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from pipelines import ingest
+from pipelines.domain import fit_domain
 from pipelines.evaluation.detection import IOUS, match
 from pipelines.evaluation.predictions import Prediction
 from pipelines.manifest import Case, read_manifest
 from pipelines.reader import Reader, Seen
 from pipelines.reading import Reading
-from pipelines.store import WEIGHTS, Calibration, save_settings
+from pipelines.store import DOMAIN, WEIGHTS, Calibration, save_settings
 from pipelines.study import ImageStudy
 from pipelines.weights import load_config
 from reports.taxonomy import CT_FIELDS
@@ -202,7 +203,9 @@ def build(
     join_weights(glance, detector, writer, out)
     config = load_config(writer)
     save_settings(out, name=name, version=version, config=config, calibration=Calibration())
-    calibration = calibrate(Reader.load(out), load_cases(data, "val"), fields_only)
+    reader = Reader.load(out)
+    fit_domain(reader.model.glance, data).save(out / DOMAIN)
+    calibration = calibrate(reader, load_cases(data, "val"), fields_only)
     save_settings(out, name=name, version=version, config=config, calibration=calibration)
     return calibration
 

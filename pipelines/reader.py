@@ -21,6 +21,7 @@ from encoders import Dense, Glance
 from encoders.flips import look_from_all_sides
 from encoders.select import Items, select_boxes, select_regions
 from pipelines import tiles
+from pipelines.domain import STRANGE, DomainModel, colourfulness, domain_features
 from pipelines.inputs import (
     GLANCE,
     LONGEST_SIDE,
@@ -50,7 +51,7 @@ from pipelines.model import (
     field_log_probabilities,
     forbidden_tokens,
 )
-from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
+from pipelines.reading import OUT_OF_DOMAIN, FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.store import Calibration, ModelError, find
 from pipelines.study import ImageStudy
 from pipelines.weights import load_into
@@ -123,13 +124,21 @@ class Seen:
     slices: tuple[int, ...] = (0,)
     windows: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    domain: float | None = None  # how likely it is of that line; None: the model does not know
 
 
 class Reader:
     """A loaded model. `load` makes one; `read` turns a study into a reading. Not for use by several threads at once."""
 
-    def __init__(self, model: ScanScribeModel, calibration: Calibration, info: ModelIdentity, device: torch.device):
-        self.model, self.calibration, self.info, self.device = model, calibration, info, device
+    def __init__(
+        self,
+        model: ScanScribeModel,
+        calibration: Calibration,
+        info: ModelIdentity,
+        device: torch.device,
+        domain: DomainModel | None = None,
+    ):
+        self.model, self.calibration, self.info, self.device, self.domain = model, calibration, info, device, domain
         self._grammar = torch.from_numpy(compile_grammar()).to(device)
 
     @classmethod
@@ -148,6 +157,7 @@ class Reader:
         network = ScanScribeModel(ModelConfig.from_dict(stored.config))
         try:
             load_into(network, stored.weights)
+            domain = DomainModel.load(stored.domain).to(place) if stored.domain_sha256 else None
         except ValueError as error:
             raise ModelError(str(error)) from None
         network.eval().requires_grad_(False)
@@ -156,7 +166,7 @@ class Reader:
         network.to(place)
         network.to(memory_format=torch.channels_last)
         info = ModelIdentity(stored.name, stored.version, stored.weights_sha256, stored.config_sha256, str(place))
-        return cls(network, stored.calibration, info, place)
+        return cls(network, stored.calibration, info, place, domain)
 
     def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
         """Reads one study. `kind` is "auto", "ct" or "defect"; `reference` a golden sample of the same view."""
@@ -219,7 +229,8 @@ class Reader:
             items = self._inspect(closer, line, whole, mirrored=line in MIRRORED)
             found = _candidates(items, 0, closer, DEFECT_TYPES, middle)
             found = [candidate for candidate in found if LINE_OF_TYPE[candidate.type] == line]
-        return Seen(line, confidence, fields, output.visual_BNC, found, glance.size, (middle,))
+        domain = self._domain(domain_features(output.features), line, study.pixels[middle])
+        return Seen(line, confidence, fields, output.visual_BNC, found, glance.size, (middle,), domain=domain)
 
     def _look_at_tiles(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> Seen:
         """A picture far larger than the network's view: an overview tells what it is, tiles show its defects."""
@@ -232,10 +243,12 @@ class Reader:
         output = self._glance([glance])
         fields = field_log_probabilities(output)
         line, confidence = self._line(fields, kind)
+        domain = self._domain(domain_features(output.features), line, tiles.overview(pixels))
         if line == "ct":
             whole = replace(glance, scale=glance.scale * max(small.shape) / max(height, width), size=(width, height))
             found = _candidates(select_regions(output.maps_BTHW, glance.x_CHW.shape[1:]), 0, whole, CT_TYPES)
-            return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), flags=("seen-reduced",))
+            flags: tuple[str, ...] = ("seen-reduced",)
+            return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), (0,), (), flags, domain)
         places = tiles.layout(height, width, LONGEST_SIDE[line])
         goldens = repeat(None) if golden is None else tiles.cut(golden, places, pixels.shape)
         items = []
@@ -254,17 +267,17 @@ class Reader:
         )
         found = [replace(items[i][0], bbox=bbox) for i, bbox in merged]
         flags = ("read-in-tiles", "seen-reduced") if places[0][2] > LONGEST_SIDE[line] else ("read-in-tiles",)
-        return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), flags=flags)
+        return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), (0,), (), flags, domain)
 
     def _look_at_volume(self, study: ImageStudy) -> Seen:
         count = len(study.pixels)
         chosen = np.unique(np.linspace(0, count - 1, min(count, MAX_SLICES)).round().astype(int)).tolist()
         names = ["soft tissue"]
-        fields, visual, found = self._look_through("soft tissue", study, chosen)
+        fields, visual, found, features = self._look_through("soft tissue", study, chosen)
         mean = fields.mean(0, keepdim=True)
         if FIELDS["region"][int(self._part(mean, "region").argmax())] == "chest":
             names.append("lung")
-            _, lung_visual, lung_found = self._look_through("lung", study, chosen)
+            _, lung_visual, lung_found, _ = self._look_through("lung", study, chosen)
             visual, found = torch.cat((visual, lung_visual)), found + lung_found
         # One item for each type: where in the volume, and through which window, it shows best.
         best: dict[str, tuple[int, Candidate]] = {}
@@ -276,21 +289,39 @@ class Reader:
         key_row = ranked[0][0]
         height, width = study.pixels.shape[1:3]
         items = [candidate for _, candidate in ranked]
-        return Seen("ct", 1.0, mean, visual[key_row : key_row + 1], items, (width, height), tuple(chosen), tuple(names))
+        return Seen(
+            "ct",
+            1.0,
+            mean,
+            visual[key_row : key_row + 1],
+            items,
+            (width, height),
+            tuple(chosen),
+            tuple(names),
+            domain=self._domain(features, "ct", study.pixels[chosen[0]]),
+        )
 
     def _look_through(
         self, name: str, study: ImageStudy, chosen: Sequence[int]
-    ) -> tuple[Tensor, Tensor, list[list[Candidate]]]:
-        fields, visual, found = [], [], []
+    ) -> tuple[Tensor, Tensor, list[list[Candidate]], Tensor]:
+        """Field log-probabilities, visual tokens, candidates and domain features of each slice."""
+        fields, visual, found, features = [], [], [], []
         for start in range(0, len(chosen), BATCH):
             part = chosen[start : start + BATCH]
             views = [view(window(study.pixels[s], *WINDOWS[name]), GLANCE, square=True) for s in part]
             output = self._glance(views)
             fields.append(field_log_probabilities(output))
             visual.append(output.visual_BNC)
+            features.append(domain_features(output.features))
             items = select_regions(output.maps_BTHW, views[0].x_CHW.shape[1:])
             found += [_candidates(items, b, views[b], CT_TYPES, s) for b, s in enumerate(part)]
-        return torch.cat(fields), torch.cat(visual), found
+        return torch.cat(fields), torch.cat(visual), found, torch.cat(features)
+
+    def _domain(self, features_BD: Tensor, line: str, pixels: np.ndarray) -> float | None:
+        """How likely what was seen is of that line; `pixels` tell how colourful it is."""
+        if self.domain is None or line not in self.domain.lines:
+            return None
+        return self.domain.score(features_BD, line, colour=colourfulness(pixels))
 
     def _part(self, fields_BF: Tensor, name: str) -> Tensor:
         """The log-probabilities of one field, `[values]`, of the first row."""
@@ -378,6 +409,7 @@ class Reader:
         reported = [DraftFinding(0, f.type, f.location, f.extent) for f in findings if f.reported]
         # The impression sums up what is reported; where the decoder's own contradicts its findings, that is noted.
         kind = "ct" if seen.line == "ct" else "defect"
+        strange = seen.domain is not None and seen.domain < STRANGE
         if draft.impression != summarise(draft.findings):
             corrections.add("impression")
         return Reading(
@@ -389,9 +421,10 @@ class Reader:
             impression=summary(kind, summarise(reported)),
             slices_read=seen.slices,
             windows=seen.windows,
-            quality_flags=seen.flags,
+            quality_flags=seen.flags + ((OUT_OF_DOMAIN,) if strange else ()),
             corrections=tuple(sorted(corrections)),
             tokens=tuple(words),
+            domain=seen.domain,
         )
 
     def _confidence(self, score: float, line: str) -> float:

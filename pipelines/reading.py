@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
+
+OUT_OF_DOMAIN: Final = "out-of-domain"  # the quality flag of a study unlike those that the model was trained on
 
 
 @dataclass(frozen=True, slots=True)

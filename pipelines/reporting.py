@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final, Literal, cast
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from pipelines import inputs, tiles
 from pipelines.measures import NOT_MEASURED, StudyMeasures, measure_defect, measure_lesion, region_fits
-from pipelines.reading import FieldReading, FindingReading, ModelIdentity, Reading
+from pipelines.reading import OUT_OF_DOMAIN, FieldReading, FindingReading, ModelIdentity, Reading
 from pipelines.study import Geometry, ImageStudy, SourceFile
 from reports import measurements, taxonomy
 from reports.codes import code_of
@@ -82,6 +83,8 @@ def build_report(
 ) -> Report:
     """The report on one study.  `kind` is what the user asked for, as in `Reader.read`; `timing` is in seconds;
     `measures` is what `pipelines.measures.measure_study` found: its masks go into the report's bundle."""
+    if OUT_OF_DOMAIN in reading.quality_flags:
+        reading = _withheld(reading)
     reported = [finding for finding in reading.findings if finding.reported]
     flags = _quality_flags(study, reading, reference, measures)
     technique = _technique(study, reading)
@@ -248,6 +251,17 @@ def box_in_patient(bbox: Box, slice_index: int, geometry: Geometry) -> tuple[Poi
     return corner(bbox[0], bbox[1]), corner(bbox[2], bbox[3])
 
 
+def _withheld(reading: Reading) -> Reading:
+    """Of a study unlike those that the model was made for, nothing that the model said is reported."""
+    undetermined = taxonomy.UNDETERMINED
+    return replace(
+        reading,
+        product_line=None,
+        fields={name: FieldReading(undetermined, field.probabilities) for name, field in reading.fields.items()},
+        findings=tuple(replace(finding, reported=False) for finding in reading.findings),
+    )
+
+
 # The study as a whole
 
 
@@ -338,6 +352,8 @@ def _quality_flags(
 def _not_assessed(
     study: ImageStudy, reading: Reading, technique: Technique, reference: ImageStudy | None
 ) -> Iterable[NotAssessed]:
+    if OUT_OF_DOMAIN in reading.quality_flags:
+        yield _unsaid("out-of-domain")
     if reading.kind == "defect":
         yield from _defects_not_assessed(reading, reference)
     else:

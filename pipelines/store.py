@@ -17,6 +17,7 @@ from typing import Any, Final
 import models
 
 WEIGHTS: Final = "weights.safetensors"
+DOMAIN: Final = "domain.safetensors"
 SETTINGS: Final = "model.json"
 
 
@@ -53,21 +54,30 @@ class StoredModel:
     calibration: Calibration
     weights_sha256: str
     config_sha256: str
+    domain_sha256: str | None = None  # of the description of what the model knows, where there is one
 
     @property
     def weights(self) -> Path:
         return self.folder / WEIGHTS
 
+    @property
+    def domain(self) -> Path:
+        """What kinds of pictures the model knows; not every model says so."""
+        return self.folder / DOMAIN
+
     def verify(self) -> None:
-        """Raises `ModelError` unless the weights are the ones that the settings name."""
-        if not self.weights.is_file():
-            raise ModelError(f"{self.weights} is missing; install the model again")
-        found = hashlib.sha256(self.weights.read_bytes()).hexdigest()
-        if found != self.weights_sha256:
-            raise ModelError(
-                f"{self.weights} has SHA-256 {found[:12]}..., expected {self.weights_sha256[:12]}...; "
-                "the file is damaged or of another version: install the model again"
-            )
+        """Raises `ModelError` unless the files are the ones that the settings name."""
+        for path, expected in ((self.weights, self.weights_sha256), (self.domain, self.domain_sha256)):
+            if expected is None:
+                continue
+            if not path.is_file():
+                raise ModelError(f"{path} is missing; install the model again")
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if found != expected:
+                raise ModelError(
+                    f"{path} has SHA-256 {found[:12]}..., expected {expected[:12]}...; "
+                    "the file is damaged or of another version: install the model again"
+                )
 
 
 def home() -> Path:
@@ -115,6 +125,7 @@ def _open(folder: Path) -> StoredModel:
             Calibration(**calibration),
             settings["weights_sha256"],
             hashlib.sha256(data).hexdigest(),
+            settings.get("domain_sha256"),
         )
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); give a folder with {SETTINGS}") from None
@@ -131,4 +142,6 @@ def save_settings(folder: Path, *, name: str, version: str, config: dict[str, An
         "config": config,
         "calibration": asdict(calibration),
     }
+    if (folder / DOMAIN).is_file():
+        settings["domain_sha256"] = hashlib.sha256((folder / DOMAIN).read_bytes()).hexdigest()
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")

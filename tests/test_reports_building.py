@@ -235,6 +235,19 @@ def test_a_side_speaks_of_a_finding_only_when_there_is_one() -> None:
     assert {f.laterality for f in build_report(volume(), ct(one, two, laterality="left"), MODEL).findings} == {None}
 
 
+def test_of_a_study_unlike_those_the_model_was_made_for_nothing_is_reported() -> None:
+    strange = ("out-of-domain",)
+    report = build_report(photo(), defect(found("scratches", 1, 1, 9, 9), quality_flags=strange), MODEL)
+    assert report.findings == () and report.technique.product_line is None and report.disposition == "hold"
+    assert report.impression.startswith("Not assessed") and "the image as a whole" in [
+        n.what for n in report.not_assessed
+    ]
+    scan = replace(ct(found("cyst", 1, 1, 9, 9), region="chest"), quality_flags=strange)
+    report = build_report(volume(), scan, MODEL)
+    assert report.findings == () and report.impression.startswith("Not assessed")
+    assert report.technique.region is not None and report.technique.region.value == "undetermined"
+
+
 def test_a_board_without_golden_sample_is_held() -> None:
     report = build_report(photo(), defect(line="board"), MODEL)
     assert "no-reference" in report.quality_flags

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from pipelines.evaluation.predictions import Prediction
 from pipelines.evaluation.scoring import group_samples, measured
 from pipelines.evaluation.statistics import accuracy, auroc, on_cases
 from pipelines.manifest import Case
-
-FLAG: Final = "out-of-domain"  # the quality flag of a study that the model holds to be of another kind
+from pipelines.reading import OUT_OF_DOMAIN
 
 
 def outside_figures(
@@ -32,7 +31,7 @@ def outside_figures(
     both = [*(judged[case.id] for case in inside), *strange]
     is_inside = np.arange(len(both)) < len(inside)
     likely_inside = np.array([answer.in_domain for answer in both], dtype=np.float64)
-    flagged = np.array([FLAG in answer.flags for answer in both])
+    flagged = np.array([OUT_OF_DOMAIN in answer.flags for answer in both])
     # Weights draw both sides: groups of the cases, and each outside image for itself.
     samples = group_samples([*(f"in {case.group}" for case in inside), *(f"out {a.id}" for a in strange)])
     figures = {
