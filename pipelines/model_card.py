@@ -29,15 +29,18 @@ from pipelines.store import ModelError, StoredModel, find
 
 CARD: Final = """# Model card: {name} {version}
 
-One network for CT images and three product lines of inspection photos (hot-rolled steel strip, ferrite magnetic tiles,
+One model for CT images and three product lines of inspection photos (hot-rolled steel strip, ferrite magnetic tiles,
 bare printed circuit boards). **Not for diagnosis, and not a release decision: every report is a draft for a qualified
 person.**
 
 ## What it is
 
-- Vision encoder: {backbone} with a path-aggregation neck and a dense evidence head (boxes of {box_types} defect types),
-  class activation maps of {map_types} CT finding types, and heads for product line, region, plane, contrast, laterality
-  and COVID-19. Trained from scratch.
+- Glance: {backbone} with class activation maps of {map_types} CT finding types, and heads for product line, region, plane,
+  contrast, laterality and COVID-19. Trained from scratch.
+- Detector: ResNet-18-D with stages {widths} wide, a path-aggregation neck, a dense head (boxes of {box_types} defect
+  types) and a head that tells which types are on the picture. Trained from scratch.
+- Domain: a Gaussian of low rank for each product line and CT over the glance's channel statistics; a study that lies too
+  far out is held, and nothing of it is reported.
 - Bridge: {queries} learned queries attend over the visual tokens; each becomes a convex combination of the decoder's
   {vocabulary} token embeddings.
 - Decoder: {layers} layers, width {width}, {experts} experts of which {active} are active for a token ({share:.1%}), and
@@ -63,9 +66,9 @@ disposition have no ground truth anywhere and are derived by the written rules o
 
 ## Recipe
 
-The recipes `evidence` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as run on one
-NVIDIA H200 and their logs are in `docs/training/`; the recipe files since state tiles at 320 px instead of 384 px, with
-the zoom adapted, so that views have the same scale. {mirrored} are inspected in four mirror images.
+The recipes `glance`, `detector` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as run on
+one NVIDIA H200 and their logs are in `docs/training/`: its glance is a part of an earlier joint network (`evidence` there),
+on whose boxes its decoder was trained. {mirrored} are inspected in four mirror images.
 
 ## Measured on validation data
 
@@ -90,7 +93,7 @@ the zoom adapted, so that views have the same scale. {mirrored} are inspected in
 - Laterality is left undetermined where validation gave no probability at which answers are right often enough; contrast
   is guessed from one image.
 - COVID-19 was learned from one public set of cropped figures, in which source and label are mixed.
-- A picture of anything else is still read as the nearest known kind; low kind confidence is flagged in the report.
+- The domain flag knows what training pictures look like, not what is on them: another product of the same surface passes.
 - A board without its golden sample is read with less certainty, and the report says so.
 - Confidences are calibrated on the validation sets above and on nothing else.
 {unproven}
@@ -126,6 +129,7 @@ def write_card(model: Path) -> None:
         name=stored.name,
         version=stored.version,
         backbone=config.glance.backbone,
+        widths=", ".join(map(str, config.detector.widths)),
         box_types=config.detector.types,
         map_types=config.glance.map_types,
         queries=config.bridge.queries,
