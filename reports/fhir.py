@@ -11,11 +11,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from html import escape
 from typing import Any, Final
+
+from pydantic import ValidationError
 
 from reports.bundle import Bundle
 from reports.dicom import concepts
@@ -39,6 +42,8 @@ ABSENT: Final = "http://hl7.org/fhir/StructureDefinition/data-absent-reason"
 STUDY_CODES: Final = {"chest": ("24627-2", "CT Chest"), "abdomen": ("41806-1", "CT Abdomen")}
 ANY_STUDY: Final = ("18748-4", "Diagnostic imaging study")
 
+UID: Final = re.compile(r"[0-9.]{1,64}")
+
 Resource = dict[str, Any]
 
 
@@ -58,7 +63,11 @@ def render_r5(bundle: Bundle) -> bytes:
 
 def _validated(model: Any, bundle: Resource) -> bytes:
     """The bundle as JSON, after the library has checked each resource against its definition."""
-    model.model_validate(bundle)
+    try:
+        model.model_validate(bundle)
+    except ValidationError as error:
+        fault = error.errors(include_input=False)[0]  # what is wrong and where, never the value: it may name a patient
+        raise CannotCarryError(f"FHIR cannot hold {'.'.join(map(str, fault['loc']))}: {fault['msg']}.") from None
     return (json.dumps(bundle, ensure_ascii=False, indent=1) + "\n").encode()
 
 
@@ -187,9 +196,7 @@ class _Writer:
     def _imaging_study(self) -> Resource:
         """The series that was read (DICOM PS3.3 C.7.2, C.7.3)."""
         report = self.report
-        identifiers: list[Resource] = [
-            {"system": "urn:dicom:uid", "value": f"urn:oid:{visible(report.source.study_uid or '')}"}
-        ]
+        identifiers: list[Resource] = [{"system": "urn:dicom:uid", "value": f"urn:oid:{_uid(report.source.study_uid)}"}]
         if accession := visible(report.source.accession or ""):
             kind = _concept("http://terminology.hl7.org/CodeSystem/v2-0203", "ACSN", "Accession ID")
             identifiers.append({"type": kind, "value": accession})
@@ -206,13 +213,13 @@ class _Writer:
             instances = {each.sop_instance_uid: each for each in self.dicom.instances}.values()
             made["series"] = [
                 {
-                    "uid": visible(report.source.series_uid),
+                    "uid": _uid(report.source.series_uid),
                     "modality": {"coding": [modality]} if self.r5 else modality,
                     "numberOfInstances": len(instances),
                     "instance": [
                         {
-                            "uid": each.sop_instance_uid,
-                            "sopClass": {"system": URI, "code": f"urn:oid:{each.sop_class_uid}"},
+                            "uid": _uid(each.sop_instance_uid),
+                            "sopClass": {"system": URI, "code": f"urn:oid:{_uid(each.sop_class_uid)}"},
                         }
                         | ({"number": each.instance_number} if (each.instance_number or -1) >= 0 else {})
                         for each in instances
@@ -330,6 +337,13 @@ class _Writer:
     @staticmethod
     def _reference_to(resource: Resource) -> Resource:
         return {"reference": f"urn:uuid:{resource['id']}"}
+
+
+def _uid(uid: str | None) -> str:
+    """A DICOM unique identifier (PS3.5 9.1), which FHIR takes for a name."""
+    if not UID.fullmatch(uid or ""):
+        raise CannotCarryError("FHIR names studies by their UIDs, and one of the source's is none: mend its header.")
+    return str(uid)
 
 
 def _concept(system: str, code: str, display: str) -> Resource:

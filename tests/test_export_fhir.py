@@ -158,6 +158,18 @@ def test_a_later_version_names_the_former_and_says_what_was_not_assessed() -> No
     assert "未评估内容" in made["text"]["div"]
 
 
+@pytest.mark.parametrize("field", ["study_uid", "series_uid"])
+@pytest.mark.parametrize("uid", ["1.2.3 4", "<b>", "1." * 40, "Doe^Jane"])
+@VERSIONS
+def test_an_identifier_that_is_none_is_named_and_not_repeated(render: Any, model: Any, uid: str, field: str) -> None:
+    bundle = chest()
+    broken = bundle.report.source.model_copy(update={field: uid})
+    report = bundle.report.model_copy(update={"source": broken})
+    with pytest.raises(CannotCarryError, match="UID") as caught:
+        render(Bundle(report, bundle.images, bundle.dicom))
+    assert uid not in str(caught.value)
+
+
 def test_a_report_on_a_part_is_refused() -> None:
     with pytest.raises(CannotCarryError, match="choose html"):
         render_r4b(Bundle(plain_report()))

@@ -79,7 +79,8 @@ def test_it_claims_pdf_a_and_pdf_ua_and_is_tagged(language: str) -> None:
         assert claim in xmp.group()
     document = opened(pdf)
     assert raw.FPDFCatalog_IsTagged(document)
-    assert document.get_metadata_dict()["Title"] == "A picture"
+    described = document.get_metadata_dict()
+    assert (described["Title"], described["CreationDate"]) == ("A picture", "D:20260102030405Z")
     size = raw.FPDFCatalog_GetLanguage(document, None, 0)
     buffer = (raw.FPDF_WCHAR * (size // 2))()
     raw.FPDFCatalog_GetLanguage(document, buffer, size)
