@@ -35,12 +35,12 @@ person.**
 
 ## What it is
 
-- Glance: {backbone} with class activation maps of {map_types} CT finding types, and heads for product line, region, plane,
-  contrast, laterality and COVID-19. Trained from scratch.
+- Glance: {backbone} with class activation maps of {map_types} CT finding types, and heads for product line, region,
+  plane, contrast, laterality and COVID-19. Trained from scratch.
 - Detector: ResNet-18-D with stages {widths} wide, a path-aggregation neck, a dense head (boxes of {box_types} defect
   types) and a head that tells which types are on the picture. Trained from scratch.
-- Domain: a Gaussian of low rank for each product line and CT over the glance's channel statistics; a study that lies too
-  far out is held, and nothing of it is reported.
+- Domain: a Gaussian of low rank for each product line and CT over the glance's channel statistics; a study that lies
+  too far out is held, and nothing of it is reported.
 - Bridge: {queries} learned queries attend over the visual tokens; each becomes a convex combination of the decoder's
   {vocabulary} token embeddings.
 - Decoder: {layers} layers, width {width}, {experts} experts of which {active} are active for a token ({share:.1%}), and
@@ -66,9 +66,9 @@ disposition have no ground truth anywhere and are derived by the written rules o
 
 ## Recipe
 
-The recipes `glance`, `detector` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as run on
-one NVIDIA H200 and their logs are in `docs/training/`: its glance is a part of an earlier joint network (`evidence` there),
-on whose boxes its decoder was trained. {mirrored} are inspected in four mirror images.
+The recipes `glance`, `detector` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as
+run on one NVIDIA H200 and their logs are in `docs/training/`: its glance is a part of an earlier joint network
+(`evidence` there), on whose boxes its decoder was trained. {mirrored} are inspected in four mirror images.
 
 ## Measured on validation data
 
@@ -93,7 +93,8 @@ on whose boxes its decoder was trained. {mirrored} are inspected in four mirror 
 - Laterality is left undetermined where validation gave no probability at which answers are right often enough; contrast
   is guessed from one image.
 - COVID-19 was learned from one public set of cropped figures, in which source and label are mixed.
-- The domain flag knows what training pictures look like, not what is on them: another product of the same surface passes.
+- The domain flag knows what training pictures look like, not what is on them: another product of the same surface
+  passes.
 - A board without its golden sample is read with less certainty, and the report says so.
 - Confidences are calibrated on the validation sets above and on nothing else.
 {unproven}
