@@ -24,6 +24,7 @@ from reports.images import BOX_COLOUR, Picture, ReportImages
 from reports.page import page_of
 from reports.pdf import FONTS, LONGEST_SIDE, render
 from reports.schema import Evidence, Finding, Report, Source, SourceInput
+from reports.taxonomy import CT_TYPES, DEFECT_TYPES
 from reports.texts import CATALOGUE, worded
 from reports.writing import render_json
 
@@ -57,7 +58,9 @@ def test_any_report_becomes_a_pdf_that_states_its_findings(report: Report) -> No
     if report.disposition:
         assert squeezed(page.disposition_title) in text
     for finding in page.findings:
-        assert squeezed(finding.id) in text
+        title = squeezed(finding.title) if finding.type in CT_TYPES + DEFECT_TYPES else ""
+        assert squeezed(finding.id) + title in text
+        assert squeezed(finding.severity_title if report.kind == "defect" else "") in text
         assert finding.sure in text
         for measured in finding.measurements:
             assert squeezed(measured.text) in text
