@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from benchmarks.parity_hf import (
     step_by_step,
     write_weights,
 )
+from bridge import AlignBridge, BridgeConfig
 from decoder.open import CheckpointError, OpenDecoder, PromptError, Tokenizer, read_config
 
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "recorded.json").read_text())["cases"]
@@ -272,9 +274,10 @@ def test_tensors_that_take_no_part_are_passed_over(folder: Path, folders: dict[s
         ({"topk_method": "greedy"}, "unsupported-option", '"noaux_tc"'),
         ({"partial_rotary_factor": 0.5}, "unsupported-option", "partial_rotary_factor"),
         ({"kv_lora_rank": None}, "damaged-file", 'lacks "kv_lora_rank"'),
-        ({"hidden_size": "128"}, "damaged-file", "\"hidden_size\" is '128': expected a whole number >= 1"),
+        ({"hidden_size": "128"}, "damaged-file", "\"hidden_size\" is '128': expected a whole number from 1"),
         ({"hidden_size": 100}, "damaged-file", "a multiple of 8"),
         ({"num_hidden_layers": -1}, "damaged-file", "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "damaged-file", "from 1 to 512"),
         ({"n_group": 3}, "damaged-file", '"n_group" to divide the experts'),
         ({"num_experts_per_tok": 9}, "damaged-file", "at most the 8 experts"),
         ({"rms_norm_eps": "small"}, "damaged-file", "rms_norm_eps"),
@@ -387,7 +390,7 @@ def test_prompts_that_cannot_be_run_are_refused_before_any_runs(decoders: dict[s
         return caught.value
 
     assert refusal([5] * 256).code == "prompt-too-long"
-    assert "prompt 1 has 250 tokens and 7 more" in str(refusal([5] * 250, 7))
+    assert "prompt 1 has 250 tokens, and 7 positions more" in str(refusal([5] * 250, 7))
     assert refusal([]).code == "prompt-empty"
     assert refusal([96]).code == refusal([-1]).code == "token-out-of-vocabulary"
     with pytest.raises(PromptError, match="there is room for 256"):
@@ -398,6 +401,40 @@ def test_prompts_that_cannot_be_run_are_refused_before_any_runs(decoders: dict[s
         decoder(torch.tensor([[5, 6]]), cache)
     assert decoder.generate([], 3) == []
     assert len(decoder.generate([[5] * 250], 6, eos=())[0].ids) == 6
+
+
+# Behind the bridge
+
+
+def test_a_prefix_of_embeddings_is_read_as_the_tokens_would_be(decoders: dict[str, OpenDecoder]) -> None:
+    decoder, ids = decoders[V3], prompts(V3, 0)
+    prefix = decoder.embed_tokens(torch.tensor([each[:8] for each in ids]))
+    done = decoder.generate([each[8:] for each in ids], NEW_TOKENS, eos=(), prefix_BPD=prefix)
+    assert [each.ids for each in done] == RECORDED[V3]["tokens"]
+    with pytest.raises(PromptError, match="240 tokens, and 18 positions more"):
+        decoder.generate([[5], [6] * 240], 10, prefix_BPD=prefix)
+    with pytest.raises(ValueError, match="for 2 prompts; there are 1"):
+        decoder.generate([[5]], 10, prefix_BPD=prefix)
+
+
+@pytest.mark.parametrize("name", [V3, QWEN, OLMOE])
+def test_a_bridge_in_front_of_open_weights_learns(name: str, decoders: dict[str, OpenDecoder]) -> None:
+    torch.manual_seed(0)
+    decoder, visual = decoders[name], torch.randn(2, 16, 24)
+    bridge = AlignBridge(BridgeConfig(visual_width=24, width=128, vocabulary=96, queries=4, layers=1, heads=4))
+    optimizer = torch.optim.Adam(bridge.parameters(), lr=3e-3)
+    wanted = torch.tensor([prompts(name, 0)[0][:6], prompts(name, 1)[0][:6]])
+    losses = []
+    for _ in range(12):
+        read = bridge(visual, decoder.embed_tokens.weight)
+        logits = decoder.logits(decoder.hidden(torch.cat((read, decoder.embed_tokens(wanted)), 1)))[:, 3:-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(weight.grad is None for weight in decoder.parameters())
 
 
 # The tokenizer

@@ -14,7 +14,11 @@ import torch
 
 from decoder.open.errors import CheckpointError
 from decoder.open.rope import Rope
-from decoder.open.settings import Settings
+from decoder.open.settings import LONGEST, Settings
+
+# Far above any published model: a damaged file must not ask for millions of modules.
+MOST_LAYERS: Final = 512
+MOST_EXPERTS: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +119,14 @@ def _shared(read: Settings, **defaults: Any) -> dict[str, Any]:
     read.refuse_unsupported()
     found = {
         "model_type": read.get("model_type"),
-        "vocab_size": read.size("vocab_size"),
+        "vocab_size": read.size("vocab_size", most=LONGEST),
         "hidden_size": read.size("hidden_size"),
-        "num_hidden_layers": read.size("num_hidden_layers"),
+        "num_hidden_layers": read.size("num_hidden_layers", most=MOST_LAYERS),
         "num_attention_heads": read.size("num_attention_heads"),
         "intermediate_size": read.size("intermediate_size"),
         "num_experts_per_tok": read.size("num_experts_per_tok"),
         "rms_norm_eps": read.number("rms_norm_eps", defaults["rms_norm_eps"]),
-        "max_position_embeddings": read.size("max_position_embeddings"),
+        "max_position_embeddings": read.size("max_position_embeddings", most=LONGEST),
         "tie_word_embeddings": read.flag("tie_word_embeddings", False),
         "attention_bias": read.flag("attention_bias", False),
         "eos_token_id": read.whole_numbers("eos_token_id"),
@@ -130,6 +134,12 @@ def _shared(read: Settings, **defaults: Any) -> dict[str, Any]:
     # The grouped matrix product wants rows of whole 16 bytes in bfloat16.
     read.fits(found["hidden_size"] % 8 == 0, '"hidden_size" a multiple of 8')
     return found
+
+
+def _experts(read: Settings) -> int:
+    """The number of experts, which transformers 5 saves under another name."""
+    key = "num_local_experts" if read.get("num_experts", None) is None else "num_experts"
+    return int(read.size(key, most=MOST_EXPERTS))
 
 
 def _fit_experts(read: Settings, experts: int, active: int, intermediate: int) -> None:
@@ -153,7 +163,7 @@ class DeepseekConfig(OpenConfig):
     def from_settings(cls, read: Settings) -> DeepseekConfig:
         shared = _shared(read, rms_norm_eps=1e-6)
         v3 = shared["model_type"] == "deepseek_v3"
-        experts, active = read.size("n_routed_experts"), shared["num_experts_per_tok"]
+        experts, active = read.size("n_routed_experts", most=MOST_EXPERTS), shared["num_experts_per_tok"]
         intermediate = read.size("moe_intermediate_size")
         _fit_experts(read, experts, active, intermediate)
         read.one_of("moe_layer_freq", (1,), 1)
@@ -280,8 +290,7 @@ class Qwen3MoeConfig(GroupedQueryConfig):
     @classmethod
     def from_settings(cls, read: Settings) -> Qwen3MoeConfig:
         shared = _grouped_query(read, rms_norm_eps=1e-6)
-        experts = read.size("num_experts", read.size("num_local_experts", None))
-        read.fits(experts is not None, '"num_experts"')
+        experts = _experts(read)
         intermediate = read.size("moe_intermediate_size")
         _fit_experts(read, experts, shared["num_experts_per_tok"], intermediate)
         return cls(
@@ -305,8 +314,7 @@ class OlmoeConfig(GroupedQueryConfig):
     @classmethod
     def from_settings(cls, read: Settings) -> OlmoeConfig:
         shared = _grouped_query(read, rms_norm_eps=1e-5)
-        experts = read.size("num_experts", read.size("num_local_experts", None))
-        read.fits(experts is not None, '"num_experts"')
+        experts = _experts(read)
         _fit_experts(read, experts, shared["num_experts_per_tok"], shared["intermediate_size"])
         return cls(
             **shared,

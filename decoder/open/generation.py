@@ -1,6 +1,6 @@
 """Generation with a cache: prompts of any lengths in one batch, greedy or sampled, tokens told as they come.
 
-Shapes: B batch, T prompt positions, D width, V vocabulary.
+Shapes: B batch, P positions of a prefix, T prompt positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,16 +36,21 @@ def generate(
     seed: int | None = None,
     eos: Collection[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    prefix_BPD: Tensor | None = None,
 ) -> list[Completion]:
     """Writes up to `max_new_tokens` after each prompt.
 
     `temperature` 0 is greedy; above it tokens are drawn, alike for one `seed`, the same prompts and the same machine.
     `eos` ends a completion: None means the model's own tokens, () none. `on_token(prompt, id)` hears of each token.
+    `prefix_BPD` goes ahead of the prompts: embeddings, such as what a bridge reads from a picture.
     Raises PromptError before anything is computed. A prompt whose logits are not finite ends; the others go on.
     """
-    check(decoder, prompts, max_new_tokens)
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 or above")
+    ahead = 0 if prefix_BPD is None else prefix_BPD.shape[1]
+    check(decoder, prompts, ahead + max_new_tokens)
+    if prefix_BPD is not None and len(prefix_BPD) != len(prompts):
+        raise ValueError(f"prefix_BPD is for {len(prefix_BPD)} prompts; there are {len(prompts)}")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError("max_new_tokens must be 1 or above, temperature 0 or above")
     done = [Completion() for _ in prompts]
     if not prompts:
         return done
@@ -57,10 +62,13 @@ def generate(
     # Shorter prompts are filled up behind their end, where no position of theirs looks; decoding then overwrites that.
     # With their own last token: attention multiplies masked values by 0, which a token that gives NaN would survive.
     lengths = [len(prompt) for prompt in prompts]
-    longest, lengths_B = max(lengths), torch.tensor(lengths, device=device)
+    longest, lengths_B = max(lengths), torch.tensor(lengths, device=device) + ahead
     ids_BT = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
-    cache = decoder.new_cache(len(prompts), longest + max_new_tokens - 1)
-    x_BTD = decoder.hidden(ids_BT.to(device), cache)
+    x_BTD = decoder.embed_tokens(ids_BT.to(device))
+    if prefix_BPD is not None:
+        x_BTD = torch.cat((prefix_BPD.to(x_BTD), x_BTD), 1)
+    cache = decoder.new_cache(len(prompts), ahead + longest + max_new_tokens - 1)
+    x_BTD = decoder.hidden(x_BTD, cache)
     x_BD = x_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
     cache.used_B = lengths_B
 
@@ -82,23 +90,21 @@ def generate(
                 on_token(row, tokens[row])
         if not running or not left:
             break
-        x_BD = decoder.hidden(token_B[:, None], cache)[:, 0]
+        x_BD = decoder.hidden(decoder.embed_tokens(token_B[:, None]), cache)[:, 0]
     return done
 
 
-def check(decoder: OpenDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises PromptError unless every prompt fits the vocabulary and, with the new tokens, the context."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or above")
+def check(decoder: OpenDecoder, prompts: Sequence[Sequence[int]], beside: int) -> None:
+    """Raises PromptError unless every prompt fits the vocabulary and, with so many positions beside it, the context."""
     context, vocabulary = decoder.config.max_position_embeddings, decoder.config.vocab_size
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise PromptError("prompt-empty", f"prompt {number} has no token")
-        if len(prompt) + max_new_tokens > context:
+        if len(prompt) + beside > context:
             raise PromptError(
                 "prompt-too-long",
-                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} more are asked for; the context has "
-                f"{context}: shorten the prompt or ask for less",
+                f"prompt {number} has {len(prompt)} tokens, and {beside} positions more are for the prefix and what is "
+                f"written; the context has {context}: shorten the prompt or ask for fewer new tokens",
             )
         for token in prompt:
             if not 0 <= token < vocabulary:

@@ -1,6 +1,7 @@
-"""The open decoder: token ids to logits, for every family in `decoder.open.configs`.
+"""The open decoder: token ids or embeddings to logits, for every family in `decoder.open.configs`.
 
-Shapes: B batch, T new positions, S positions in the cache, D width, V vocabulary, r half the rotary width.
+Shapes: B batch, T new positions, S positions in the cache, P positions of a prefix, D width, V vocabulary, r half the
+rotary width.
 """
 
 from __future__ import annotations
@@ -55,26 +56,25 @@ class OpenDecoder(nn.Module):
         weight = self.embed_tokens.weight
         return Cache(self.config, batch, length, weight.device, weight.dtype)
 
-    def hidden(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """The last hidden state of each position, `[B, T, D]`; with a cache positions go on behind those in use.
+    def hidden(self, x_BTD: Tensor, cache: Cache | None = None) -> Tensor:
+        """Embeddings to the last hidden states, both `[B, T, D]`; with a cache positions go on behind those in use.
 
         Raises PromptError where the positions do not fit the context or the cache.
         """
-        count = ids_BT.shape[1]
+        count = x_BTD.shape[1]
         context = self.config.max_position_embeddings
         room = context if cache is None else min(cache.length, context) - cache.filled
         if count > room:
             raise PromptError("prompt-too-long", f"{count} positions do not fit: there is room for {room}")
         mask_BTS = None
         if cache is None:
-            positions_BT = torch.arange(count, device=ids_BT.device)[None]
+            positions_BT = torch.arange(count, device=x_BTD.device)[None]
         else:
             fresh, positions_BT = cache.filled == 0, cache.open(count)
             if not fresh:
-                mask_BTS = torch.arange(cache.filled, device=ids_BT.device) <= positions_BT[..., None]
+                mask_BTS = torch.arange(cache.filled, device=x_BTD.device) <= positions_BT[..., None]
         angle_BT1r = (positions_BT[..., None] * self.inv_freq)[:, :, None]
         cos, sin = (each * self.config.rope.amplitude for each in (angle_BT1r.cos(), angle_BT1r.sin()))
-        x_BTD = self.embed_tokens(ids_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cos, sin, mask_BTS, cache)
         return self.norm(x_BTD)
@@ -85,7 +85,7 @@ class OpenDecoder(nn.Module):
 
     def forward(self, ids_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids `[B, T]` to logits `[B, T, V]`; see `hidden`."""
-        return self.logits(self.hidden(ids_BT, cache))
+        return self.logits(self.hidden(self.embed_tokens(ids_BT), cache))
 
     def generate(
         self,
@@ -96,6 +96,16 @@ class OpenDecoder(nn.Module):
         seed: int | None = None,
         eos: Collection[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        prefix_BPD: Tensor | None = None,
     ) -> list[Completion]:
         """Goes on from each prompt; see `decoder.open.generation.generate`."""
-        return generate(self, prompts, max_new_tokens, temperature=temperature, seed=seed, eos=eos, on_token=on_token)
+        return generate(
+            self,
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            eos=eos,
+            on_token=on_token,
+            prefix_BPD=prefix_BPD,
+        )

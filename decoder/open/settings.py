@@ -6,11 +6,12 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from decoder.open.errors import CheckpointError
 from decoder.open.rope import Rope, Yarn
 
+LONGEST: Final = 1 << 24  # positions of a context, words of a vocabulary
 _REQUIRED: Any = object()
 
 
@@ -28,7 +29,7 @@ class Settings:
             values = json.loads(file.read_bytes())
         except FileNotFoundError:
             raise CheckpointError("missing-file", file, "not there; a Hugging Face model folder is expected") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError("damaged-file", file, f"cannot be read as JSON: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError("damaged-file", file, "must hold one JSON object")
@@ -41,17 +42,16 @@ class Settings:
             raise CheckpointError("damaged-file", self.file, f'lacks "{key}"')
         return default if value is None else value
 
-    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1) -> Any:
-        """A whole number, `least` or more; the default as it is where the key is absent."""
+    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int = 1 << 20) -> Any:
+        """A whole number from `least` to `most`; the default as it is where the key is absent."""
         value = self.get(key, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise CheckpointError(
-                "damaged-file", self.file, f'"{key}" is {value!r}: expected a whole number >= {least}'
-            )
-        return value
+        if value is default or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
+            return value
+        expected = f"expected a whole number from {least} to {most}"
+        raise CheckpointError("damaged-file", self.file, f'"{key}" is {value!r}: {expected}')
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A number above 0; the default as it is where the key is absent."""
+        """A number, 0 or above; the default as it is where the key is absent."""
         value = self.get(key, default)
         if value is default:
             return value
@@ -123,7 +123,7 @@ class Settings:
             return Rope(dim, theta, interleaved=interleaved)
         yarn = Yarn(
             factor=rope.number("factor"),
-            original_max_position_embeddings=rope.size("original_max_position_embeddings"),
+            original_max_position_embeddings=rope.size("original_max_position_embeddings", most=LONGEST),
             beta_fast=rope.number("beta_fast", 32.0),
             beta_slow=rope.number("beta_slow", 1.0),
             mscale=rope.number("mscale", 0.0),
