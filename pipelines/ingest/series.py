@@ -30,7 +30,7 @@ from typing import Final
 import numpy as np
 
 from pipelines.ingest.codecs import CORES
-from pipelines.ingest.dicom import MAX_VOXELS, Header, read_about, read_header
+from pipelines.ingest.dicom import MAX_VOXELS, About, Header, read_about, read_header
 from pipelines.ingest.files import FileRef
 from pipelines.ingest.geometry import FrameOf, Stack, arrange
 from pipelines.ingest.pixels import Overflow, fits_int16, read_stored, to_hu
@@ -51,7 +51,9 @@ def load_series(unit: Unit) -> ImageStudy:
     if not frames:
         raise Refusal(unread[0].code, unread[0].reason)
     stack = arrange(frames)
-    volume, read, failed = _decode(stack)
+    with ThreadPoolExecutor(1) as beside:  # one header is read in full while the slices are decoded
+        about = beside.submit(read_about, stack.frames[0].header.ref)
+        volume, read, failed = _decode(stack)
     unread += failed
     if not any(read):
         raise Refusal(unread[0].code, unread[0].reason)
@@ -61,7 +63,8 @@ def load_series(unit: Unit) -> ImageStudy:
         stack = replace(stack, dropped=dropped, flags=stack.flags | ({"duplicate-slices"} if dropped else set()))
         volume = volume[[done is not None for done in read]]
     results = [done for done in read if done]
-    return _study(unit, stack, volume, results, unread)
+    said = about.result() if all(read) else read_about(stack.frames[0].header.ref)
+    return _study(unit, stack, volume, results, unread, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +137,15 @@ def _fill(stack: Stack, volume: np.ndarray) -> tuple[np.ndarray, list[_Read | No
     return volume, read, failed
 
 
-def _study(unit: Unit, stack: Stack, volume: np.ndarray, read: Sequence[_Read], unread: list[Rejection]) -> ImageStudy:
+def _study(
+    unit: Unit, stack: Stack, volume: np.ndarray, read: Sequence[_Read], unread: list[Rejection], about: About
+) -> ImageStudy:
     sources = tuple(_source(frame, done.sha256) for frame, done in zip(stack.frames, read, strict=True))
     flags = stack.flags.union(*(done.flags for done in read), *(frame.header.flags for frame in stack.frames))
     flags |= {"lossy-compression"} if any(frame.header.lossy for frame in stack.frames) else set()
     flags |= {"unreadable-slices"} if unread else set()
-    flags |= {"implausible-hu"} if volume[::2, ::4, ::4].min() > FAT_HU else set()
+    flags |= {"implausible-hu"} if volume[::2, ::16].min() > FAT_HU else set()
     first = stack.frames[0].header
-    about = read_about(first.ref)
     return ImageStudy(
         key=content_key(sources),
         name=unit.name,
