@@ -34,7 +34,7 @@ State = Literal["waiting", "claimed", "done", "failed", "quarantined"]
 STATES: Final = ("waiting", "claimed", "done", "failed", "quarantined")
 OPEN: Final = ("waiting", "claimed", "failed")  # there is still something to do
 LEASE_S: Final = 60.0
-TRIES: Final = 3
+TRIES: Final = 5
 BACK_OFF_S: Final = 5.0  # before the second try; doubles with each further one
 MOST_BACK_OFF_S: Final = 600.0
 BUSY_S: Final = 30.0
@@ -64,7 +64,7 @@ _SEEN = sql.Table(
     "seen",
     _TABLES,
     sql.Column("scope", sql.Text, primary_key=True),
-    sql.Column("path", sql.Text, primary_key=True),
+    sql.Column("path", sql.Text, primary_key=True),  # JSON, as names of files need not be text
     sql.Column("size", sql.BigInteger, nullable=False),
     sql.Column("mtime_ns", sql.BigInteger, nullable=False),
     sql.Column("study", sql.String(16), nullable=False),
@@ -178,7 +178,7 @@ class Ledger:
         back_off_s: float = BACK_OFF_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.scope = os.path.realpath(scope)
+        self.scope = os.fsencode(os.path.realpath(scope)).decode("utf-8", "backslashreplace")
         self.owner = owner or this_process()
         self.lease_s, self.tries, self.back_off_s = lease_s, tries, back_off_s
         self._clock = clock
@@ -328,11 +328,11 @@ class Ledger:
         """The files whose content is on record."""
         columns = [column for column in _SEEN.c if column.name != "scope"]
         wanted = sql.select(*columns).where(_SEEN.c.scope == self.scope)
-        return self._database.run(lambda connection: [Seen(*row) for row in connection.execute(wanted)])
+        return self._database.run(lambda c: [Seen(json.loads(row[0]), *row[1:]) for row in c.execute(wanted)])
 
     def see(self, files: Iterable[Seen]) -> None:
         """Put files on record whose content is."""
-        rows = [{"scope": self.scope} | asdict(file) for file in files]
+        rows = [{"scope": self.scope} | asdict(file) | {"path": json.dumps(file.path)} for file in files]
         insert = self._database.insert(_SEEN)
         values = {name: insert.excluded[name] for name in ("size", "mtime_ns", "study", "instance")}
         put = insert.on_conflict_do_update(index_elements=["scope", "path"], set_=values)
@@ -348,7 +348,7 @@ class Ledger:
         self._database.run(lambda connection: self._unsee(connection, list(paths)))
 
     def _unsee(self, connection: sql.Connection, paths: list[str]) -> None:
-        for chunk in _chunks(paths):
+        for chunk in _chunks([json.dumps(path) for path in paths]):
             connection.execute(sql.delete(_SEEN).where(_SEEN.c.scope == self.scope, _SEEN.c.path.in_(chunk)))
 
     def _change(self, claim: Claim, **values: Any) -> None:

@@ -23,6 +23,7 @@ from scanscribe.commands.export import ListsFormats, export
 from scanscribe.commands.ingest import ingest
 from scanscribe.commands.ledger import app as ledger_app
 from scanscribe.commands.send import send
+from scanscribe.commands.watch import watch
 from scanscribe.options import (
     Device,
     Formats,
@@ -232,6 +233,7 @@ def evaluate(
 app.command(epilog="Example: [cyan]scanscribe ingest archive/ --explain --save volumes[/]")(ingest)
 
 
+app.command(epilog="Example: [cyan]scanscribe watch inbox --out reports[/]")(watch)
 app.command(epilog="Example: [cyan]scanscribe send reports --to PACS@archive.example:104[/]")(send)
 app.command(cls=ListsFormats, epilog="Example: [cyan]scanscribe export reports --formats pdf,csv,lot[/]")(export)
 app.command(epilog="Example: [cyan]scanscribe correct reports/0123456789abcdef --by edits.json[/]")(correct)

@@ -1,0 +1,515 @@
+"""The watcher: what comes to lie in a folder is reported once it is complete, whatever happens in between.
+
+One thread looks, plans and reports; events only tell it where to look first, a full look finds the rest. What is done
+stands in the ledger, so that a start after any end goes on where the former stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from watchfiles import watch as watch_files
+
+from flows.ledger import Claim, LeaseLostError, Ledger, LedgerError
+from flows.log import EventLog
+from flows.mounts import network_type
+from flows.quarantine import leave_quarantine, quarantine
+from flows.settle import Drop, Patience, Settling, is_temporary_name
+from pipelines import run
+from pipelines.ingest import FileRef, Unit
+from pipelines.ingest.refusals import REMEDIES
+from pipelines.run import Job, Session, UsageError
+from pipelines.run_folder import INDEX, IndexEntry, OutputError, written_by_runs
+from pipelines.store import ModelError, home
+from pipelines.study import Rejection
+
+BURST_S: Final = 30.0  # of work, until the index is written and other commands can have the output folder
+PAUSE_S: Final = 2.0  # before another try when the disk, the ledger or the folder fails
+SCAN_SHARE: Final = 5  # a full look takes at most this part of the time: 1/5
+MIN_FREE: Final = 1 << 30
+
+# What a file that is still being copied can look like.
+_UNFINISHED: Final = """
+    truncated empty-file damaged-image damaged-file damaged-archive damaged-document not-an-image not-found unreadable
+    document-alone no-pixels missing-from-file-set
+"""
+UNFINISHED: Final = frozenset(_UNFINISHED.split())
+# What may be otherwise at the next try. Whatever else is refused is refused for its content.
+PASSING: Final = frozenset(("model-failed", "out-of-memory", "unreadable", "not-found", "golden-sample-unreadable"))
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """How a folder is watched."""
+
+    folder: Path
+    patience: Patience = field(default_factory=Patience)
+    rescan_s: float = 60.0  # between full looks where there are events
+    poll: bool = False  # full looks only; always so on network file systems
+    min_free: int = MIN_FREE  # bytes on the disk of the reports, below which no work is taken
+    once: bool = False  # end when all that is complete is reported
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a watcher has done since it started."""
+
+    reported: int = 0
+    known: int = 0  # content that had its report, or its place in quarantine, before
+    refused: int = 0  # in quarantine now
+
+
+class Watcher:
+    """Watches one folder. `run` returns after `stop`, at the end of the item that is at work."""
+
+    def __init__(self, job: Job, watching: Watching, ledger: Ledger, log: EventLog) -> None:
+        """Raises UsageError, PatternError and ModelError for what can be told to be wrong before any work.
+
+        The job's inputs are the folder.
+        """
+        self._root = Path(os.path.abspath(watching.folder))
+        if not self._root.is_dir():
+            raise UsageError(f"There is no folder {watching.folder} to watch: make it, or check the spelling.")
+        self._job, self._watching, self._ledger, self._log = replace(job, inputs=(self._root,)), watching, ledger, log
+        run.check_job(self._job)
+        self._patience = watching.patience
+        self._out = Path(os.path.realpath(job.out))
+        root = os.path.realpath(self._root)
+        mine = [os.path.realpath(folder) for folder in (self._out, home())]
+        mine = [folder for folder in mine if _within(folder, root) and folder != root]
+        self._mine = tuple(f"{self._root}{folder.removeprefix(root)}" for folder in mine)
+        self._shared = self._out == Path(root) or _within(root, str(self._out))  # reports lie among the inputs
+        self._network = network_type(self._root)
+        self._poll = watching.poll or bool(self._network)
+        self._mounted = os.path.ismount(self._root)
+        self._news: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
+        self._stopping = False
+        self._settling = Settling(self._patience, ledger.seen())
+        self._kept: dict[str, Claim] = {}  # claims whose work the disk or the ledger broke off
+        self._troubles: dict[str, str] = {}  # what is wrong now -> the sentence that was said
+        self._next_look = self._next_scan = 0.0
+        self.tally = Tally()
+
+    def stop(self) -> None:
+        """Let `run` return soon. Safe in a signal handler."""
+        self._stopping = True
+        self._news.put(())
+
+    def run(self) -> Tally:
+        """Watch until `stop`, or with `once` until all that is complete is reported.
+
+        Raises ModelError where the model does not load; with `once` also what else has no use in waiting for.
+        """
+        run.load_reader(self._job.model, self._job.device)
+        handed = self._ledger.hand_over()
+        polling = str(self._poll).lower()
+        self._log("watching", known=len(self._settling), handed_over=handed, polling=polling, pid=os.getpid())
+        with self._events():
+            while not self._stopping:
+                try:
+                    self._look()
+                    self._work()
+                    self._fine("broken")
+                except (LedgerError, OutputError, ModelError, UsageError) as error:
+                    if self._watching.once:
+                        raise
+                    self._trouble("broken", f"{error}", code=error.code)
+                    self._wait(PAUSE_S)
+                if self._watching.once and self._at_end():
+                    break
+                self._wait(self._patience.interval)
+        self._log("stopped", reported=self.tally.reported, known=self.tally.known, refused=self.tally.refused)
+        return self.tally
+
+    def _at_end(self) -> bool:
+        """With `once`: whether nothing is left that may be taken. Raises OutputError when the disk forbids to."""
+        if words := self._troubles.get("disk-low"):
+            raise OutputError(words)
+        return not self._settling.unsettled() and self._settling.ready(time.time()) is None
+
+    # Looking
+
+    def _look(self) -> None:
+        """See what has changed: where events say, at files that are not taken, and now and then everywhere."""
+        now = time.time()
+        if not self._there():
+            return
+        news: set[str] = set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                news.update(self._news.get_nowait())
+        for path in news - {str(self._root)}:
+            self._look_at(path, now)
+        if now < self._next_look:
+            return
+        self._next_look = now + self._patience.interval
+        if now >= self._next_scan:
+            self._look_everywhere(now)
+            return
+        for path in self._settling.open - news:
+            self._look_at(path, now)
+
+    def _look_at(self, path: str, now: float) -> None:
+        """A file, or all files of a folder, that may be new, changed or gone."""
+        # Links are never followed: a folder that others can write to must not be a door to the rest of the machine.
+        folder = os.path.dirname(path)
+        if self._is_none_of_ours(path) or os.path.realpath(folder) != self._real(folder):
+            return
+        try:
+            info = os.lstat(path)
+            if stat.S_ISDIR(info.st_mode):
+                for file, its in _walk(path, self._is_none_of_ours, []):
+                    self._see(file, its, now)
+            elif stat.S_ISREG(info.st_mode):
+                self._see(path, info, now)
+        except (FileNotFoundError, NotADirectoryError):
+            known = path in self._settling
+            self._gone([path] if known else [each for each in self._settling.paths() if _within(each, path)])
+        except OSError:  # the full look says so, if it lasts
+            self._next_scan = min(self._next_scan, now + PAUSE_S)
+
+    def _look_everywhere(self, now: float) -> None:
+        started = time.monotonic()
+        unreadable: list[str] = []
+        met = set()
+        for path, info in _walk(str(self._root), self._is_none_of_ours, unreadable):
+            met.add(path)
+            self._see(path, info, now)
+        if not self._there():  # it was lost meanwhile: what was not met need not be gone
+            return
+        closed = tuple(f"{folder}/" for folder in unreadable)
+        self._gone([path for path in self._settling.paths() if path not in met and not path.startswith(closed)])
+        self._say_if(
+            "folders-unreadable", bool(unreadable), f"{len(unreadable)} folders cannot be read: check their rights."
+        )
+        self._wake_failed(now)
+        pause = self._patience.interval if self._poll else self._watching.rescan_s
+        self._next_scan = now + max(pause, SCAN_SHARE * (time.monotonic() - started))
+
+    def _see(self, path: str, info: os.stat_result, now: float) -> None:
+        # The time of the last change of the entry is that of the copying, where the clock is our own.
+        arrived = now if self._network and not self._watching.once else info.st_ctime
+        self._settling.look(path, info, now, arrived)
+
+    def _gone(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            self._settling.gone(path)
+        if paths:
+            self._ledger.unsee(paths)
+
+    def _is_none_of_ours(self, path: str) -> bool:
+        """Temporary and hidden names, and what runs write."""
+        inside = path.removeprefix(f"{self._root}/").split("/")
+        if any(map(is_temporary_name, inside)) or any(_within(path, mine) for mine in self._mine):
+            return True
+        return self._shared and written_by_runs(self._out, path)
+
+    def _real(self, folder: str) -> str:
+        return os.path.realpath(self._root) + folder.removeprefix(str(self._root))
+
+    def _wake_failed(self, now: float) -> None:
+        """Items that a person wants tried again; and those whose files are gone are no items any more."""
+        for row in [*self._ledger.rows("waiting"), *self._ledger.rows("failed")]:
+            if row.due > now:
+                continue
+            here = [path for path in row.files if os.path.lexists(path)]
+            if row.files and not here and row.files[0].startswith(f"{self._root}/"):
+                self._ledger.forget([row.request])
+                self._log("vanished", item=row.request[:16])
+            else:
+                self._settling.again([path for path in here if path not in self._settling.open], now)
+
+    def _there(self) -> bool:
+        """Whether the folder is there: a share that is not mounted any more must not look like an empty folder."""
+        try:
+            os.scandir(self._root).close()
+            there = os.path.ismount(self._root) or not self._mounted
+        except OSError:
+            there = False
+        self._say_if("folder-lost", not there, "The watched folder is not there: waiting until it is back.")
+        if not there:
+            self._next_scan = 0.0
+        return there
+
+    @contextlib.contextmanager
+    def _events(self) -> Iterator[None]:
+        """What the system says has changed comes into `_news`, for as long as the block runs."""
+        over = threading.Event()
+
+        def listen() -> None:
+            while not over.is_set():
+                with contextlib.suppress(Exception):  # no folder, or too many for the system: full looks go on
+                    for changes in watch_files(
+                        self._root,
+                        watch_filter=None,
+                        debounce=200,
+                        step=50,
+                        stop_event=over,
+                        rust_timeout=int(PAUSE_S * 1000),
+                        yield_on_timeout=True,
+                        raise_interrupt=False,
+                        force_polling=False,
+                    ):
+                        self._news.put(tuple({path for _, path in changes}))
+                        if "folder-lost" in self._troubles:
+                            break  # what comes back is another folder to the system
+                over.wait(PAUSE_S)
+
+        if not self._poll:
+            threading.Thread(target=listen, name="events", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _wait(self, seconds: float) -> None:
+        """Until there is news, but at most so long."""
+        with contextlib.suppress(queue.Empty):
+            self._news.put(self._news.get(timeout=seconds))
+
+    # Working
+
+    def _work(self) -> None:
+        """Report what is complete."""
+        drop = self._settling.ready(time.time())
+        stale = not self._tidied()
+        if (drop is None and not stale) or "folder-lost" in self._troubles or not self._room():
+            return
+        until = time.monotonic() + BURST_S
+        with Session(self._job) as session:
+            while drop is not None and not self._stopping and time.monotonic() < until and self._room():
+                self._take(session, drop)
+                self._look()
+                drop = self._settling.ready(time.time())
+            session.finish()
+
+    def _tidied(self) -> bool:
+        """Whether the pages over the whole folder are written; a former process may have died before that."""
+        page = self._job.out / "index.html"
+        try:
+            return page.stat().st_mtime_ns >= (self._job.out / INDEX).stat().st_mtime_ns
+        except FileNotFoundError:
+            return not (self._job.out / INDEX).exists()
+
+    def _take(self, session: Session, drop: Drop) -> None:
+        """Report a drop and put it on record; what fails for now is taken later."""
+        plan = session.plan(drop.inputs) if drop.inputs else None
+        later: dict[str, float] = {}
+        refused: list[tuple[Rejection, Path]] = []
+        for rejection in plan.rejections if plan else ():
+            path = next((each for each in drop.inputs if _names(each, rejection.path)), drop.inputs[0])
+            if when := self._unfinished(rejection, [str(path)]):
+                later[str(path)] = when
+            else:
+                refused.append((rejection, path))
+        if drop.study and later:  # a slice that is still being copied
+            self._settling.again(drop.new, max(later.values()))
+            return
+        session.start([Path(path) for path in drop.new], [rejection for rejection, _ in refused])
+        for rejection, path in refused:
+            self._refuse(session, rejection, path, later)
+        for unit in plan.units if plan else ():
+            files = [str(file.path) for file in unit.files]
+            if any(path in later for path in files):
+                continue
+            if self._stopping:
+                return
+            if when := self._report(session, unit, files):
+                later |= dict.fromkeys([*files, *(str(each.path) for each in unit.documents)], when)
+        if drop.study and later:
+            self._settling.again(drop.new, max(later.values()))
+            return
+        for file, when in later.items():
+            self._settling.again([file], when)
+        self._ledger.see(self._settling.take(path for path in drop.new if path not in later))
+
+    def _refuse(self, session: Session, rejection: Rejection, path: Path, later: dict[str, float]) -> None:
+        """An input that its header or content rules out goes to quarantine like one that cannot be decoded."""
+        when = self._item(session, _refusal_key(rejection, path), [str(path)], lambda: session.conclude(rejection))
+        if when:
+            later[str(path)] = when
+
+    def _report(self, session: Session, unit: Unit, files: list[str]) -> float | None:
+        """Report a unit; the time at which to come back to it, or None where that is settled."""
+        request = session.request(unit)
+        held: list[float] = []
+
+        def work() -> IndexEntry | Rejection | None:
+            prepared = session.prepare(unit)
+            if isinstance(prepared, Rejection) and (when := self._unfinished(prepared, files)):
+                held.append(when)
+                return None
+            return session.conclude(prepared)
+
+        key = request or _refusal_key(Rejection(unit.path, "unreadable", "", ""), unit.files[0].path)
+        when = self._item(session, key, files, work)
+        return held[0] if held else when
+
+    def _item(
+        self, session: Session, key: str, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
+    ) -> float | None:
+        """One item by the ledger's rules: claimed, worked on, and put on record last."""
+        claim = self._claim(session, key, files)
+        if isinstance(claim, float):
+            return claim or None
+        started = time.monotonic()
+        try:
+            if claim.exhausted:
+                why = Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
+                return self._fail(claim, session.conclude(why), files)
+            with self._ledger.holding(claim):
+                outcome = work()
+            if outcome is None:  # not for now
+                self._ledger.release(claim)
+                return time.time() + self._patience.interval
+            if isinstance(outcome, Rejection):
+                return self._fail(claim, outcome, files)
+            leave_quarantine(self._job.out, key)
+            self._ledger.done(claim, outcome.id)
+        except LeaseLostError:
+            self._log("lease-lost", item=key[:16])
+            return time.time() + PAUSE_S
+        except (OutputError, LedgerError, OSError, ModelError) as error:
+            self._kept[key] = claim
+            if isinstance(error, OSError):
+                raise OutputError(f"The disk failed ({error.strerror}): see that it has space.") from None
+            raise
+        self.tally.reported += 1
+        seconds = round(time.monotonic() - started, 3)
+        self._log(
+            "reported", item=key[:16], report=outcome.id, version=outcome.version, files=len(files), seconds=seconds
+        )
+        return None
+
+    def _claim(self, session: Session, key: str, files: list[str]) -> Claim | float:
+        """The claim on an item; else when to come back to it, 0 where it is settled."""
+        if kept := self._kept.pop(key, None):
+            with contextlib.suppress(LeaseLostError):
+                self._ledger.beat(kept)
+                return kept
+        self._ledger.add([(key, files)])
+        claims = self._ledger.claim(request=key)
+        row = None if claims else self._ledger.get(key)
+        if row and row.state == "done" and not (row.report and session.reported(key)):
+            self._ledger.retry([key])  # the report was superseded or removed, or lacks a format
+            claims = self._ledger.claim(request=key)
+        elif row and row.state in ("done", "quarantined"):
+            if row.state == "quarantined" and row.code:
+                session.conclude(Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, _TOO_OFTEN)))
+            self.tally.known += 1
+            self._log("known", item=key[:16], state=row.state, report=row.report)
+            return 0.0
+        if claims:
+            return claims[0]
+        return max(row.due if row else 0.0, time.time() + self._patience.interval)
+
+    def _fail(self, claim: Claim, why: IndexEntry | Rejection, files: list[str]) -> float | None:
+        assert isinstance(why, Rejection)
+        item = claim.request[:16]
+        if not any(map(os.path.lexists, files)):
+            self._ledger.release(claim)
+            self._ledger.forget([claim.request])
+            self._log("vanished", item=item)
+            return None
+        if why.code in PASSING and not claim.last:
+            self._ledger.failed(claim, why.code, why.reason)
+            row = self._ledger.get(claim.request)
+            self._log("failed", item=item, code=why.code, attempt=claim.attempt)
+            return row.due if row else time.time()
+        places = [Path(path) for path in files]
+        spare = self._watching.min_free
+        quarantine(self._job.out, claim.request, places, why, attempts=claim.attempt, spare=spare)
+        self._ledger.quarantined(claim, why.code, why.reason)
+        self.tally.refused += 1
+        self._log("quarantined", item=item, code=why.code, attempts=claim.attempt, files=len(files))
+        return None
+
+    def _unfinished(self, why: Rejection, files: list[str]) -> float | None:
+        """When to look again at files that may still be in the middle of being copied; None when that took too long."""
+        now = time.time()
+        age = now - max(map(self._settling.changed, files))
+        if why.code not in UNFINISHED or age >= self._patience.refuse_after or self._watching.once:
+            return None
+        return now + min(max(age / 2, self._patience.interval), self._patience.refuse_after - age)
+
+    def _room(self) -> bool:
+        """Whether there is space for more reports."""
+        place = next(folder for folder in (self._out, *self._out.parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        low = free < self._watching.min_free
+        words = (
+            f"Less than {self._watching.min_free >> 20} MiB are free for the reports: no work is taken until there is."
+        )
+        self._say_if("disk-low", low, words)
+        return not low
+
+    # Saying
+
+    def _say_if(self, event: str, wrong: bool, words: str) -> None:
+        self._trouble(event, words) if wrong else self._fine(event)
+
+    def _trouble(self, event: str, words: str, **facts: str) -> None:
+        """Say what is wrong, once."""
+        if self._troubles.get(event) != words:
+            self._troubles[event] = words
+            self._log(event, message=words, **facts)
+
+    def _fine(self, event: str) -> None:
+        """Say that what was wrong is not any more."""
+        if self._troubles.pop(event, None):
+            self._log(f"{event}-over")
+
+
+_TOO_OFTEN: Final = "Report it as a fault of the program, with the input if that can be shared."
+
+
+def _walk(folder: str, leave_out: Callable[[str], bool], unreadable: list[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """All regular files below a folder. What vanishes meanwhile is left out, folders that cannot be read are named."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    except OSError:
+        unreadable.append(folder)
+        return
+    for entry in entries:
+        if leave_out(entry.path):
+            continue
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path, leave_out, unreadable)
+            elif entry.is_file(follow_symlinks=False):
+                yield entry.path, entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
+def _names(path: Path, name: str) -> bool:
+    """Whether a rejection's path is that file, or a member or page of it."""
+    own = FileRef(path).name
+    return name == own or name.startswith(f"{own}!")
+
+
+def _refusal_key(why: Rejection, path: Path) -> str:
+    """The hash of what is refused before it has a request: its content, and why."""
+    try:
+        content = FileRef(path).sha256()
+    except Exception:  # it may be just what is wrong with it
+        content = str(path)
+    return hashlib.sha256(json.dumps(["refused", why.code, content, why.path.partition("!")[2]]).encode()).hexdigest()

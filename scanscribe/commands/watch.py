@@ -1,0 +1,87 @@
+"""`scanscribe watch`: reports what comes to lie in a folder, for as long as it runs."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scanscribe.commands.ledger import LedgerUrl
+from scanscribe.options import (
+    Device,
+    Formats,
+    Identifiers,
+    Kind,
+    Language,
+    MmPerPixel,
+    Model,
+    Out,
+    Reference,
+    Rules,
+)
+
+OK, SOME_REFUSED = 0, 1
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(help="The folder that files are dropped into.", show_default=False)],
+    out: Out,
+    formats: Formats = None,
+    model: Model = None,
+    device: Device = None,
+    kind: Kind = None,
+    reference: Reference = None,
+    rules: Rules = None,
+    language: Language = None,
+    mm_per_pixel: MmPerPixel = None,
+    identifiers: Identifiers = None,
+    ledger: LedgerUrl = None,
+    poll: Annotated[
+        bool, typer.Option("--poll", help="Trust no events, look at everything. (always so on network file systems)")
+    ] = False,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at a file.")] = 0.5,
+    looks: Annotated[int, typer.Option(min=2, help="Looks that must find a file unchanged.")] = 3,
+    quiet: Annotated[
+        float, typer.Option(min=0, help="Seconds without news until a CT study without a known count is complete.")
+    ] = 30,
+    cap: Annotated[
+        float, typer.Option(min=0, help="Seconds until a study is reported as it is; late slices make version 2.")
+    ] = 600,
+    refuse_after: Annotated[
+        float, typer.Option(min=0, help="Seconds without change until a file that does not open is refused.")
+    ] = 60,
+    rescan: Annotated[float, typer.Option(min=1, help="Seconds between full looks where there are events.")] = 60,
+    min_free: Annotated[int, typer.Option(min=0, help="MiB that stay free on the disk of the reports.")] = 1024,
+    once: Annotated[bool, typer.Option("--once", help="Report what is complete, then end.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")] = False,
+) -> None:
+    """Report what is dropped into a folder, until SIGTERM or Ctrl-C. Each content is reported once, whatever dies."""
+    from flows.ledger import Ledger
+    from flows.log import EventLog
+    from flows.settle import Patience
+    from flows.watch import Watcher, Watching
+    from pipelines.run import Job
+    from scanscribe.settings import settings
+
+    chosen = settings(
+        formats=formats,
+        model=model,
+        device=device,
+        kind=kind,
+        reference=reference,
+        rules=rules,
+        language=language,
+        mm_per_pixel=mm_per_pixel,
+        identifiers=identifiers,
+    )
+    watching = Watching(
+        folder, Patience(interval, looks, quiet, cap, refuse_after), rescan, poll, min_free << 20, once=once
+    )
+    with Ledger(out, ledger) as open_ledger:
+        watcher = Watcher(Job((folder,), out, **dict(chosen)), watching, open_ledger, EventLog(as_json=log_json))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: watcher.stop())
+        tally = watcher.run()
+    raise typer.Exit(SOME_REFUSED if once and tally.refused else OK)
