@@ -103,8 +103,8 @@ def tile(folder: Path) -> list[dict[str, Any]]:
     random, shape = Random(SEED + 1), (320, 260)
     y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
     light = 74 - 26 * np.abs((x - 120) / 150) ** 2.5 - 10 * ((y - 150) / 200) ** 2
-    grooves = 5 * noise(random, shape, (120, 0.7)) + np.clip(noise(random, shape, (70, 0.6)) - 1.6, 0, 2) * 16
-    surface = light + grooves + 5 * noise(random, shape, (0.6, 0.6)) + 3 * noise(random, shape, (20, 20))
+    grooves = 2.5 * noise(random, shape, (120, 0.7)) + np.clip(noise(random, shape, (70, 0.6)) - 1.6, 0, 2) * 6
+    surface = light + grooves + 3.5 * noise(random, shape, (0.6, 0.6)) + 4 * noise(random, shape, (20, 20))
     centre = 141 + 3.5 * noise(random, shape, (13, 900)) + 0.06 * (y - 320)
     reach = np.clip((y - 214) / 25, 0, 1)
     mark = reach * np.exp(-0.5 * ((x - centre) / (0.6 + 1.1 * reach)) ** 2)
