@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.parity_hf import (
     CASES,
@@ -158,7 +160,27 @@ def test_costs_are_those_of_the_tensors(name: str, decoders: dict[str, OpenDecod
     assert decoder.config.parameters == sum(p.numel() for p in decoder.parameters())
     cache = decoder.new_cache(1, 10)
     assert 10 * decoder.config.cache_bytes(torch.float32) == cache.data_LBSW.numel() * 4
-    assert decoder.config.flops_per_token(100) > decoder.config.flops_per_token() > 0
+
+
+# FLOPs of what torch does not count by itself, from the shapes of the arguments.
+FLOPS = {
+    torch.ops.aten._grouped_mm: lambda rows, experts, *_, **__: 2 * rows[0] * rows[1] * experts[-1],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * math.prod(q) * k[2],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_are_those_that_are_done(name: str, decoders: dict[str, OpenDecoder]) -> None:
+    decoder, config = decoders[name], decoders[name].config
+    cache = decoder.new_cache(1, 101)
+    done = []
+    for context in (0, 100):
+        cache.filled, cache.used_B[:] = context, context
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            decoder(torch.tensor([[5]]), cache)
+        done.append(counter.get_total_flops())
+    assert done[0] == pytest.approx(config.flops_per_token(), rel=0.01)
+    assert done[1] - done[0] == pytest.approx(config.flops_per_token(100) - config.flops_per_token(), rel=0.01)
 
 
 PUBLISHED = {
