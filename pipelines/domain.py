@@ -180,8 +180,8 @@ class DomainModel:
 def fit_domain(glance: GlanceNet, data: Path, *, progress: Callable[[str], None] = print) -> DomainModel:
     """Fits the `train` split of every data set below `data`, and places the limits on `val`.
 
-    Each picture is seen as it is, in an ordinary variation, and beside its golden sample where it has one. About three
-    minutes on two cores. Raises `ManifestError`, and ValueError where there is nothing to fit.
+    Each picture is seen as it is, in an ordinary variation, and beside its golden sample where it has one. About four
+    minutes on two idle cores. Raises `ManifestError`, and ValueError where there is nothing to fit.
     """
     rng = np.random.default_rng(0)
     device = next(glance.parameters()).device
