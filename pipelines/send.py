@@ -151,7 +151,7 @@ def _send_one(each: _Object, peer: Peer, retry: int, wait: Callable[[float], obj
             return each.became("refused", answer.message)
         _note(each, peer.name)
         return each.became("accepted", answer.message)
-    return each.became("not-sent", f"{failure} (tried {retry + 1} times)")
+    return each.became("not-sent", f"{failure} (tries: {retry + 1})")
 
 
 def _taken(path: Path, peer: str) -> set[tuple[str, str]]:

@@ -167,7 +167,7 @@ def test_a_full_node_is_tried_again_and_then_left(out: Path) -> None:
         summary = send([out], peer_at(address), retry=2, wait=waited.append)
     assert summary.out_of_reach and waited == [1, 2] and len(got) == 3
     assert {each.state for each in summary.objects} == {"not-sent"}
-    assert "tried 3 times" in summary.objects[0].message
+    assert "tries: 3" in summary.objects[0].message
     assert not (out / "0123456789abcdef" / SENT).exists()
 
 
