@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,15 @@ RECORDED: dict[str, Any] = json.loads((GOLDEN / "recorded.json").read_text())["c
 V3, QWEN, OLMOE = "deepseek-v3", "qwen3-moe", "olmoe"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The checkpoints that the recorded answers are of."""
     made = {}
@@ -55,7 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def decoders(folders: dict[str, Path]) -> dict[str, OpenDecoder]:
     return {name: OpenDecoder.from_pretrained(folder, dtype=torch.float32) for name, folder in folders.items()}
 
