@@ -22,6 +22,7 @@ from scanscribe.commands.correct import correct
 from scanscribe.commands.export import ListsFormats, export
 from scanscribe.commands.ingest import ingest
 from scanscribe.commands.ledger import app as ledger_app
+from scanscribe.commands.receive import receive
 from scanscribe.commands.send import send
 from scanscribe.commands.watch import watch
 from scanscribe.options import (
@@ -233,6 +234,7 @@ def evaluate(
 app.command(epilog="Example: [cyan]scanscribe ingest archive/ --explain --save volumes[/]")(ingest)
 
 
+app.command(epilog="Example: [cyan]scanscribe receive --inbox inbox --port 11112[/]")(receive)
 app.command(epilog="Example: [cyan]scanscribe watch inbox --out reports[/]")(watch)
 app.command(epilog="Example: [cyan]scanscribe send reports --to PACS@archive.example:104[/]")(send)
 app.command(cls=ListsFormats, epilog="Example: [cyan]scanscribe export reports --formats pdf,csv,lot[/]")(export)

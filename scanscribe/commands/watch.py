@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +66,7 @@ def watch(
     from pipelines.run import Job
     from scanscribe.settings import settings
 
+    warnings.simplefilter("ignore")  # of the readers of files: they quote headers
     chosen = settings(
         formats=formats,
         model=model,

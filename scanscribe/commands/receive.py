@@ -1,0 +1,43 @@
+"""`scanscribe receive`: takes DICOM instances from the network into a folder."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def receive(
+    inbox: Annotated[Path, typer.Option(help="Folder for what is received; `scanscribe watch` takes it from there.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 11112,
+    aet: Annotated[str, typer.Option(help="Our own AE title.")] = "SCANSCRIBE",
+    bind: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    caller: Annotated[
+        list[str] | None, typer.Option(help="AE title that may call; repeat it for several. (default all)")
+    ] = None,
+    associations: Annotated[int, typer.Option(min=1, help="Associations at a time.")] = 10,
+    min_free: Annotated[int, typer.Option(min=0, help="MiB that stay free on the disk.")] = 1024,
+    tls_cert: Annotated[Path | None, typer.Option(help="Our certificate (PEM); turns TLS on.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert (PEM), when it is not in there.")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Authorities (PEM); callers then need a certificate of theirs.")
+    ] = None,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")] = False,
+) -> None:
+    """Receive DICOM instances (C-STORE, C-ECHO) into a folder, until SIGTERM or Ctrl-C."""
+    from flows.log import EventLog
+    from flows.receive import Node, Receiver
+
+    warnings.simplefilter("ignore")  # of pydicom: they quote headers
+    node = Node(aet, port, bind, tuple(caller or ()), associations, min_free << 20, tls_cert, tls_key, tls_ca)
+    over: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: over.append(number))
+    with Receiver(node, inbox, EventLog(as_json=log_json)) as receiver:
+        while not over:
+            receiver.clear_incoming()
+            time.sleep(0.5)

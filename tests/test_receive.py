@@ -1,0 +1,239 @@
+"""The receiver with DCMTK and pynetdicom as peers: what was stored is whole, what was cut off leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
+from pynetdicom import AE
+
+from flows.log import EventLog
+from flows.receive import INCOMING, Node, ReceiveError, Receiver
+from tests.orthanc import free_port
+from tests.phantom import PHANTOM, phantom_slices, series
+from tests.test_send import certificate  # noqa: F401  # a fixture
+from tests.test_watch import home, reports, until  # noqa: F401  # an autouse fixture
+
+ROOT = Path(__file__).parents[1]
+VERIFICATION = "1.2.840.10008.1.1"
+CT = "1.2.840.10008.5.1.4.1.1.2"
+
+
+class Heard(EventLog):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[str, dict[str, Any]]] = []
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        self.said.append((event, facts))
+
+
+@contextlib.contextmanager
+def receiving(inbox: Path, **how: Any) -> Iterator[tuple[Receiver, Heard]]:
+    log = Heard()
+    with Receiver(Node("INBOX", 0, **how), inbox, log) as receiver:
+        yield receiver, log
+    assert log.said[-1][0] == "stopped"
+    assert not list((inbox / INCOMING).iterdir())
+
+
+def storescu(port: int, *files: Path) -> int:
+    if shutil.which("storescu") is None:
+        pytest.skip("storescu is not installed (Debian: dcmtk)")
+    command = ["storescu", "-R", "-aet", "ME", "-aec", "INBOX", "127.0.0.1", str(port), *map(str, files)]
+    return subprocess.run(command, capture_output=True, timeout=60).returncode
+
+
+def received(inbox: Path) -> dict[str, Path]:
+    """SOP Instance UID -> file; each can be read as a whole."""
+    found = {}
+    for path in inbox.glob("*/*.dcm"):
+        dataset = pydicom.dcmread(path)
+        assert dataset.file_meta.MediaStorageSOPInstanceUID == dataset.SOPInstanceUID
+        assert dataset.PixelData
+        found[str(dataset.SOPInstanceUID)] = path
+    return found
+
+
+def capture(path: Path, megabytes: int = 0) -> Path:
+    """A secondary capture of that size."""
+    ds = phantom_slices()[0]
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    if megabytes:
+        ds.Rows, ds.Columns, ds.BitsAllocated = 4096, 128 * megabytes, 16
+        ds.PixelData = bytes(megabytes << 20)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def association(port: int, *contexts: tuple[str, str], title: str = "ME", tls: Any = None) -> Any:
+    entity = AE(ae_title=title)
+    for abstract, syntax in (*contexts, (VERIFICATION, ExplicitVRLittleEndian)):
+        entity.add_requested_context(abstract, syntax)
+    return entity.associate("127.0.0.1", port, ae_title="INBOX", **({"tls_args": (tls, "127.0.0.1")} if tls else {}))
+
+
+def test_dcmtk_sends_a_study_and_each_instance_is_there_once_and_whole(tmp_path: Path) -> None:
+    files = sorted(series(tmp_path / "uncompressed", phantom_slices()).iterdir())
+    files.append(capture(tmp_path / "capture.dcm"))
+    with receiving(tmp_path / "inbox") as (receiver, log):
+        assert storescu(receiver.port, *files) == 0
+        first = received(tmp_path / "inbox")
+        stamps = {path: path.stat().st_mtime_ns for path in first.values()}
+        assert storescu(receiver.port, *files) == 0  # again
+        until(lambda: sum(event == "received" for event, _ in log.said) == 2)
+    assert first.keys() == {str(pydicom.dcmread(file).SOPInstanceUID) for file in files}
+    assert {path: path.stat().st_mtime_ns for path in received(tmp_path / "inbox").values()} == stamps
+    assert ("received", {"files": len(files), "refused": 0, "cut_off": "false"}) in log.said
+    for file in files:
+        sent = pydicom.dcmread(file)
+        assert pydicom.dcmread(first[str(sent.SOPInstanceUID)]).PixelData == sent.PixelData
+    folders = {path.parent.name for path in first.values()}
+    assert len(folders) == 1 and all(len(name) == 16 for name in folders)
+    assert str(phantom_slices()[0].StudyInstanceUID) not in folders
+
+
+def test_compressed_instances_come_in_as_they_are(tmp_path: Path) -> None:
+    ds = pydicom.dcmread(next(PHANTOM.iterdir()))
+    if not ds.file_meta.TransferSyntaxUID.is_compressed:
+        ds.compress(JPEG2000Lossless)
+    with receiving(tmp_path / "inbox") as (receiver, _):
+        peer = association(receiver.port, (CT, ds.file_meta.TransferSyntaxUID))
+        assert peer.send_c_echo().Status == 0
+        assert peer.send_c_store(ds).Status == 0
+        peer.release()
+    [path] = received(tmp_path / "inbox").values()
+    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == ds.file_meta.TransferSyntaxUID
+
+
+def test_an_association_that_is_cut_off_leaves_what_was_whole(tmp_path: Path) -> None:
+    slices = phantom_slices()
+    big = capture(tmp_path / "big.dcm", megabytes=96)
+    with receiving(tmp_path / "inbox") as (receiver, log):
+        peer = association(receiver.port, (CT, ExplicitVRLittleEndian))
+        assert peer.send_c_store(slices[0]).Status == 0
+        peer.abort()
+        until(lambda: ("received", {"files": 1, "refused": 0, "cut_off": "true"}) in log.said)
+        if shutil.which("storescu"):
+            command = ["storescu", "-R", "-aec", "INBOX", "127.0.0.1", str(receiver.port), str(big)]
+            sender = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            until(lambda: any(path.stat().st_size > 1 << 20 for path in (tmp_path / "inbox" / INCOMING).iterdir()))
+            sender.kill()
+            sender.wait()
+    assert received(tmp_path / "inbox").keys() == {str(slices[0].SOPInstanceUID)}
+
+
+def test_what_cannot_be_kept_is_refused_with_the_status_that_says_why(tmp_path: Path) -> None:
+    other, nameless = phantom_slices()[:2]
+    del nameless.StudyInstanceUID
+    with receiving(tmp_path / "inbox") as (receiver, log):
+        peer = association(receiver.port, (CT, ExplicitVRLittleEndian))
+        assert peer.send_c_store(nameless).Status == 0xA900
+        assert peer.send_c_store(other).Status == 0
+        peer.release()
+        until(lambda: ("received", {"files": 1, "refused": 1, "cut_off": "false"}) in log.said)
+    with receiving(tmp_path / "full", min_free=1 << 60) as (receiver, _):
+        peer = association(receiver.port, (CT, ExplicitVRLittleEndian))
+        assert peer.send_c_store(other).Status == 0xA700
+        peer.release()
+    assert not received(tmp_path / "full")
+
+
+def test_only_peers_on_the_list_may_call_and_not_too_many_at_once(tmp_path: Path) -> None:
+    with receiving(tmp_path / "inbox", callers=("ME", "YOU"), associations=1) as (receiver, _):
+        stranger = association(receiver.port, title="STRANGER")
+        assert stranger.is_rejected
+        first = association(receiver.port)
+        second = association(receiver.port, title="YOU")
+        assert first.is_established and second.is_rejected
+        first.release()
+
+        def called() -> bool:
+            peer = association(receiver.port, title="YOU")
+            taken = bool(peer.is_established)
+            peer.release()
+            return taken
+
+        until(called)
+
+
+def test_tls_with_certificates_on_both_sides(tmp_path: Path, certificate: Path) -> None:  # noqa: F811
+    with receiving(tmp_path / "inbox", certificate=certificate, authorities=certificate) as (receiver, _):
+        trusting = ssl.create_default_context(cafile=certificate)
+        trusting.load_cert_chain(certificate)
+        peer = association(receiver.port, (CT, ExplicitVRLittleEndian), tls=trusting)
+        assert peer.send_c_store(phantom_slices()[0]).Status == 0
+        peer.release()
+        assert not association(receiver.port).is_established
+        nobody = ssl.create_default_context(cafile=certificate)
+        unknown = association(receiver.port, (CT, ExplicitVRLittleEndian), tls=nobody)
+        assert not unknown.is_established or not unknown.send_c_echo()
+    assert len(received(tmp_path / "inbox")) == 1
+
+
+def test_what_cannot_work_is_said_at_the_start(tmp_path: Path) -> None:
+    with receiving(tmp_path / "inbox") as (receiver, _):
+        with (
+            pytest.raises(ReceiveError, match="cannot be used"),
+            Receiver(Node("INBOX", receiver.port), tmp_path / "b", Heard()),
+        ):
+            pass
+        with pytest.raises(ReceiveError, match="Another receiver"), Receiver(Node("B", 0), tmp_path / "inbox", Heard()):
+            pass
+    for node in (Node("A TITLE THAT IS TOO LONG", 0), Node("A", 0, key=tmp_path), Node("A", 0, certificate=tmp_path)):
+        with pytest.raises(ReceiveError):
+            Receiver(node, tmp_path / "inbox", Heard())
+
+
+def peak(pid: int) -> int:
+    """The most memory that a process has had, in MiB."""
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) >> 10
+
+
+def test_from_the_network_to_the_report(tmp_path: Path) -> None:
+    slices: list[Dataset] = phantom_slices()
+    for each in slices:
+        each.ImagesInAcquisition = len(slices)
+    files = sorted(series(tmp_path / "send", slices).iterdir())
+    port = free_port()
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    base = [sys.executable, "-m", "tests.watcher_process"]
+    receiver = subprocess.Popen(
+        [*base, "receive", "--inbox", inbox, "--port", str(port), "--aet", "INBOX", "--log-json"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert receiver.stderr and json.loads(receiver.stderr.readline())["event"] == "listening"
+    watcher = subprocess.Popen(
+        [*base, "watch", inbox, "--out", out, "--interval", "0.1", "--looks", "2"], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert storescu(port, *files) == 0
+        before = peak(receiver.pid)
+        assert storescu(port, capture(tmp_path / "big.dcm", megabytes=128)) == 0
+        assert peak(receiver.pid) - before < 40
+        until(lambda: len(reports(out)) == 1)
+        assert len(reports(out)[0]["inputs"]) == len(files)
+    finally:
+        for process in (receiver, watcher):
+            process.send_signal(signal.SIGTERM)
+        codes = [process.wait(20) for process in (receiver, watcher)]
+    assert codes == [0, 0]
+    said = receiver.stderr.read()
+    assert '"stopped"' in said and str(slices[0].PatientName) not in said and os.fspath(inbox) not in said
