@@ -130,17 +130,18 @@ class _Children:
         child = child or _start()
         assert child.stdin is not None and child.stdout is not None
         try:
-            send(child.stdin, astuple(frame))
+            *facts, stream = astuple(frame)
+            send(child.stdin, facts, stream)
             seconds = SECONDS + frame.rows * frame.columns / 1e6
             if not select.select([child.stdout], [], [], seconds)[0]:
                 raise TimeoutError
-            answer = receive(child.stdout)
-        except (OSError, EOFError):  # it ended, or takes too long (TimeoutError)
+            kind, values = receive(child.stdout)
+        except (OSError, EOFError, ValueError):  # it ended, takes too long (TimeoutError), or writes no answer
             _end(child)
             return None
         with self._lock:
             self._idle.append(child)
-        return answer
+        return None if kind is None else (str(kind), values)
 
     def close(self) -> None:
         with self._lock:

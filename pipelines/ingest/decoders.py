@@ -7,8 +7,8 @@ child that serves GDCM alone starts in a tenth of a second.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import sys
 from dataclasses import dataclass
 from typing import IO, Any, Final
@@ -43,13 +43,13 @@ class Frame:
     """One compressed frame of one component, and what the header says of it."""
 
     syntax: str
-    stream: bytes
     rows: int
     columns: int
     bits_allocated: int
     bits_stored: int
     signed: bool
     codec: str
+    stream: bytes
 
 
 def codec_of(syntax: str, bits_stored: int) -> str:
@@ -106,24 +106,30 @@ def _with_gdcm(frame: Frame) -> tuple[str, bytes]:
     return f"<{'i' if frame.signed else 'u'}{frame.bits_allocated // 8}", values.encode("utf-8", "surrogateescape")
 
 
-def send(pipe: IO[bytes], value: Any) -> None:
-    """Write one value with its size in front."""
-    data = pickle.dumps(value, protocol=5)
-    pipe.write(len(data).to_bytes(SIZE_BYTES, "little"))
-    pipe.write(data)
+def send(pipe: IO[bytes], facts: Any, data: bytes) -> None:
+    """Write some plain values (JSON) and some bytes, each with its size in front."""
+    for part in (json.dumps(facts).encode(), data):
+        pipe.write(len(part).to_bytes(SIZE_BYTES, "little"))
+        pipe.write(part)
     pipe.flush()
 
 
-def receive(pipe: IO[bytes]) -> Any:
-    """Read one value. Raises EOFError where the other side has gone."""
-    size = pipe.read(SIZE_BYTES)
-    if len(size) < SIZE_BYTES:
-        raise EOFError
-    return pickle.loads(pipe.read(int.from_bytes(size, "little")))
+def receive(pipe: IO[bytes]) -> tuple[Any, bytes]:
+    """Read what `send` wrote. Raises EOFError where the other side has gone.
+
+    Nothing but JSON and bytes passes: a codec that a damaged stream has taken over cannot run code on the other side.
+    """
+    parts = []
+    for _ in range(2):
+        size = pipe.read(SIZE_BYTES)
+        if len(size) < SIZE_BYTES:
+            raise EOFError
+        parts.append(pipe.read(int.from_bytes(size, "little")))
+    return json.loads(parts[0]), parts[1]
 
 
 def _serve() -> None:
-    """Answer frames from standard input with (type, values), or None where the codec fails, until the input ends."""
+    """Answer frames from standard input with type and values, null where the codec fails, until the input ends."""
     answers = os.fdopen(os.dup(1), "wb")
     quiet = os.open(os.devnull, os.O_WRONLY)
     for chatty in (1, 2):  # codecs print what they find odd
@@ -135,14 +141,16 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:
         try:
-            fields = receive(sys.stdin.buffer)
+            facts, stream = receive(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            answer = decode(Frame(*fields))
+            frame = Frame(*facts, stream=stream)
+            dtype, values = decode(frame)
         except Exception:
-            answer = None
-        send(answers, answer)
+            send(answers, None, b"")
+        else:
+            send(answers, dtype, values)
 
 
 if __name__ == "__main__":

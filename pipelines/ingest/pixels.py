@@ -69,13 +69,13 @@ def read_stored(header: Header, *, frames: int) -> Stored:
     def compressed(index: int) -> np.ndarray:
         frame = Frame(
             layout.syntax,
-            streams[index],
             layout.rows,
             layout.columns,
             layout.bits_allocated,
             layout.bits_stored,
             layout.signed,
             codec_of(layout.syntax, layout.bits_stored),
+            streams[index],
         )
         return decode(frame, frames=frames)
 
