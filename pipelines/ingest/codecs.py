@@ -16,7 +16,7 @@ import select
 import subprocess
 import sys
 import threading
-from dataclasses import astuple, replace
+from dataclasses import asdict, replace
 from typing import Final
 
 import numpy as np
@@ -130,8 +130,8 @@ class _Children:
         child = child or _start()
         assert child.stdin is not None and child.stdout is not None
         try:
-            *facts, stream = astuple(frame)
-            send(child.stdin, facts, stream)
+            facts = asdict(frame)
+            send(child.stdin, {k: v for k, v in facts.items() if k != "stream"}, frame.stream)
             seconds = SECONDS + frame.rows * frame.columns / 1e6
             if not select.select([child.stdout], [], [], seconds)[0]:
                 raise TimeoutError

@@ -145,8 +145,7 @@ def _serve() -> None:
         except EOFError:
             return
         try:
-            frame = Frame(*facts, stream=stream)
-            dtype, values = decode(frame)
+            dtype, values = decode(Frame(stream=stream, **facts))
         except Exception:
             send(answers, None, b"")
         else:
