@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -95,7 +95,7 @@ class Watcher:
         self._poll = watching.poll or bool(self._network)
         self._mounted = os.path.ismount(self._root)
         self._news: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
-        self._stopping = False
+        self._stopping = self._deaf = False
         self._settling = Settling(self._patience, ledger.seen())
         self._kept: dict[str, Claim] = {}  # claims whose work the disk or the ledger broke off
         self._troubles: dict[str, str] = {}  # what is wrong now -> the sentence that was said
@@ -130,7 +130,8 @@ class Watcher:
                 if self._watching.once and self._at_end():
                     break
                 self._wait(self._patience.interval)
-        self._log("stopped", reported=self.tally.reported, known=self.tally.known, refused=self.tally.refused)
+        left = len(self._settling.open)  # what is not complete, or to be tried again
+        self._log("stopped", **asdict(self.tally), left=left)
         return self.tally
 
     def _at_end(self) -> bool:
@@ -150,8 +151,9 @@ class Watcher:
         with contextlib.suppress(queue.Empty):
             while True:
                 news.update(self._news.get_nowait())
+        inside: dict[str, bool] = {}
         for path in news - {str(self._root)}:
-            self._look_at(path, now)
+            self._look_at(path, now, inside)
         if now < self._next_look:
             return
         self._next_look = now + self._patience.interval
@@ -159,13 +161,18 @@ class Watcher:
             self._look_everywhere(now)
             return
         for path in self._settling.open - news:
-            self._look_at(path, now)
+            self._look_at(path, now, inside)
 
-    def _look_at(self, path: str, now: float) -> None:
-        """A file, or all files of a folder, that may be new, changed or gone."""
-        # Links are never followed: a folder that others can write to must not be a door to the rest of the machine.
+    def _look_at(self, path: str, now: float, inside: dict[str, bool]) -> None:
+        """A file, or all files of a folder, that may be new, changed or gone.
+
+        Links are never followed: a folder that others can write to must not be a door to the rest of the machine.
+        `inside` remembers of folders whether the way to them is without links.
+        """
         folder = os.path.dirname(path)
-        if self._is_none_of_ours(path) or os.path.realpath(folder) != self._real(folder):
+        if folder not in inside:
+            inside[folder] = os.path.realpath(folder) == self._real(folder)
+        if not inside[folder] or self._is_none_of_ours(path):
             return
         try:
             info = os.lstat(path)
@@ -194,8 +201,12 @@ class Watcher:
         self._say_if(
             "folders-unreadable", bool(unreadable), f"{len(unreadable)} folders cannot be read: check their rights."
         )
+        words = (
+            "The system sends no events (its limit of watches may be reached): everything is looked at all the time."
+        )
+        self._say_if("no-events", self._deaf, words)
         self._wake_failed(now)
-        pause = self._patience.interval if self._poll else self._watching.rescan_s
+        pause = self._patience.interval if self._poll or self._deaf else self._watching.rescan_s
         self._next_scan = now + max(pause, SCAN_SHARE * (time.monotonic() - started))
 
     def _see(self, path: str, info: os.stat_result, now: float) -> None:
@@ -250,7 +261,7 @@ class Watcher:
 
         def listen() -> None:
             while not over.is_set():
-                with contextlib.suppress(Exception):  # no folder, or too many for the system: full looks go on
+                try:
                     for changes in watch_files(
                         self._root,
                         watch_filter=None,
@@ -262,9 +273,12 @@ class Watcher:
                         raise_interrupt=False,
                         force_polling=False,
                     ):
+                        self._deaf = False
                         self._news.put(tuple({path for _, path in changes}))
                         if "folder-lost" in self._troubles:
                             break  # what comes back is another folder to the system
+                except Exception:  # no folder, or too many for the system
+                    self._deaf = True
                 over.wait(PAUSE_S)
 
         if not self._poll:
@@ -321,7 +335,7 @@ class Watcher:
         for rejection, path in refused:
             self._refuse(session, rejection, path, later)
         for unit in plan.units if plan else ():
-            files = [str(file.path) for file in unit.files]
+            files = list(dict.fromkeys(str(file.path) for file in unit.files))
             if any(path in later for path in files):
                 continue
             if self._stopping:
@@ -440,7 +454,7 @@ class Watcher:
         """When to look again at files that may still be in the middle of being copied; None when that took too long."""
         now = time.time()
         age = now - max(map(self._settling.changed, files))
-        if why.code not in UNFINISHED or age >= self._patience.refuse_after or self._watching.once:
+        if why.code not in UNFINISHED or age >= self._patience.refuse_after:
             return None
         return now + min(max(age / 2, self._patience.interval), self._patience.refuse_after - age)
 

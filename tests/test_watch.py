@@ -334,6 +334,20 @@ def test_a_lost_folder_is_waited_for(tmp_path: Path) -> None:
     assert not running.heard("known")
 
 
+def test_a_system_without_events_is_looked_at_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> Iterator[set[tuple[int, str]]]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flows.watch.watch_files", refuses)
+    monkeypatch.setattr("flows.watch.PAUSE_S", 0.1)
+    with watching(tmp_path, rescan_s=1) as running:
+        until(lambda: running.heard("no-events"))
+        for number in range(3):
+            picture(running.inbox / f"{number}.png", number)
+            until(lambda number=number: running.heard("reported", number + 1), 2)  # type: ignore[misc]
+    assert running.events.count("no-events") == 1
+
+
 def test_a_full_disk_stops_the_work_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = [100]
     usage = shutil.disk_usage(tmp_path)
@@ -407,10 +421,18 @@ def command(tmp_path: Path, *options: str) -> list[str]:
 def test_the_command_ends_at_once_or_on_a_signal_and_logs_no_names(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "Jane-Doe.png", 1)
     (tmp_path / "in" / "John-Roe.png").touch()
+    time.sleep(0.8)  # else it could still be coming
+    (tmp_path / "in" / "coming.png").touch()
     done = subprocess.run(command(tmp_path, "--once", "--log-json"), cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     said = [json.loads(line) for line in done.stderr.splitlines()]
     assert {each["event"] for each in said} == {"watching", "reported", "quarantined", "stopped"}
+    assert {name: said[-1][name] for name in ("reported", "refused", "left")} == {
+        "reported": 1,
+        "refused": 1,
+        "left": 1,
+    }
+    (tmp_path / "in" / "coming.png").unlink()
     assert "Jane" not in done.stderr and "Roe" not in done.stderr and str(tmp_path) not in done.stderr
 
     process = subprocess.Popen(command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
