@@ -125,6 +125,7 @@ class Seen:
     windows: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     domain: float | None = None  # how likely it is of that line; None: the model does not know
+    shows: str | None = None  # the surest type of defect that the picture as a whole shows, if any
 
 
 class Reader:
@@ -192,8 +193,11 @@ class Reader:
             return self.model.glance(self._batch(views))
 
     @torch.inference_mode()
-    def _inspect(self, seen: View, line: str, whole: View | None = None, *, mirrored: bool) -> Items:
-        """The boxes of one view; `whole` is the view that tells which types there are, when it is another."""
+    def _inspect(self, seen: View, line: str, whole: View | None = None, *, mirrored: bool) -> tuple[Items, str | None]:
+        """The boxes of one view, and the surest type on the picture when it is more likely there than not.
+
+        `whole` is the view that tells which types there are, when it is another.
+        """
 
         def dense(of: View) -> Dense:
             x = self._batch([of])
@@ -203,7 +207,13 @@ class Reader:
         found = dense(seen)
         if whole is not None:
             found = found._replace(presence_BT=dense(whole).presence_BT)
-        return select_boxes(found, presence=PRESENCE[line])
+        present = {
+            name: float(p)
+            for name, p in zip(DEFECT_TYPES, found.presence_BT[0].float().sigmoid(), strict=True)
+            if LINE_OF_TYPE[name] == line
+        }
+        surest = max(present, key=lambda name: present[name])
+        return select_boxes(found, presence=PRESENCE[line]), surest if present[surest] >= SURE else None
 
     def _batch(self, views: Sequence[View]) -> Tensor:
         x = torch.from_numpy(np.stack([v.x_CHW for v in views])).to(self.device)
@@ -216,7 +226,7 @@ class Reader:
         else:
             grey = grey8(study.pixels[middle])
         golden = grey8(reference.pixels[0]) if reference is not None and reference.units == "display" else None
-        glance = view(grey, GLANCE, golden, square=True)
+        glance, shows = view(grey, GLANCE, golden, square=True), None
         output = self._glance([glance])
         fields = field_log_probabilities(output)
         line, confidence = self._line(fields, kind)
@@ -226,11 +236,13 @@ class Reader:
         else:
             closer = view(grey, LONGEST_SIDE[line], golden, square=False)
             whole = view(grey, WHOLE_SIDE[line], golden, square=False) if line in WHOLE_SIDE else None
-            items = self._inspect(closer, line, whole, mirrored=line in MIRRORED)
+            items, shows = self._inspect(closer, line, whole, mirrored=line in MIRRORED)
             found = _candidates(items, 0, closer, DEFECT_TYPES, middle)
             found = [candidate for candidate in found if LINE_OF_TYPE[candidate.type] == line]
         domain = self._domain(domain_features(output.features), line, study.pixels[middle])
-        return Seen(line, confidence, fields, output.visual_BNC, found, glance.size, (middle,), domain=domain)
+        return Seen(
+            line, confidence, fields, output.visual_BNC, found, glance.size, (middle,), domain=domain, shows=shows
+        )
 
     def _look_at_tiles(self, study: ImageStudy, kind: str, reference: ImageStudy | None) -> Seen:
         """A picture far larger than the network's view: an overview tells what it is, tiles show its defects."""
@@ -254,7 +266,7 @@ class Reader:
         items = []
         for place, grey, beside in zip(places, tiles.cut(pixels, places), goldens, strict=False):
             closer = view(grey, LONGEST_SIDE[line], beside, square=False)
-            for each in _candidates(self._inspect(closer, line, mirrored=False), 0, closer, DEFECT_TYPES):
+            for each in _candidates(self._inspect(closer, line, mirrored=False)[0], 0, closer, DEFECT_TYPES):
                 if LINE_OF_TYPE[each.type] == line:
                     x, y = place[:2]
                     x0, y0, x1, y1 = each.bbox
@@ -384,6 +396,8 @@ class Reader:
         pointed = {finding.pointer: finding for finding in draft.findings}
         findings = []
         least = self.calibration.report.get(seen.line, 0.0)
+        # What the picture as a whole shows is reported, even where no box of it is sure.
+        shown = next((i for i, candidate in enumerate(seen.candidates) if candidate.type == seen.shows), None)
         for i, candidate in enumerate(seen.candidates):
             confidence = self._confidence(candidate.score, seen.line)
             named = pointed.get(i)
@@ -398,7 +412,7 @@ class Reader:
                     candidate.slice_index,
                     confidence,
                     # Sure items are reported also where there are more of them than the decoder has slots for.
-                    confidence >= SURE or (named is not None and confidence >= least),
+                    i == shown or confidence >= SURE or (named is not None and confidence >= least),
                     "weak" if seen.line == "ct" else "box",
                     zone,
                     extent,

@@ -67,8 +67,9 @@ def test_scratches_are_found_where_they_were_drawn(reader: Reader) -> None:
     reading = reader.read(load("steel/scratches.png"))
     said = [finding for finding in reading.findings if finding.reported]
     assert {f.type for f in said} == {"scratches"}
-    for defect in EXPECTED["steel/scratches.png"]["findings"]:
-        assert max(overlap(f.bbox, defect["bbox"]) for f in said) > 0.5
+    drawn = EXPECTED["steel/scratches.png"]["findings"]
+    assert all(max(overlap(f.bbox, defect["bbox"]) for defect in drawn) > 0.5 for f in said)
+    assert sum(max(overlap(f.bbox, defect["bbox"]) for f in said) > 0.5 for defect in drawn) >= 2
 
 
 def test_what_is_written_parses_and_agrees_with_the_findings(reader: Reader) -> None:
@@ -85,6 +86,16 @@ def test_what_is_written_parses_and_agrees_with_the_findings(reader: Reader) -> 
         for name in said:
             assert any(words("en").noun(name, plural=p) in reading.impression.lower() for p in (False, True))
         assert all(f.reported for f in reading.findings if f.confidence >= 0.5)
+
+
+def test_what_the_picture_as_a_whole_shows_is_reported_where_no_box_is_sure(reader: Reader) -> None:
+    seen = reader.look(load("steel/scratches.png"))
+    assert seen.shows == "scratches"
+    doubtful = [dataclasses.replace(candidate, score=0.05) for candidate in seen.candidates]
+    said = [f for f in reader.write(dataclasses.replace(seen, candidates=doubtful)).findings if f.reported]
+    assert [f.type for f in said] == ["scratches"]
+    nothing = dataclasses.replace(seen, candidates=doubtful, shows=None)
+    assert not [f for f in reader.write(nothing).findings if f.reported]
 
 
 def test_a_volume_names_its_slices_and_windows(reader: Reader) -> None:
