@@ -332,22 +332,24 @@ class Watcher:
             self._settling.again(drop.new, max(later.values()))
             return
         session.start([Path(path) for path in drop.new], [rejection for rejection, _ in refused])
-        for rejection, path in refused:
-            self._refuse(session, rejection, path, later)
-        for unit in plan.units if plan else ():
-            files = list(dict.fromkeys(str(file.path) for file in unit.files))
-            if any(path in later for path in files):
-                continue
-            if self._stopping:
-                return
-            if when := self._report(session, unit, files):
-                later |= dict.fromkeys([*files, *(str(each.path) for each in unit.documents)], when)
-        if drop.study and later:
-            self._settling.again(drop.new, max(later.values()))
-            return
-        for file, when in later.items():
-            self._settling.again([file], when)
-        self._ledger.see(self._settling.take(path for path in drop.new if path not in later))
+        units = list(plan.units) if plan else []
+        try:
+            while refused and not self._stopping:
+                self._refuse(session, *refused[0], later)
+                del refused[0]
+            while units and not self._stopping:
+                files = list(dict.fromkeys(str(file.path) for file in units[0].files))
+                if later.keys().isdisjoint(files) and (when := self._report(session, units[0], files)):
+                    later |= dict.fromkeys([*files, *(str(each.path) for each in units[0].documents)], when)
+                del units[0]
+        finally:  # what is settled stays so, whatever broke off the rest
+            undone = {str(file.path) for unit in units for file in (*unit.files, *unit.documents)}
+            undone |= {str(path) for _, path in refused}
+            if drop.study and (later or undone):
+                later = dict.fromkeys(drop.new, max(later.values(), default=0.0))
+            for file, when in later.items():
+                self._settling.again([file], when)
+            self._ledger.see(self._settling.take(path for path in drop.new if path not in later and path not in undone))
 
     def _refuse(self, session: Session, rejection: Rejection, path: Path, later: dict[str, float]) -> None:
         """An input that its header or content rules out goes to quarantine like one that cannot be decoded."""
@@ -378,41 +380,47 @@ class Watcher:
         claim = self._claim(session, key, files)
         if isinstance(claim, float):
             return claim or None
-        started = time.monotonic()
+        self._kept[key] = claim  # until it is on record what came of it, whatever breaks that off
         try:
-            if claim.exhausted:
-                why = Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
-                return self._fail(claim, session.conclude(why), files)
-            with self._ledger.holding(claim):
-                outcome = work()
-            if outcome is None:  # not for now
-                self._ledger.release(claim)
-                return time.time() + self._patience.interval
-            if isinstance(outcome, Rejection):
-                return self._fail(claim, outcome, files)
-            leave_quarantine(self._job.out, key)
-            self._ledger.done(claim, outcome.id)
+            when = self._attempt(session, claim, files, work)
         except LeaseLostError:
             self._log("lease-lost", item=key[:16])
-            return time.time() + PAUSE_S
-        except (OutputError, LedgerError, OSError, ModelError) as error:
-            self._kept[key] = claim
-            if isinstance(error, OSError):
-                raise OutputError(f"The disk failed ({error.strerror}): see that it has space.") from None
-            raise
+            when = time.time() + PAUSE_S
+        except OSError as error:
+            raise OutputError(f"The disk failed ({error.strerror}): see that it has space.") from None
+        del self._kept[key]
+        return when
+
+    def _attempt(
+        self, session: Session, claim: Claim, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
+    ) -> float | None:
+        """Work on a claimed item and put on record what came of it."""
+        item, started = claim.request[:16], time.monotonic()
+        if claim.exhausted:
+            why = Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
+            return self._fail(claim, session.conclude(why), files)
+        with self._ledger.holding(claim):
+            outcome = work()
+        if outcome is None:  # not for now
+            self._ledger.release(claim)
+            return time.time() + self._patience.interval
+        if isinstance(outcome, Rejection):
+            return self._fail(claim, outcome, files)
+        leave_quarantine(self._job.out, claim.request)
+        self._ledger.done(claim, outcome.id)
         self.tally.reported += 1
         seconds = round(time.monotonic() - started, 3)
-        self._log(
-            "reported", item=key[:16], report=outcome.id, version=outcome.version, files=len(files), seconds=seconds
-        )
+        self._log("reported", item=item, report=outcome.id, version=outcome.version, files=len(files), seconds=seconds)
         return None
 
     def _claim(self, session: Session, key: str, files: list[str]) -> Claim | float:
         """The claim on an item; else when to come back to it, 0 where it is settled."""
-        if kept := self._kept.pop(key, None):
-            with contextlib.suppress(LeaseLostError):
+        if kept := self._kept.get(key):
+            try:
                 self._ledger.beat(kept)
                 return kept
+            except LeaseLostError:
+                del self._kept[key]
         self._ledger.add([(key, files)])
         claims = self._ledger.claim(request=key)
         row = None if claims else self._ledger.get(key)

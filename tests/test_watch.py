@@ -422,7 +422,6 @@ def test_the_command_ends_at_once_or_on_a_signal_and_logs_no_names(tmp_path: Pat
     picture(tmp_path / "in" / "Jane-Doe.png", 1)
     (tmp_path / "in" / "John-Roe.png").touch()
     time.sleep(0.8)  # else it could still be coming
-    (tmp_path / "in" / "coming.png").touch()
     done = subprocess.run(command(tmp_path, "--once", "--log-json"), cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     said = [json.loads(line) for line in done.stderr.splitlines()]
@@ -430,10 +429,15 @@ def test_the_command_ends_at_once_or_on_a_signal_and_logs_no_names(tmp_path: Pat
     assert {name: said[-1][name] for name in ("reported", "refused", "left")} == {
         "reported": 1,
         "refused": 1,
-        "left": 1,
+        "left": 0,
     }
-    (tmp_path / "in" / "coming.png").unlink()
     assert "Jane" not in done.stderr and "Roe" not in done.stderr and str(tmp_path) not in done.stderr
+
+    (tmp_path / "in" / "coming.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    patient = command(tmp_path, "--once", "--refuse-after", "600")
+    done = subprocess.run(patient, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.split()[-1]) == (0, "left=1")
+    (tmp_path / "in" / "coming.png").unlink()
 
     process = subprocess.Popen(command(tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr and " watching known=2" in process.stderr.readline()
