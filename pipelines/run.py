@@ -461,7 +461,8 @@ def as_version(report: Report, folder: RunFolder, request: str, subject: str) ->
     if former and former.request == request:
         return report.model_copy(update={"id": former.id, "version": former.version, "supersedes": former.supersedes})
     taken = folder.entry(report.id)
-    if taken and taken.superseded_by:  # the same content was reported before something else: a new report all the same
+    # The same content was reported before something else, or on another request: a new report all the same.
+    if taken and (taken.superseded_by or taken.request != request):
         parts = [report.id, subject, former.id if former else ""]
         report = report.model_copy(update={"id": hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]})
     if former:

@@ -131,7 +131,8 @@ class _Writer:
         except ValueError:
             return ""
         try:
-            return datetime.strptime(f"{date}{time[:6]}{zone}", "%Y%m%d%H%M%S%z").isoformat()
+            whole = f"{time[:6]:0<6}"  # minutes and seconds may be left out (PS3.5 6.2, TM)
+            return datetime.strptime(f"{date}{whole}{zone}", "%Y%m%d%H%M%S%z").isoformat()
         except ValueError:
             return day.date().isoformat()
 

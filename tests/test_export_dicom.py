@@ -298,6 +298,7 @@ def test_what_is_wrong_in_the_source_header_stays_there(
         t00080020=("DA", ["2004.01.19"]),
         t00080050=("SH", ["accession number far too long"]),
         t00101010=("AS", ["57"]),
+        t00080201=("SH", ["local time"]),
     )
     with warnings.catch_warnings(record=True) as said, caplog.at_level(logging.DEBUG):
         warnings.simplefilter("always")

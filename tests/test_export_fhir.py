@@ -138,6 +138,12 @@ def test_a_day_without_time_zone_stays_a_day() -> None:
     assert "started" not in resources(render_r4b(chest(t00080020="yesterday")), "ImagingStudy")[0]
 
 
+def test_a_time_may_leave_out_minutes_and_seconds() -> None:
+    for time, told in (("0930", "09:30:00"), ("09", "09:00:00")):
+        made = render_r4b(chest(t00080020="20250131", t00080030=time, t00080201="+0100"))
+        assert resources(made, "ImagingStudy")[0]["started"] == f"2025-01-31T{told}+01:00"
+
+
 def test_an_unknown_patient_is_said_to_be_unknown() -> None:
     (study,) = resources(render_r4b(chest()), "ImagingStudy")
     assert study["subject"]["extension"][0]["valueCode"] == "unknown"

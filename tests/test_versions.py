@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.correct import CorrectionError, correct, merge_patch
 from pipelines.export import export
+from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import Job, execute
 from reports.bundle import load_bundle
 from tests.test_cli import run
@@ -100,6 +101,16 @@ def test_a_copy_of_superseded_content_has_a_report_of_its_own(out: Path) -> None
     copy = execute(Job((out.parent / "copy.png",), out)).reported[0]
     assert (copy.version, copy.supersedes) == (1, None)
     assert len(index(out)) == 3
+
+
+def test_the_same_content_on_another_request_never_supersedes_itself(out: Path) -> None:
+    [first] = index(out)
+    patterns = out.parent / "patterns.toml"  # finds the same, but that is known only after reading
+    patterns.write_text(f"{DEFAULT_PATTERNS.read_text()}\n# ours\n")
+    second = execute(Job((out.parent / "a.png",), out, identifiers=patterns)).reported[0]
+    assert second.id != first
+    assert (second.version, second.supersedes) == (2, first)
+    assert {key: line["superseded_by"] for key, line in index(out).items()} == {first: second.id, second.id: None}
 
 
 def test_late_slices_make_version_2_of_the_series(tmp_path: Path, reader: TinyReader) -> None:

@@ -7,6 +7,7 @@ against its value representation, so that a derived object is valid whatever its
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -57,6 +58,7 @@ ALWAYS: Final = (
     "ReferringPhysicianName",
 )
 TEXT_LENGTH: Final = {"LO": 64, "SH": 16, "PN": 64}
+_OFFSET: Final = re.compile(r"[+-](0\d|1[0-4])[0-5]\d")  # PS3.3 C.12.1.1.8
 _NOBODY: Final = Dataset()
 for _keyword in ALWAYS:
     setattr(_NOBODY, _keyword, "")
@@ -152,6 +154,8 @@ def _about(header: Dataset) -> Dataset:
             setattr(about, keyword, value)
     if about.PatientSex not in ("M", "F", "O"):
         about.PatientSex = ""
+    if not _OFFSET.fullmatch(about.get("TimezoneOffsetFromUTC", "+0000")):
+        del about.TimezoneOffsetFromUTC
     return about
 
 
