@@ -176,7 +176,8 @@ WORKER = """
 import sys, time
 from flows.ledger import Ledger
 with Ledger(sys.argv[1], sys.argv[2], lease_s=float(sys.argv[3])) as ledger:
-    while claims := ledger.claim(3):
+    sys.stdin.readline()
+    while claims := ledger.claim(2):
         for claim in claims:
             if claim.request == "hang":
                 print("hang", flush=True)
@@ -186,16 +187,28 @@ with Ledger(sys.argv[1], sys.argv[2], lease_s=float(sys.argv[3])) as ledger:
 """
 
 
-def worker(out: Path, url: str, lease_s: float = 60) -> subprocess.Popen[str]:
+def worker(out: Path, url: str, lease_s: float = 60, *, begin: bool = True) -> subprocess.Popen[str]:
+    """A process that does all items; without `begin` it waits for a line."""
     arguments = [sys.executable, "-c", WORKER, str(out), url, str(lease_s)]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin
+    if begin:
+        process.stdin.write("begin\n")
+        process.stdin.flush()
+    return process
 
 
 def test_processes_share_the_items_and_none_is_done_twice(url: str, tmp_path: Path) -> None:
     with Ledger(tmp_path, url) as ledger:
         ledger.add((f"{n:04}", [f"{n}.png"]) for n in range(600))
-        workers = [worker(tmp_path, url) for _ in range(3)]
+        workers = [worker(tmp_path, url, begin=False) for _ in range(3)]
+        time.sleep(1.5)  # all of them are up
+        for each in workers:
+            assert each.stdin
+            each.stdin.write("begin\n")
+            each.stdin.flush()
         did = [each.communicate(timeout=60)[0].split() for each in workers]
+        assert all(each.returncode == 0 for each in workers)
         assert sorted(request for each in did for request in each) == [f"{n:04}" for n in range(600)]
         assert ledger.counts()["done"] == 600
 

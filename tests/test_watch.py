@@ -168,8 +168,8 @@ def test_a_lost_ledger_is_made_anew_from_the_reports(tmp_path: Path) -> None:
 def test_a_file_that_does_not_open_is_waited_for_then_put_into_quarantine(tmp_path: Path) -> None:
     whole = picture(tmp_path / "whole.png", 1).read_bytes()
     with watching(tmp_path) as running:
-        for name in ("stalled.png", "broken.png"):
-            (running.inbox / name).write_bytes(whole[: len(whole) // 2])
+        for name, part in (("stalled.png", 3), ("broken.png", 2)):
+            (running.inbox / name).write_bytes(whole[: len(whole) // part])
         time.sleep(0.4)  # longer than its looks
         (running.inbox / "stalled.png").write_bytes(whole)
         until(lambda: running.heard("quarantined") and running.heard("reported"))
