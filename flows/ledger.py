@@ -7,13 +7,10 @@ says "done" is written last: what the files of a report say, a row may lag behin
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,11 +20,9 @@ from types import TracebackType
 from typing import Any, Final, Literal, TypeVar
 
 import sqlalchemy as sql
-from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from flows.mounts import network_type
+from flows.database import Database, LedgerError
+from flows.owners import is_gone, this_process
 from flows.server import state_folder
 
 State = Literal["waiting", "claimed", "done", "failed", "quarantined"]
@@ -37,9 +32,7 @@ LEASE_S: Final = 60.0
 TRIES: Final = 5
 BACK_OFF_S: Final = 5.0  # before the second try; doubles with each further one
 MOST_BACK_OFF_S: Final = 600.0
-BUSY_S: Final = 30.0
 CHUNK: Final = 500  # rows a statement
-_TABLES_LOCK: Final = 0x5CA45C21  # of PostgreSQL: one process at a time makes the tables
 
 _TABLES = sql.MetaData()
 _ITEMS = sql.Table(
@@ -93,12 +86,6 @@ _MINE = sql.update(_ITEMS).where(
     _ITEMS.c.token == sql.bindparam("its_token"),
 )
 _T = TypeVar("_T")
-
-
-class LedgerError(Exception):
-    """The ledger cannot be used. The message says how to mend it; it holds no password."""
-
-    code = "ledger"
 
 
 class LeaseLostError(Exception):
@@ -182,7 +169,7 @@ class Ledger:
         self.owner = owner or this_process()
         self.lease_s, self.tries, self.back_off_s = lease_s, tries, back_off_s
         self._clock = clock
-        self._database = _Database(url or f"sqlite:///{state_folder() / 'ledger.db'}")
+        self._database = Database(url or f"sqlite:///{state_folder() / 'ledger.db'}", _TABLES)
 
     def __enter__(self) -> Ledger:
         return self
@@ -388,37 +375,6 @@ class Ledger:
 _FREE: Final = {"token": None, "owner": None}
 
 
-@functools.cache
-def this_process() -> str:
-    """A name that no other process has: machine, process id and its name space, time of start."""
-    return f"{socket.gethostname()}/{_name_space()}/{os.getpid()}/{_started(os.getpid())}"
-
-
-def is_gone(owner: str) -> bool:
-    """Whether `owner` is a process of this machine that has ended. Of other machines that cannot be told."""
-    host, _, rest = owner.rpartition("/")[0].partition("/")
-    space, _, pid = rest.rpartition("/")
-    if not pid.isdigit() or (host, space) != (socket.gethostname(), _name_space()):
-        return False
-    return _started(int(pid)) != owner.rpartition("/")[2]
-
-
-def _name_space() -> str:
-    """Containers can share a host name, and then not their process ids."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; "" where there is none (proc(5), field 22 of stat)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
-
-
 def _plain(files: Sequence[str]) -> str:
     return json.dumps(list(files))
 
@@ -429,105 +385,3 @@ def _files(text: str) -> tuple[str, ...]:
 
 def _chunks(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
     return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-
-
-class _Database:
-    """Runs each piece of work in a transaction of its own. SQLite has one writer at a time, the others wait for it."""
-
-    def __init__(self, url: str) -> None:
-        try:
-            self._url = sql.make_url(url)
-        except SQLAlchemyError:
-            raise LedgerError(
-                "The ledger's URL cannot be read: give one like postgresql://user:password@host/database."
-            ) from None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        name = self._url.get_backend_name()
-        if name == "sqlite":
-            self.insert: Any = sqlite.insert
-            _check_local(self._url.database)
-            self._engine = sql.create_engine(self._url, connect_args={"timeout": BUSY_S})
-            sql.event.listen(self._engine, "connect", _prepare_sqlite)
-            sql.event.listen(self._engine, "begin", _begin_immediate)
-        elif name == "postgresql":
-            self.insert = postgresql.insert
-            self._async = create_async_engine(self._url.set(drivername="postgresql+asyncpg"), pool_pre_ping=True)
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="ledger", daemon=True).start()
-        else:
-            raise LedgerError(f"There is no ledger on {name}: give a URL of PostgreSQL, or none for SQLite.")
-        try:
-            self.run(_make_tables)
-        except LedgerError:
-            self.close()
-            raise
-
-    def run(self, work: Callable[[sql.Connection], _T]) -> _T:
-        """Raises LedgerError."""
-        try:
-            if self._loop is not None:
-                return asyncio.run_coroutine_threadsafe(self._run(work), self._loop).result()
-            with self._engine.begin() as connection:
-                return work(connection)
-        except (SQLAlchemyError, OSError) as error:
-            raise LedgerError(self._explain(error)) from None
-        except Exception as error:  # asyncpg raises its own where there is no connection yet
-            if not type(error).__module__.startswith("asyncpg"):
-                raise
-            raise LedgerError(self._explain(error)) from None
-
-    async def _run(self, work: Callable[[sql.Connection], _T]) -> _T:
-        async with self._async.begin() as connection:
-            return await connection.run_sync(work)
-
-    def close(self) -> None:
-        if self._loop is None:
-            self._engine.dispose()
-            return
-        asyncio.run_coroutine_threadsafe(self._async.dispose(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _explain(self, error: Exception) -> str:
-        """What to tell a person. Statements and their values, which hold paths, stay out."""
-        place = self._url.render_as_string(hide_password=True)
-        cause = str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
-        if self._url.get_backend_name() == "postgresql":
-            return f"The ledger at {place} cannot be used ({cause}): see that the server runs and takes this user."
-        if "not a database" in cause or "malformed" in cause:
-            return f"The ledger {place} is damaged: move it away; the next start makes it anew from what is on disk."
-        return f"The ledger {place} cannot be used ({cause}): see that its folder can be written and has space."
-
-
-def _make_tables(connection: sql.Connection) -> None:
-    if connection.dialect.name == "postgresql":
-        connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_TABLES_LOCK)))
-    _TABLES.create_all(connection)
-
-
-def _prepare_sqlite(connection: Any, record: object) -> None:
-    """WAL: readers and the writer do not wait for each other. A power cut can cost the last rows, never the file."""
-    connection.isolation_level = None  # transactions are begun below
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _begin_immediate(connection: sql.Connection) -> None:
-    """The write lock is taken first: a transaction that finds it needs it only later could not wait for it."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _check_local(database: str | None) -> None:
-    if not database or database == ":memory:":
-        raise LedgerError("The ledger needs a file: give a URL like sqlite:////var/lib/scanscribe/ledger.db.")
-    folder = Path(database).resolve().parent
-    if not folder.is_dir():
-        raise LedgerError(f"There is no folder {folder} for the ledger: make it, or give another URL.")
-    if kind := network_type(folder):
-        raise LedgerError(
-            f"The ledger lies on a network file system ({kind}), where SQLite cannot lock it: set SCANSCRIBE_HOME to a "
-            "local folder, or use PostgreSQL."
-        )
-    path = Path(database)
-    if not path.exists():
-        with contextlib.suppress(OSError):  # for SQLite to say
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it holds file names

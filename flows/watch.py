@@ -7,8 +7,6 @@ stands in the ledger, so that a start after any end goes on where the former sto
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import queue
 import shutil
@@ -22,14 +20,13 @@ from typing import Final
 
 from watchfiles import watch as watch_files
 
-from flows.ledger import Claim, LeaseLostError, Ledger, LedgerError
+from flows.items import Items, Tally, refusal_key
+from flows.ledger import Ledger, LedgerError
 from flows.log import EventLog
 from flows.mounts import network_type
-from flows.quarantine import leave_quarantine, quarantine
 from flows.settle import Drop, Patience, Settling, is_temporary_name
 from pipelines import run
 from pipelines.ingest import FileRef, Unit
-from pipelines.ingest.refusals import REMEDIES
 from pipelines.run import Job, Session, UsageError
 from pipelines.run_folder import INDEX, IndexEntry, OutputError, written_by_runs
 from pipelines.store import ModelError, home
@@ -46,8 +43,6 @@ _UNFINISHED: Final = """
     document-alone no-pixels missing-from-file-set
 """
 UNFINISHED: Final = frozenset(_UNFINISHED.split())
-# What may be otherwise at the next try. Whatever else is refused is refused for its content.
-PASSING: Final = frozenset(("model-failed", "out-of-memory", "unreadable", "not-found", "golden-sample-unreadable"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +55,6 @@ class Watching:
     poll: bool = False  # full looks only; always so on network file systems
     min_free: int = MIN_FREE  # bytes on the disk of the reports, below which no work is taken
     once: bool = False  # end when all that is complete is reported
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a watcher has done since it started."""
-
-    reported: int = 0
-    known: int = 0  # content that had its report, or its place in quarantine, before
-    refused: int = 0  # in quarantine now
 
 
 class Watcher:
@@ -97,10 +83,9 @@ class Watcher:
         self._news: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
         self._stopping = self._deaf = False
         self._settling = Settling(self._patience, ledger.seen())
-        self._kept: dict[str, Claim] = {}  # claims whose work the disk or the ledger broke off
         self._troubles: dict[str, str] = {}  # what is wrong now -> the sentence that was said
         self._next_look = self._next_scan = 0.0
-        self.tally = Tally()
+        self._items = Items(ledger, log, job.out, watching.min_free, self._patience.interval)
 
     def stop(self) -> None:
         """Let `run` return soon. Safe in a signal handler."""
@@ -131,8 +116,8 @@ class Watcher:
                     break
                 self._wait(self._patience.interval)
         left = len(self._settling.open)  # what is not complete, or to be tried again
-        self._log("stopped", **asdict(self.tally), left=left)
-        return self.tally
+        self._log("stopped", **asdict(self._items.tally), left=left)
+        return self._items.tally
 
     def _at_end(self) -> bool:
         """With `once`: whether nothing is left that may be taken. Raises OutputError when the disk forbids to."""
@@ -353,7 +338,9 @@ class Watcher:
 
     def _refuse(self, session: Session, rejection: Rejection, path: Path, later: dict[str, float]) -> None:
         """An input that its header or content rules out goes to quarantine like one that cannot be decoded."""
-        when = self._item(session, _refusal_key(rejection, path), [str(path)], lambda: session.conclude(rejection))
+        when = self._items.settle(
+            session, refusal_key(rejection, path), [str(path)], lambda: session.conclude(rejection)
+        )
         if when:
             later[str(path)] = when
 
@@ -369,94 +356,9 @@ class Watcher:
                 return None
             return session.conclude(prepared)
 
-        key = request or _refusal_key(Rejection(unit.path, "unreadable", "", ""), unit.files[0].path)
-        when = self._item(session, key, files, work)
+        key = request or refusal_key(Rejection(unit.path, "unreadable", "", ""), unit.files[0].path)
+        when = self._items.settle(session, key, files, work)
         return held[0] if held else when
-
-    def _item(
-        self, session: Session, key: str, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
-    ) -> float | None:
-        """One item by the ledger's rules: claimed, worked on, and put on record last."""
-        claim = self._claim(session, key, files)
-        if isinstance(claim, float):
-            return claim or None
-        self._kept[key] = claim  # until it is on record what came of it, whatever breaks that off
-        try:
-            when = self._attempt(session, claim, files, work)
-        except LeaseLostError:
-            self._log("lease-lost", item=key[:16])
-            when = time.time() + PAUSE_S
-        except OSError as error:
-            raise OutputError(f"The disk failed ({error.strerror}): see that it has space.") from None
-        del self._kept[key]
-        return when
-
-    def _attempt(
-        self, session: Session, claim: Claim, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
-    ) -> float | None:
-        """Work on a claimed item and put on record what came of it."""
-        item, started = claim.request[:16], time.monotonic()
-        if claim.exhausted:
-            why = Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
-            return self._fail(claim, session.conclude(why), files)
-        with self._ledger.holding(claim):
-            outcome = work()
-        if outcome is None:  # not for now
-            self._ledger.release(claim)
-            return time.time() + self._patience.interval
-        if isinstance(outcome, Rejection):
-            return self._fail(claim, outcome, files)
-        leave_quarantine(self._job.out, claim.request)
-        self._ledger.done(claim, outcome.id)
-        self.tally.reported += 1
-        seconds = round(time.monotonic() - started, 3)
-        self._log("reported", item=item, report=outcome.id, version=outcome.version, files=len(files), seconds=seconds)
-        return None
-
-    def _claim(self, session: Session, key: str, files: list[str]) -> Claim | float:
-        """The claim on an item; else when to come back to it, 0 where it is settled."""
-        if kept := self._kept.get(key):
-            try:
-                self._ledger.beat(kept)
-                return kept
-            except LeaseLostError:
-                del self._kept[key]
-        self._ledger.add([(key, files)])
-        claims = self._ledger.claim(request=key)
-        row = None if claims else self._ledger.get(key)
-        if row and row.state == "done" and not (row.report and session.reported(key)):
-            self._ledger.retry([key])  # the report was superseded or removed, or lacks a format
-            claims = self._ledger.claim(request=key)
-        elif row and row.state in ("done", "quarantined"):
-            if row.state == "quarantined" and row.code:
-                session.conclude(Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, _TOO_OFTEN)))
-            self.tally.known += 1
-            self._log("known", item=key[:16], state=row.state, report=row.report)
-            return 0.0
-        if claims:
-            return claims[0]
-        return max(row.due if row else 0.0, time.time() + self._patience.interval)
-
-    def _fail(self, claim: Claim, why: IndexEntry | Rejection, files: list[str]) -> float | None:
-        assert isinstance(why, Rejection)
-        item = claim.request[:16]
-        if not any(map(os.path.lexists, files)):
-            self._ledger.release(claim)
-            self._ledger.forget([claim.request])
-            self._log("vanished", item=item)
-            return None
-        if why.code in PASSING and not claim.last:
-            self._ledger.failed(claim, why.code, why.reason)
-            row = self._ledger.get(claim.request)
-            self._log("failed", item=item, code=why.code, attempt=claim.attempt)
-            return row.due if row else time.time()
-        places = [Path(path) for path in files]
-        spare = self._watching.min_free
-        quarantine(self._job.out, claim.request, places, why, attempts=claim.attempt, spare=spare)
-        self._ledger.quarantined(claim, why.code, why.reason)
-        self.tally.refused += 1
-        self._log("quarantined", item=item, code=why.code, attempts=claim.attempt, files=len(files))
-        return None
 
     def _unfinished(self, why: Rejection, files: list[str]) -> float | None:
         """When to look again at files that may still be in the middle of being copied; None when that took too long."""
@@ -494,9 +396,6 @@ class Watcher:
             self._log(f"{event}-over")
 
 
-_TOO_OFTEN: Final = "Report it as a fault of the program, with the input if that can be shared."
-
-
 def _walk(folder: str, leave_out: Callable[[str], bool], unreadable: list[str]) -> Iterator[tuple[str, os.stat_result]]:
     """All regular files below a folder. What vanishes meanwhile is left out, folders that cannot be read are named."""
     try:
@@ -526,12 +425,3 @@ def _names(path: Path, name: str) -> bool:
     """Whether a rejection's path is that file, or a member or page of it."""
     own = FileRef(path).name
     return name == own or name.startswith(f"{own}!")
-
-
-def _refusal_key(why: Rejection, path: Path) -> str:
-    """The hash of what is refused before it has a request: its content, and why."""
-    try:
-        content = FileRef(path).sha256()
-    except Exception:  # it may be just what is wrong with it
-        content = str(path)
-    return hashlib.sha256(json.dumps(["refused", why.code, content, why.path.partition("!")[2]]).encode()).hexdigest()

@@ -1,0 +1,143 @@
+"""Items by the ledger's rules: claimed, worked on, to quarantine if they fail for good, and put on record last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from flows.ledger import Claim, LeaseLostError, Ledger
+from flows.log import EventLog
+from flows.quarantine import leave_quarantine, quarantine
+from pipelines.ingest import FileRef
+from pipelines.ingest.refusals import REMEDIES
+from pipelines.run import Session
+from pipelines.run_folder import IndexEntry, OutputError
+from pipelines.study import Rejection
+
+PAUSE_S: Final = 2.0  # until an item is asked for again that somebody else had taken
+# What may be otherwise at the next try. Whatever else is refused is refused for its content.
+PASSING: Final = frozenset(("model-failed", "out-of-memory", "unreadable", "not-found", "golden-sample-unreadable"))
+_TOO_OFTEN: Final = "Report it as a fault of the program, with the input if that can be shared."
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a watcher has done since it started."""
+
+    reported: int = 0
+    known: int = 0  # content that had its report, or its place in quarantine, before
+    refused: int = 0  # in quarantine now
+
+
+class Items:
+    """Settles the items of one output folder, one at a time."""
+
+    def __init__(self, ledger: Ledger, log: EventLog, out: Path, spare: int, interval: float) -> None:
+        """`spare` bytes stay free when copies go to quarantine; what was given back is due after `interval` seconds."""
+        self._ledger, self._log, self._out, self._spare, self._interval = ledger, log, out, spare, interval
+        self._kept: dict[str, Claim] = {}  # claims whose work the disk or the ledger broke off
+        self.tally = Tally()
+
+    def settle(
+        self, session: Session, key: str, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
+    ) -> float | None:
+        """Work on the item `key` if it is due; the time at which to come back to it, or None where it is settled.
+
+        `work` reports it or says why not; with None it is given back untried.  Raises OutputError and LedgerError: the
+        claim is kept then, for the next call.
+        """
+        claim = self._claim(session, key, files)
+        if isinstance(claim, float):
+            return claim or None
+        self._kept[key] = claim  # until it is on record what came of it, whatever breaks that off
+        try:
+            when = self._attempt(session, claim, files, work)
+        except LeaseLostError:
+            self._log("lease-lost", item=key[:16])
+            when = time.time() + PAUSE_S
+        except OSError as error:
+            raise OutputError(f"The disk failed ({error.strerror}): see that it has space.") from None
+        del self._kept[key]
+        return when
+
+    def _attempt(
+        self, session: Session, claim: Claim, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
+    ) -> float | None:
+        """Work on a claimed item and put on record what came of it."""
+        item, started = claim.request[:16], time.monotonic()
+        if claim.exhausted:
+            why = Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
+            return self._fail(claim, session.conclude(why), files)
+        with self._ledger.holding(claim):
+            outcome = work()
+        if outcome is None:  # not for now
+            self._ledger.release(claim)
+            return time.time() + self._interval
+        if isinstance(outcome, Rejection):
+            return self._fail(claim, outcome, files)
+        leave_quarantine(self._out, claim.request)
+        self._ledger.done(claim, outcome.id)
+        self.tally.reported += 1
+        seconds = round(time.monotonic() - started, 3)
+        self._log("reported", item=item, report=outcome.id, version=outcome.version, files=len(files), seconds=seconds)
+        return None
+
+    def _claim(self, session: Session, key: str, files: list[str]) -> Claim | float:
+        """The claim on an item; else when to come back to it, 0 where it is settled."""
+        if kept := self._kept.get(key):
+            try:
+                self._ledger.beat(kept)
+                return kept
+            except LeaseLostError:
+                del self._kept[key]
+        self._ledger.add([(key, files)])
+        claims = self._ledger.claim(request=key)
+        row = None if claims else self._ledger.get(key)
+        if row and row.state == "done" and not (row.report and session.reported(key)):
+            self._ledger.retry([key])  # the report was superseded or removed, or lacks a format
+            claims = self._ledger.claim(request=key)
+        elif row and row.state in ("done", "quarantined"):
+            if row.state == "quarantined" and row.code:
+                session.conclude(Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, _TOO_OFTEN)))
+            self.tally.known += 1
+            self._log("known", item=key[:16], state=row.state, report=row.report)
+            return 0.0
+        if claims:
+            return claims[0]
+        return max(row.due if row else 0.0, time.time() + self._interval)
+
+    def _fail(self, claim: Claim, why: IndexEntry | Rejection, files: list[str]) -> float | None:
+        assert isinstance(why, Rejection)
+        item = claim.request[:16]
+        if not any(map(os.path.lexists, files)):
+            self._ledger.release(claim)
+            self._ledger.forget([claim.request])
+            self._log("vanished", item=item)
+            return None
+        if why.code in PASSING and not claim.last:
+            self._ledger.failed(claim, why.code, why.reason)
+            row = self._ledger.get(claim.request)
+            self._log("failed", item=item, code=why.code, attempt=claim.attempt)
+            return row.due if row else time.time()
+        places = [Path(path) for path in files]
+        spare = self._spare
+        quarantine(self._out, claim.request, places, why, attempts=claim.attempt, spare=spare)
+        self._ledger.quarantined(claim, why.code, why.reason)
+        self.tally.refused += 1
+        self._log("quarantined", item=item, code=why.code, attempts=claim.attempt, files=len(files))
+        return None
+
+
+def refusal_key(why: Rejection, path: Path) -> str:
+    """The hash of what is refused before it has a request: its content, and why."""
+    try:
+        content = FileRef(path).sha256()
+    except Exception:  # it may be just what is wrong with it
+        content = str(path)
+    return hashlib.sha256(json.dumps(["refused", why.code, content, why.path.partition("!")[2]]).encode()).hexdigest()

@@ -1,0 +1,39 @@
+"""Who works on an item: names of processes by which another one can tell whether they still live."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from pathlib import Path
+
+
+@functools.cache
+def this_process() -> str:
+    """A name that no other process has: machine, process id and its name space, time of start."""
+    return f"{socket.gethostname()}/{_name_space()}/{os.getpid()}/{_started(os.getpid())}"
+
+
+def is_gone(owner: str) -> bool:
+    """Whether `owner` is a process of this machine that has ended. Of other machines that cannot be told."""
+    host, _, rest = owner.rpartition("/")[0].partition("/")
+    space, _, pid = rest.rpartition("/")
+    if not pid.isdigit() or (host, space) != (socket.gethostname(), _name_space()):
+        return False
+    return _started(int(pid)) != owner.rpartition("/")[2]
+
+
+def _name_space() -> str:
+    """Containers can share a host name, and then not their process ids."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since the machine did; "" where there is none (proc(5), field 22 of stat)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
