@@ -471,10 +471,12 @@ def as_version(report: Report, folder: RunFolder, request: str, subject: str) ->
 
 
 def _subject(study: ImageStudy, unit: ingest.Unit) -> str:
-    """A hash of what a report is about, so that a later one on it can be told: the DICOM series, or file and page."""
+    """A hash of what a report is about, so that a later one on it can be told: the part of a DICOM series, or file and
+    page."""
     first = unit.files[0]
     place = [os.path.abspath(first.path), first.member, unit.page, unit.image]
-    about = ["series", study.series_uid] if study.series_uid else ["file", *place]
+    about: list[object] = ["series", study.series_uid] if study.series_uid else ["file", *place]
+    about += [unit.part] if unit.part > 1 else []  # the first keeps its reports when the series gets a second
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydicom.uid import generate_uid
 
 from pipelines.correct import CorrectionError, correct, merge_patch
 from pipelines.export import export
@@ -111,6 +113,19 @@ def test_the_same_content_on_another_request_never_supersedes_itself(out: Path) 
     assert second.id != first
     assert (second.version, second.supersedes) == (2, first)
     assert {key: line["superseded_by"] for key, line in index(out).items()} == {first: second.id, second.id: None}
+
+
+def test_parts_of_a_series_do_not_supersede_each_other(tmp_path: Path, reader: TinyReader) -> None:
+    (tmp_path / "in").mkdir()
+    for phase in (1, 2):
+        for file in (EXAMPLES / "ct" / "phantom-series").iterdir():
+            dataset = pydicom.dcmread(file)
+            dataset.AcquisitionNumber = phase
+            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+            dataset.save_as(tmp_path / "in" / f"{phase}-{file.name}")
+    job = Job((tmp_path / "in",), tmp_path / "out", formats=("json",))
+    assert [(entry.version, entry.supersedes) for entry in execute(job).reported] == [(1, None), (1, None)]
+    assert len(execute(job).already_reported) == 2
 
 
 def test_late_slices_make_version_2_of_the_series(tmp_path: Path, reader: TinyReader) -> None:

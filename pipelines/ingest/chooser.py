@@ -106,6 +106,7 @@ def _unit(frames: Sequence[FrameOf], stack: Stack, part: int, parts: int) -> Uni
         "series",
         files,
         frames=None if every else tuple(tuple(sorted(indices)) for indices in taken.values()),
+        part=part,
     )
 
 

@@ -22,6 +22,7 @@ class Unit:
     frames: tuple[tuple[int, ...], ...] | None = None  # of each file, where a series does not take all of them
     image: int | None = None  # 0-based, on the page of a PDF; None: the page is drawn
     documents: tuple[FileRef, ...] = ()  # PDF and text files that belong to it
+    part: int = 1  # of a series whose files cannot all lie on each other, from 1
 
     @property
     def path(self) -> str:
