@@ -28,6 +28,7 @@ from pipelines.inputs import (
     LUNG,
     MIRRORED,
     PRESENCE,
+    SHOWN,
     SOFT_TISSUE,
     WHOLE_SIDE,
     channels,
@@ -194,7 +195,7 @@ class Reader:
 
     @torch.inference_mode()
     def _inspect(self, seen: View, line: str, whole: View | None = None, *, mirrored: bool) -> tuple[Items, str | None]:
-        """The boxes of one view, and the surest type on the picture when it is more likely there than not.
+        """The boxes of one view, and the type that the picture surely shows, of a line that is asked for it.
 
         `whole` is the view that tells which types there are, when it is another.
         """
@@ -213,7 +214,9 @@ class Reader:
             if LINE_OF_TYPE[name] == line
         }
         surest = max(present, key=lambda name: present[name])
-        return select_boxes(found, presence=PRESENCE[line]), surest if present[surest] >= SURE else None
+        return select_boxes(found, presence=PRESENCE[line]), surest if line in SHOWN and present[
+            surest
+        ] >= SURE else None
 
     def _batch(self, views: Sequence[View]) -> Tensor:
         x = torch.from_numpy(np.stack([v.x_CHW for v in views])).to(self.device)
