@@ -13,7 +13,6 @@ import json
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +37,7 @@ from reports.texts import LANGUAGES, Language
 from reports.writing import (
     THUMBNAIL,
     FormatError,
+    fault,
     report_formats,
     run_formats,
     write_formats,
@@ -588,7 +588,7 @@ def _stem(unit: ingest.Unit) -> str:
 
 
 def _failed(unit: ingest.Unit, error: Exception) -> Rejection:
-    """The rejection for an input on which the model failed; foreign messages are left out: they can quote the input."""
+    """The rejection for an input on which the model failed."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Rejection(
             path=unit.path,
@@ -596,11 +596,9 @@ def _failed(unit: ingest.Unit, error: Exception) -> Rejection:
             reason="There was not enough memory to read it.",
             remedy="Close other programs and run again; with a small GPU, add --device cpu.",
         )
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
     return Rejection(
         path=unit.path,
         code="model-failed",
-        reason=f"Reading it failed inside the program ({where}).",
+        reason=f"Reading it failed inside the program ({fault(error)}).",
         remedy="Run `scanscribe doctor`; if it finds nothing to mend, this is a fault of the program: report it.",
     )

@@ -3,6 +3,7 @@ formats over a whole run."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final
@@ -60,7 +61,7 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str], *, ta
             errors[name] = str(error)
             continue
         except Exception as error:  # a renderer's fault must not cost the person the other formats
-            errors[name] = f"{type(error).__name__}: {error}"
+            errors[name] = fault(error)
             continue
         with all_or_none(directory) as folder:
             for filename, data in files.items():
@@ -69,6 +70,17 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str], *, ta
     if errors:
         raise FormatError(errors, written)
     return written
+
+
+def fault(error: Exception) -> str:
+    """The type of an error that nobody expected, and where it arose; not its words, which can quote a patient's header.
+
+    Those of Python itself on missing modules and attributes quote none, and say what is wrong with a format's renderer.
+    """
+    if isinstance(error, ImportError | AttributeError):
+        return f"{type(error).__name__}: {error}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
 
 
 def _tagged(filename: str, tag: str) -> str:
@@ -89,7 +101,7 @@ def write_run_formats(reports: RunReports, names: Collection[str]) -> dict[str, 
         except OSError:
             raise
         except Exception as error:  # as above
-            errors[name] = f"{type(error).__name__}: {error}"
+            errors[name] = fault(error)
         else:
             written[name] = reports.folder / formats()[name].filename
     if errors:

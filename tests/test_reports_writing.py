@@ -84,6 +84,19 @@ def test_one_failing_format_does_not_cost_the_others(tmp_path: Path, monkeypatch
     assert all(path.exists() for path in caught.value.written.values())
 
 
+def quoting(bundle: Bundle) -> bytes:
+    raise ValueError("invalid value: DOE^JANE")
+
+
+def test_a_failing_format_quotes_nothing_of_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Format("broken", "fails", "report.broken", "tests.test_reports_writing:quoting")
+    monkeypatch.setattr("reports.writing.formats", lambda: {"broken": broken})
+    monkeypatch.setattr("reports.writing.check_formats", lambda names: None)
+    with pytest.raises(FormatError) as caught:
+        write_report(tmp_path, Bundle(plain_report()), ["broken"])
+    assert caught.value.errors["broken"].startswith("ValueError in test_reports_writing.py, line ")
+
+
 def test_the_leftover_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".report.json.1-aa.tmp").write_bytes(b"half")
     write_report(tmp_path, Bundle(plain_report()), ["json"])

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.ingest.pixels import AIR_HU
 from pipelines.study import Geometry, ImageStudy
-from reports.writing import atomic_write
+from reports.writing import all_or_none
 
 MAX_VOXELS: Final = 2_000_000_000
 SLAB_VOXELS: Final = 1 << 25  # of the output in one step: bounds what the interpolation needs beside it
@@ -103,13 +103,16 @@ def _interpolate(volume: np.ndarray, steps: list[float], size: list[int], device
 
 
 def save(study: ImageStudy, folder: Path, name: str) -> Saved:
-    """Write `NAME.npy` (HU, `[S, H, W]`, int16 or float32) and `NAME.json` with its geometry. Raises OSError."""
+    """Write `NAME.npy` (HU, `[S, H, W]`, int16 or float32) and `NAME.json` with its geometry, both whole or neither.
+
+    Raises OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    target = Saved(folder / f"{name}.npy", folder / f"{name}.json")
-    with open(target.pixels, "wb") as stream:
-        np.save(stream, study.pixels)
-    atomic_write(target.geometry, json.dumps(describe(study), indent=2) + "\n")
-    return target
+    pixels, geometry = f"{name}.npy", f"{name}.json"
+    with all_or_none(folder) as temporary:
+        np.save(temporary / pixels, study.pixels)
+        (temporary / geometry).write_text(json.dumps(describe(study), indent=2) + "\n", encoding="utf-8")
+    return Saved(folder / pixels, folder / geometry)
 
 
 def describe(study: ImageStudy) -> dict[str, Any]:
