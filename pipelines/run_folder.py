@@ -43,7 +43,7 @@ class IndexEntry:
     """One line of `index.jsonl`: a report all of whose files are in place."""
 
     id: str
-    request: str  # SHA-256 over content, golden sample, model, kind, rules: by it a later run knows what is done
+    request: str  # SHA-256 over content, golden sample, model, settings: by it a later run knows what is done
     kind: str  # "ct" | "defect"
     title: str
     inputs: tuple[Mapping[str, str], ...]  # path, sha256
@@ -61,7 +61,7 @@ class IndexEntry:
     version: int = 1
     supersedes: str | None = None  # the id of the report that this one replaces
     superseded_by: str | None = None
-    subject: str = ""  # hash of the series UID or the file that it is about: the next report on it supersedes this one
+    subject: str = ""  # hash of the part of a series or the file that it is about: the next report on it supersedes this one
 
 
 _FIELDS: Final = {f.name for f in fields(IndexEntry)}
