@@ -61,7 +61,7 @@ class IndexEntry:
     version: int = 1
     supersedes: str | None = None  # the id of the report that this one replaces
     superseded_by: str | None = None
-    subject: str = ""  # hash of the part of a series or the file that it is about: the next report on it supersedes this one
+    subject: str = ""  # hash of the part of a series or the file it is about: the next report on it supersedes this one
 
 
 _FIELDS: Final = {f.name for f in fields(IndexEntry)}
