@@ -22,7 +22,9 @@ from pipelines.study import Rejection
 
 PAUSE_S: Final = 2.0  # until an item is asked for again that somebody else had taken
 # What may be otherwise at the next try. Whatever else is refused is refused for its content.
-PASSING: Final = frozenset(("model-failed", "out-of-memory", "unreadable", "not-found", "golden-sample-unreadable"))
+PASSING: Final = frozenset(
+    ("model-failed", "out-of-memory", "unreadable", "not-found", "decoding-timed-out", "golden-sample-unreadable")
+)
 _TOO_OFTEN: Final = "Report it as a fault of the program, with the input if that can be shared."
 
 

@@ -5,22 +5,31 @@ from __future__ import annotations
 import functools
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 
 @functools.cache
 def this_process() -> str:
     """A name that no other process has: machine, process id and its name space, time of start."""
-    return f"{socket.gethostname()}/{_name_space()}/{os.getpid()}/{_started(os.getpid())}"
+    return f"{_machine()}/{_name_space()}/{os.getpid()}/{_started(os.getpid())}"
 
 
 def is_gone(owner: str) -> bool:
     """Whether `owner` is a process of this machine that has ended. Of other machines that cannot be told."""
     host, _, rest = owner.rpartition("/")[0].partition("/")
     space, _, pid = rest.rpartition("/")
-    if not pid.isdigit() or (host, space) != (socket.gethostname(), _name_space()):
+    if not pid.isdigit() or (host, space) != (_machine(), _name_space()):
         return False
     return _started(int(pid)) != owner.rpartition("/")[2]
+
+
+@functools.cache
+def _machine() -> str:
+    """This start of this machine: host names are not unique, and processes do not outlive a start (random(4))."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
 
 
 def _name_space() -> str:

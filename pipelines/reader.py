@@ -258,16 +258,19 @@ class Reader:
         output = self._glance([glance])
         fields = field_log_probabilities(output)
         line, confidence = self._line(fields, kind)
-        domain = self._domain(domain_features(output.features), line, tiles.overview(pixels))
         if line == "ct":
+            domain = self._domain(domain_features(output.features), line, tiles.overview(pixels))
             whole = replace(glance, scale=glance.scale * max(small.shape) / max(height, width), size=(width, height))
             found = _candidates(select_regions(output.maps_BTHW, glance.x_CHW.shape[1:]), 0, whole, CT_TYPES)
             flags: tuple[str, ...] = ("seen-reduced",)
             return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), (0,), (), flags, domain)
         places = tiles.layout(height, width, LONGEST_SIDE[line])
         goldens = repeat(None) if golden is None else tiles.cut(golden, places, pixels.shape)
-        items = []
-        for place, grey, beside in zip(places, tiles.cut(pixels, places), goldens, strict=False):
+        items, features = [], []
+        every = -(-len(places) // BATCH)
+        for n, (place, grey, beside) in enumerate(zip(places, tiles.cut(pixels, places), goldens, strict=False)):
+            if n % every == 0:  # the training pictures had the scale of tiles, not that of the overview
+                features.append(domain_features(self._glance([view(grey, GLANCE, beside, square=True)]).features))
             closer = view(grey, LONGEST_SIDE[line], beside, square=False)
             for each in _candidates(self._inspect(closer, line, mirrored=False)[0], 0, closer, DEFECT_TYPES):
                 if LINE_OF_TYPE[each.type] == line:
@@ -281,6 +284,7 @@ class Reader:
             [place for _, place in items],
         )
         found = [replace(items[i][0], bbox=bbox) for i, bbox in merged]
+        domain = self._domain(torch.cat(features), line, tiles.overview(pixels))
         flags = ("read-in-tiles", "seen-reduced") if places[0][2] > LONGEST_SIDE[line] else ("read-in-tiles",)
         return Seen(line, confidence, fields, output.visual_BNC, found, (width, height), (0,), (), flags, domain)
 

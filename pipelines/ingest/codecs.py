@@ -28,6 +28,7 @@ from pipelines.ingest.refusals import Refusal
 
 CORES: Final = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
 SECONDS: Final = 3  # for one frame, and one more for each million pixels
+MARGIN: Final = 4096  # bytes of an answer beside its values
 MANY: Final = 8  # frames: from here on children are worth their start
 NATIVE: Final = {  # transfer syntaxes of pixels that are not compressed -> byte order
     "1.2.840.10008.1.2": "<",
@@ -134,11 +135,14 @@ class _Children:
             send(child.stdin, {k: v for k, v in facts.items() if k != "stream"}, frame.stream)
             seconds = SECONDS + frame.rows * frame.columns / 1e6
             if not select.select([child.stdout], [], [], seconds)[0]:
-                raise TimeoutError
-            kind, values = receive(child.stdout)
-        except (OSError, EOFError, ValueError):  # it ended, takes too long (TimeoutError), or writes no answer
+                raise Refusal("decoding-timed-out", "Decoding the pixel data took too long.")
+            kind, values = receive(child.stdout, most=8 * frame.rows * frame.columns + MARGIN)
+        except (OSError, EOFError, ValueError, TypeError):  # it ended, or what it writes is no answer
             _end(child)
             return None
+        except BaseException:
+            _end(child)
+            raise
         with self._lock:
             self._idle.append(child)
         return None if kind is None else (str(kind), values)

@@ -114,8 +114,8 @@ def send(pipe: IO[bytes], facts: Any, data: bytes) -> None:
     pipe.flush()
 
 
-def receive(pipe: IO[bytes]) -> tuple[Any, bytes]:
-    """Read what `send` wrote. Raises EOFError where the other side has gone.
+def receive(pipe: IO[bytes], most: int = MAX_BYTES) -> tuple[Any, bytes]:
+    """Read what `send` wrote. Raises EOFError where the other side has gone, ValueError for a part above `most` bytes.
 
     Nothing but JSON and bytes passes: a codec that a damaged stream has taken over cannot run code on the other side.
     """
@@ -124,7 +124,10 @@ def receive(pipe: IO[bytes]) -> tuple[Any, bytes]:
         size = pipe.read(SIZE_BYTES)
         if len(size) < SIZE_BYTES:
             raise EOFError
-        parts.append(pipe.read(int.from_bytes(size, "little")))
+        length = int.from_bytes(size, "little")
+        if length > most:
+            raise ValueError("more than a frame can hold")
+        parts.append(pipe.read(length))
     return json.loads(parts[0]), parts[1]
 
 

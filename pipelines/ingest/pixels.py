@@ -155,9 +155,12 @@ def to_hu(stored: np.ndarray, layout: Layout, rescale: Rescale, out: np.ndarray)
     Padding is what the header declares (PS3.3 C.7.5.1.1.2), or one value below -1024 HU that fills a part of the image.
     Photometric MONOCHROME1 changes the display, not the HU.  Raises Overflow where int16 is too small.
     """
+    as_stored = stored
     stored, ends, dirty = _used_bits(stored, layout)
     flags: set[str] = {"unused-bits-masked"} if dirty else set()
     padding = _declared_padding(stored, layout)
+    if dirty and padding is not None:  # padding may be declared beyond the bits that are used
+        padding |= _declared_padding(as_stored, layout)
     if rescale.table is not None:
         first, values = rescale.table
         table = np.array(values)

@@ -14,6 +14,7 @@ from pipelines.study import Rejection
 REMEDIES: Final[dict[str, str]] = {
     # files and folders
     "not-found": "Check the path: there is no such file or folder.",
+    "decoding-timed-out": "Run again when the machine is less busy; if it ends the same way, export it uncompressed.",
     "unreadable": "Check the permissions of the file and of the disk that it is on, then run again.",
     "empty-file": "Copy the file again from where it came from: it holds no bytes.",
     "empty-folder": "Name a folder that holds images.",
