@@ -58,11 +58,11 @@ def decode(frame: Frame, *, frames: int) -> np.ndarray:
     _check(frame)
     if frame.codec == "gdcm":
         stream = checked_stream(frame.stream, frame.rows, frame.columns, frame.bits_allocated)
-        answer = _children.decode(replace(frame, stream=stream), wait=True)
+        answer = _children.decode(replace(frame, stream=stream))
     elif frame.codec != "pillow" and frames >= MANY and CORES > 1:
         # GDCM takes two thirds of OpenJPEG's own time, and is safe in a child.
         swift = replace(frame, codec="gdcm") if frame.syntax.startswith(decoders.JPEG_2000) else frame
-        answer = _children.decode(swift, wait=False) or _here(frame)
+        answer = _children.decode(swift) or _here(frame)
     else:
         answer = _here(frame)
     if answer is None:
@@ -104,26 +104,14 @@ class _Children:
         self._places = threading.Semaphore(CORES)
         self._idle: list[subprocess.Popen[bytes]] = []
         self._owner = os.getpid()
-        self._at_work = 0
 
-    def decode(self, frame: Frame, *, wait: bool) -> tuple[str, bytes] | None:
-        """What `decoders.decode` gives; None where it fails, or where no child is free and `wait` is not set.
-
-        Without `wait` one core is left to this process, which can decode while children start.
-        """
+    def decode(self, frame: Frame) -> tuple[str, bytes] | None:
+        """What `decoders.decode` gives; None where it fails."""
         with self._lock:
             if self._owner != os.getpid():  # after a fork the children are the parent's
-                self._idle, self._owner, self._at_work = [], os.getpid(), 0
-            remote = wait or self._at_work < CORES - 1
-            self._at_work += remote
-        if not remote:
-            return None
-        try:
-            with self._places:
-                return self._ask(frame)
-        finally:
-            with self._lock:
-                self._at_work -= 1
+                self._idle, self._owner = [], os.getpid()
+        with self._places:
+            return self._ask(frame)
 
     def _ask(self, frame: Frame) -> tuple[str, bytes] | None:
         with self._lock:
