@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 import struct
 import tempfile
@@ -33,6 +34,9 @@ MAX_PNG_CHUNKS: Final = 2_000_000  # that are walked through to see whether the 
 MIN_SIDE: Final = 16  # a side shorter than this shows nothing that could be assessed
 FORMATS: Final = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 IN_MEMORY_BYTES: Final = 256 << 20  # of pixels; what is larger is kept in a temporary file
+PIXELS_A_BYTE: Final = (
+    8 * 3000
+)  # of PNG and TIFF: LZW makes 2,730 bytes of one, deflate 1,032; a pixel has a bit or more
 STRIP_PIXELS: Final = 1 << 22  # that are converted at once
 MM_PER_INCH: Final = 25.4
 SCREEN_DPI: Final = (72, 96)  # what programs write when they know nothing
@@ -207,12 +211,18 @@ def _open(stream: BinaryIO) -> Image.Image:
             raise Refusal("truncated", "The file ends too early.") from error
         raise Refusal("damaged-image", "The header is damaged.") from error
     _check_size(image)
-    if (
-        image.format in ("JPEG", "MPO")
-        and stream.seek(0, io.SEEK_END) * PIXELS_A_JPEG_BYTE < image.width * image.height
-    ):
+    if stream.seek(0, io.SEEK_END) * _pixels_a_byte(image) < image.width * image.height:
         raise Refusal("truncated", "The file is too small for the pixels that its header declares.")
     return image
+
+
+def _pixels_a_byte(image: Image.Image) -> float:
+    """How many pixels a byte of the file can hold at most."""
+    if image.format in ("JPEG", "MPO"):
+        return PIXELS_A_JPEG_BYTE
+    if image.format in ("PNG", "TIFF") and not str(image.info.get("compression")).startswith("group"):
+        return PIXELS_A_BYTE
+    return math.inf  # fax codes hold any number of white rows, WebP any area of one colour
 
 
 def _is_cut_short(stream: BinaryIO) -> bool:
