@@ -27,10 +27,12 @@ from flows.mounts import network_type
 from flows.settle import Drop, Patience, Settling, is_temporary_name
 from pipelines import run
 from pipelines.ingest import FileRef, Unit
+from pipelines.ingest.identifiers import PatternError
 from pipelines.run import Job, Session, UsageError
 from pipelines.run_folder import INDEX, IndexEntry, OutputError, written_by_runs
 from pipelines.store import ModelError, home
 from pipelines.study import Rejection
+from reports.rules import RulesError
 
 BURST_S: Final = 30.0  # of work, until the index is written and other commands can have the output folder
 PAUSE_S: Final = 2.0  # before another try when the disk, the ledger or the folder fails
@@ -107,7 +109,7 @@ class Watcher:
                     self._look()
                     self._work()
                     self._fine("broken")
-                except (LedgerError, OutputError, ModelError, UsageError) as error:
+                except (LedgerError, OutputError, ModelError, UsageError, RulesError, PatternError) as error:
                     if self._watching.once:
                         raise
                     self._trouble("broken", f"{error}", code=error.code)

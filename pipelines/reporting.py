@@ -136,7 +136,7 @@ def build_report(
         not_assessed=(
             *_not_assessed(study, reading, technique, reference),
             *measures.not_assessed,
-            *(_unsaid("rule-without-scale", rule=name) for name in open_rules),
+            *(NotAssessed.of("rule-without-scale", rule=name) for name in open_rules),
         ),
         quality_flags=flags,
         model=ModelInfo(
@@ -353,48 +353,43 @@ def _not_assessed(
     study: ImageStudy, reading: Reading, technique: Technique, reference: ImageStudy | None
 ) -> Iterable[NotAssessed]:
     if OUT_OF_DOMAIN in reading.quality_flags:
-        yield _unsaid("out-of-domain")
+        yield NotAssessed.of("out-of-domain")
     if reading.kind == "defect":
         yield from _defects_not_assessed(reading, reference)
     else:
         yield from _ct_not_assessed(study, reading, technique)
     if not study.geometry.spacing_mm:
-        yield _unsaid("scale")
-
-
-def _unsaid(code: str, **values: str | int | float | tuple[str, ...]) -> NotAssessed:
-    """What the report says nothing about; `reports.texts` has the words for each code."""
-    return NotAssessed(what="", reason="", code=code, values=values)
+        yield NotAssessed.of("scale")
 
 
 def _defects_not_assessed(reading: Reading, reference: ImageStudy | None) -> Iterable[NotAssessed]:
     code = "other-product" if reading.product_line else "unknown-product"
     for line in taxonomy.PRODUCT_LINES:
         if line.name != reading.product_line:
-            yield _unsaid(code, line=line.name, types=line.types)
-    yield _unsaid("other-defects")
+            yield NotAssessed.of(code, line=line.name, types=line.types)
+    yield NotAssessed.of("other-defects")
     if reading.product_line == "board" and reference is None:
-        yield _unsaid("golden-sample")
+        yield NotAssessed.of("golden-sample")
 
 
 def _ct_not_assessed(study: ImageStudy, reading: Reading, technique: Technique) -> Iterable[NotAssessed]:
-    yield _unsaid("other-findings", types=taxonomy.CT_TYPES)
-    yield _unsaid("absence")
-    yield _unsaid("history")
+    yield NotAssessed.of("other-findings", types=taxonomy.CT_TYPES)
+    yield NotAssessed.of("absence")
+    yield NotAssessed.of("history")
     for name, field in reading.fields.items():
         decided_by_geometry = technique.read_from.get(name) == "geometry"
         if field.value == taxonomy.UNDETERMINED and not decided_by_geometry:
             guess, probability = max(field.probabilities.items(), key=lambda item: item[1], default=("", 0.0))
             guessed: dict[str, str | float] = {"guess": guess, "probability": _unit(probability)} if guess else {}
-            yield _unsaid("field-guessed" if guess else "field", field=name, **guessed)
+            yield NotAssessed.of("field-guessed" if guess else "field", field=name, **guessed)
     if "covid19" in reading.fields and not _is_chest(technique):
-        yield _unsaid("covid19")
+        yield NotAssessed.of("covid19")
     if unread := sorted(set(range(len(study.pixels))) - set(reading.slices_read)):
-        yield _unsaid("slices", count=len(unread), total=len(study.pixels), slices=_ranges(unread))
+        yield NotAssessed.of("slices", count=len(unread), total=len(study.pixels), slices=_ranges(unread))
     if study.rejected_sources:
-        yield _unsaid("files", count=len(study.rejected_sources))
+        yield NotAssessed.of("files", count=len(study.rejected_sources))
     if study.units != "HU":
-        yield _unsaid("hounsfield")
+        yield NotAssessed.of("hounsfield")
 
 
 def _ranges(indices: Sequence[int]) -> str:

@@ -173,7 +173,11 @@ def _note(each: _Object, peer: str) -> None:
         "file": each.path.name,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with (each.path.parent / SENT).open("ab") as file:
+    path = each.path.parent / SENT
+    before = path.read_bytes() if path.is_file() else b""
+    with path.open("ab") as file:
+        if before and not before.endswith(b"\n"):  # a line that a crash tore: the new one stands alone
+            file.write(b"\n")
         file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
         file.flush()
         os.fsync(file.fileno())

@@ -161,6 +161,11 @@ class NotAssessed(Record):
     code: str = ""
     values: dict[str, str | int | float | tuple[str, ...]] = Field(default_factory=dict)
 
+    @classmethod
+    def of(cls, code: str, **values: str | int | float | tuple[str, ...]) -> NotAssessed:
+        """By its code alone; `reports.texts` has the words."""
+        return cls(what="", reason="", code=code, values=values)
+
 
 class ModelInfo(Record):
     name: str

@@ -72,6 +72,13 @@ def test_verdict_changes_where_pixels_cannot_be_read(tmp_path: Path) -> None:
     assert (found["series"][0]["verdict"], found["series"][0]["code"]) == ("refused", "truncated")
 
 
+def test_a_series_that_cannot_be_resampled_does_not_end_the_others(tmp_path: Path) -> None:
+    code, found = ingest(series(tmp_path / "ct", phantom_slices()), "--save", tmp_path / "out", "--isotropic", "0.05")
+    assert code == 1
+    assert [each["code"] for each in found["rejected"]] == ["not-a-volume"]
+    assert found["series"][0]["verdict"] == "volume" and not list((tmp_path / "out").glob("*.npy"))
+
+
 def test_a_uid_never_leads_out_of_the_folder(tmp_path: Path) -> None:
     slices = phantom_slices()
     for ds in slices:

@@ -126,7 +126,9 @@ def test_a_line_that_was_cut_off_counts_as_not_sent(out: Path) -> None:
         notes = out / "0123456789abcdef" / SENT
         notes.write_bytes(notes.read_bytes()[:-20])
         states = [each.state for each in send([out], peer_at(address)).objects]
+        after = {each.state for each in send([out], peer_at(address)).objects}
     assert states.count("accepted") == 1 and len(got) == len(states) + 1
+    assert after == {"already-sent"}  # the note after the torn one can be read
 
 
 def test_each_object_that_is_refused_says_why_and_the_others_go(out: Path) -> None:

@@ -111,17 +111,12 @@ def measure_study(study: ImageStudy) -> StudyMeasures:
     try:
         lungs = find_lungs(grid, body)
     except NoLungsError as error:
-        missing.append(_unsaid("lungs", why=error.code))
+        missing.append(NotAssessed.of("lungs", why=error.code))
     return _measure(study, grid, body, lungs, StudyMeasures(not_assessed=tuple(missing), quality_flags=flags))
 
 
 def _nothing(why: str, flags: tuple[str, ...]) -> StudyMeasures:
-    return StudyMeasures(not_assessed=(_unsaid("body-and-lungs", why=why),), quality_flags=flags)
-
-
-def _unsaid(code: str, **values: str) -> NotAssessed:
-    """`reports.texts` has the words for each code and each `why`."""
-    return NotAssessed(what="", reason="", code=code, values=dict(values))
+    return StudyMeasures(not_assessed=(NotAssessed.of("body-and-lungs", why=why),), quality_flags=flags)
 
 
 def _measure(study: ImageStudy, grid: Grid, body: Body, lungs: Lungs | None, so_far: StudyMeasures) -> StudyMeasures:
@@ -133,7 +128,7 @@ def _measure(study: ImageStudy, grid: Grid, body: Body, lungs: Lungs | None, so_
     found = list(diameters(grid, body))
     if not found:
         flags.append(BODY_TRUNCATED)
-        not_assessed.append(_unsaid("diameters"))
+        not_assessed.append(NotAssessed.of("diameters"))
     vote = vote_region(grid, body, lungs.left | lungs.right if lungs else np.zeros_like(body.mask))
     if vote.region:
         found.append(region_estimate(vote))

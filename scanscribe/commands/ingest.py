@@ -84,7 +84,11 @@ def _save(
         parts = list(volume.slices(study))
     else:
         name = series.series_uid or study.key[:16]
-        whole = study if isotropic is None else volume.isotropic(study, isotropic)
+        try:
+            whole = study if isotropic is None else volume.isotropic(study, isotropic)
+        except volume.NotAVolumeError as error:
+            rejected.append(Rejection(series.files[0], error.code, str(error), "Save it without --isotropic."))
+            return series, []
         parts = [(name if series.part == 1 else f"{name}_{series.part}", whole)]
     return series, [str(volume.save(part, folder, _file_name(name)).pixels) for name, part in parts]
 
