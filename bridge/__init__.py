@@ -1,6 +1,6 @@
 """Visual tokens into the decoder's vocabulary space."""
 
-from bridge.align import AlignBridge, BridgeConfig, MlpBridge, build_bridge
+from bridge.bridge import BRIDGES, Bridge, BridgeConfig, Design
 from bridge.evidence import EvidenceTokens
 
-__all__ = ["AlignBridge", "BridgeConfig", "EvidenceTokens", "MlpBridge", "build_bridge"]
+__all__ = ["BRIDGES", "Bridge", "BridgeConfig", "Design", "EvidenceTokens"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bridge import BridgeConfig, EvidenceTokens, build_bridge
+from bridge import Bridge, BridgeConfig, EvidenceTokens
 from decoder import Decoder, DecoderConfig
 from encoders import Detector, DetectorConfig, Glance, GlanceConfig, GlanceNet
 from reports.grammar import ID, POINTERS, TOKENS
@@ -99,7 +99,7 @@ class ScanScribeModel(nn.Module):
         self.config = config
         self.glance = GlanceNet(config.glance)
         self.detector = Detector(config.detector)
-        self.bridge = build_bridge(config.bridge)
+        self.bridge = Bridge(config.bridge)
         self.decoder = Decoder(config.decoder)
         self.evidence = EvidenceTokens(config.decoder.width, sum(config.glance.fields.values()))
 

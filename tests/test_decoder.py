@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bridge import AlignBridge, BridgeConfig, MlpBridge, build_bridge
 from decoder import Decoder, DecoderConfig, KeyValueCache, generate
 from decoder.moe import MixtureOfExperts
 from reports.grammar import END, ID, POINTERS, TOKENS, compile_grammar, from_tokens
@@ -117,21 +116,3 @@ def test_nothing_left_to_write_is_an_error(decoder: Decoder) -> None:
     forbidden = torch.ones(1, len(TOKENS), dtype=torch.bool)
     with pytest.raises(ValueError, match="nothing to write"):
         generate(decoder, torch.randn(1, 4, 48), torch.from_numpy(compile_grammar()), end=END, forbidden_BV=forbidden)
-
-
-def test_the_bridge_gives_convex_combinations_of_embeddings() -> None:
-    torch.manual_seed(0)
-    bridge = build_bridge(BridgeConfig(visual_width=24, width=48, vocabulary=10, queries=5, heads=3))
-    assert isinstance(bridge, AlignBridge)
-    table = torch.randn(10, 48)
-    read = bridge(torch.randn(2, 16, 24), table)
-    assert read.shape == (2, 5, 48)
-    weights = read @ torch.linalg.pinv(table)  # the table's rows are independent, so that weights are unique
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 5), atol=1e-3, rtol=1e-3)
-    assert weights.min() > -1e-3
-
-
-def test_the_control_bridge_keeps_every_token() -> None:
-    bridge = build_bridge(BridgeConfig(visual_width=24, width=48, vocabulary=10, name="mlp"))
-    assert isinstance(bridge, MlpBridge)
-    assert bridge(torch.randn(2, 16, 24), torch.randn(10, 48)).shape == (2, 16, 48)

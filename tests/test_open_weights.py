@@ -32,7 +32,7 @@ from benchmarks.parity_hf import (
     step_by_step,
     write_weights,
 )
-from bridge import AlignBridge, BridgeConfig
+from bridge import Bridge, BridgeConfig
 from decoder.open import CheckpointError, OpenDecoder, PromptError, Tokenizer, read_config
 
 RECORDED: dict[str, Any] = json.loads((GOLDEN / "recorded.json").read_text())["cases"]
@@ -446,7 +446,7 @@ def test_a_prefix_of_embeddings_is_read_as_the_tokens_would_be(decoders: dict[st
 def test_a_bridge_in_front_of_open_weights_learns(name: str, decoders: dict[str, OpenDecoder]) -> None:
     torch.manual_seed(0)
     decoder, visual = decoders[name], torch.randn(2, 16, 24)
-    bridge = AlignBridge(BridgeConfig(visual_width=24, width=128, vocabulary=96, queries=4, layers=1, heads=4))
+    bridge = Bridge(BridgeConfig(visual_width=24, width=128, vocabulary=96, queries=4, layers=1, heads=4))
     optimizer = torch.optim.Adam(bridge.parameters(), lr=3e-3)
     wanted = torch.tensor([prompts(name, 0)[0][:6], prompts(name, 1)[0][:6]])
     losses = []
