@@ -13,6 +13,7 @@ from typing import Final
 
 from flows.ledger import Claim, LeaseLostError, Ledger
 from flows.log import EventLog
+from flows.notify import is_critical
 from flows.quarantine import leave_quarantine, quarantine
 from pipelines.ingest import FileRef
 from pipelines.ingest.refusals import REMEDIES
@@ -40,9 +41,22 @@ class Tally:
 class Items:
     """Settles the items of one output folder, one at a time."""
 
-    def __init__(self, ledger: Ledger, log: EventLog, out: Path, spare: int, interval: float) -> None:
-        """`spare` bytes stay free when copies go to quarantine; what was given back is due after `interval` seconds."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        log: EventLog,
+        out: Path,
+        spare: int,
+        interval: float,
+        tell: Callable[..., None] | None = None,
+    ) -> None:
+        """`spare` bytes stay free when copies go to quarantine; what was given back is due after `interval` seconds.
+
+        `tell` notifies of what went to quarantine and of critical findings, before the ledger has it on record: what a
+        death in between costs is a second notification, not the only one.
+        """
         self._ledger, self._log, self._out, self._spare, self._interval = ledger, log, out, spare, interval
+        self._tell = tell or (lambda event, **facts: None)
         self._kept: dict[str, Claim] = {}  # claims whose work the disk or the ledger broke off
         self.tally = Tally()
 
@@ -72,7 +86,7 @@ class Items:
         self, session: Session, claim: Claim, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
     ) -> float | None:
         """Work on a claimed item and put on record what came of it."""
-        item, started = claim.request[:16], time.monotonic()
+        item, started, busy = claim.request[:16], time.monotonic(), session.device_seconds
         if claim.exhausted:
             why = Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
             return self._fail(claim, session.conclude(why), files)
@@ -84,10 +98,22 @@ class Items:
         if isinstance(outcome, Rejection):
             return self._fail(claim, outcome, files)
         leave_quarantine(self._out, claim.request)
+        if is_critical(outcome):
+            types = ",".join(outcome.types)
+            self._tell("critical-finding", item=item, report=outcome.id, kind=outcome.kind, types=types)
         self._ledger.done(claim, outcome.id)
         self.tally.reported += 1
-        seconds = round(time.monotonic() - started, 3)
-        self._log("reported", item=item, report=outcome.id, version=outcome.version, files=len(files), seconds=seconds)
+        self._log(
+            "reported",
+            item=item,
+            report=outcome.id,
+            kind=outcome.kind,
+            version=outcome.version,
+            files=len(files),
+            attempt=claim.attempt,
+            read=round(session.device_seconds - busy, 6),
+            seconds=round(time.monotonic() - started, 3),
+        )
         return None
 
     def _claim(self, session: Session, key: str, files: list[str]) -> Claim | float:
@@ -130,6 +156,7 @@ class Items:
         places = [Path(path) for path in files]
         spare = self._spare
         quarantine(self._out, claim.request, places, why, attempts=claim.attempt, spare=spare)
+        self._tell("quarantined", item=item, code=why.code, attempts=claim.attempt)
         self._ledger.quarantined(claim, why.code, why.reason)
         self.tally.refused += 1
         self._log("quarantined", item=item, code=why.code, attempts=claim.attempt, files=len(files))

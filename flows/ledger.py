@@ -295,6 +295,11 @@ class Ledger:
         found = self._database.run(lambda c: {state: n for state, n in c.execute(count.group_by(_ITEMS.c.state))})
         return {state: found.get(state, 0) for state in STATES}
 
+    def oldest(self) -> float | None:
+        """When the oldest item was added that is not settled; None where all are."""
+        wanted = sql.select(sql.func.min(_ITEMS.c.added)).where(_ITEMS.c.scope == self.scope, _ITEMS.c.state.in_(OPEN))
+        return self._database.run(lambda connection: connection.scalar(wanted))
+
     def retry(self, requests: Iterable[str]) -> int:
         """Let items wait again with all their tries, unless somebody works on them; returns how many.
 

@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+
+Fact = str | int | float | None
+Hearer = Callable[[str, Mapping[str, Fact]], None]
 
 
 class EventLog:
-    """Writes events as `2026-01-31T12:00:00Z reported report=0123456789abcdef files=1`, or as a JSON object a line."""
+    """Writes events as `2026-01-31T12:00:00Z reported report=0123456789abcdef files=1`, or as a JSON object a line.
 
-    def __init__(self, *, as_json: bool = False) -> None:
-        self._as_json = as_json
+    Each event also goes to the `hearers`: metrics, notifications.  Safe to call from several threads.
+    """
 
-    def __call__(self, event: str, **facts: str | int | float | None) -> None:
+    def __init__(self, *, as_json: bool = False, hearers: tuple[Hearer, ...] = ()) -> None:
+        self._as_json, self._hearers = as_json, hearers
+        self._lock = threading.Lock()
+
+    def __call__(self, event: str, **facts: Fact) -> None:
         moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         known = {name: value for name, value in facts.items() if value is not None}
         if self._as_json:
@@ -27,5 +36,8 @@ class EventLog:
                 for name, value in known.items()
             )
             line = " ".join((moment, event, *words))
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        with self._lock:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+        for hear in self._hearers:
+            hear(event, known)

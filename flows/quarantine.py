@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from flows.space import free_bytes
 from pipelines.run_folder import QUARANTINE
 from pipelines.study import Rejection
 from reports.files import all_or_none, clear_leftovers
@@ -52,7 +53,7 @@ def _copy(path: Path, folder: Path, number: int, spare: int) -> str | None:
     """The name of the copy; None where there is none."""
     name = f"{number:04}-{os.fsencode(path.name).decode('utf-8', 'replace')}"
     try:
-        if shutil.disk_usage(folder).free - path.stat().st_size < spare:
+        if free_bytes(folder) - path.stat().st_size < spare:
             return None
         shutil.copyfile(path, folder / name)
     except OSError:

@@ -11,7 +11,6 @@ import fcntl
 import filecmp
 import hashlib
 import os
-import shutil
 import ssl
 import tempfile
 import threading
@@ -29,6 +28,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
 from flows.log import EventLog
+from flows.space import MIN_FREE, shortage
 
 INCOMING: Final = ".incoming"
 SYNTAXES: Final = tuple(
@@ -56,7 +56,7 @@ class Node:
     bind: str = "127.0.0.1"
     callers: tuple[str, ...] = ()  # AE titles that may call; none: all
     associations: int = 10  # at a time
-    min_free: int = 1 << 30  # bytes; with less, instances are refused as out of resources
+    min_free: int = MIN_FREE  # bytes; with less, instances are refused as out of resources
     certificate: Path | None = None  # PEM; turns TLS on
     key: Path | None = None  # PEM, where it is not in the certificate's file
     authorities: Path | None = None  # PEM; who must have signed the peers' certificates
@@ -72,6 +72,7 @@ class Receiver:
         self._lock = threading.Lock()
         self._counts: dict[int, list[int]] = {}  # association -> stored, refused
         self._released: set[int] = set()  # associations that their peer ended in order
+        self._low = False  # on space, as was said last
         self._tls = _tls(node)
         try:
             self._incoming.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ class Receiver:
 
     def _keep(self, path: Path, instance: str) -> int:
         """Move a received file to its place; its DIMSE status. Raises OSError."""
-        if shutil.disk_usage(self._inbox).free < self._node.min_free:
+        if not self._room():
             return NO_RESOURCES
         try:
             header = pydicom.dcmread(
@@ -188,6 +189,15 @@ class Receiver:
             finally:
                 os.close(descriptor)
         return STORED
+
+    def _room(self) -> bool:
+        """Whether there is space for more; says so when that changes."""
+        words = shortage({"inbox": self._inbox}, self._node.min_free)
+        with self._lock:
+            changed, self._low = bool(words) != self._low, bool(words)
+        if changed:
+            self._log("disk-low", message=words) if words else self._log("disk-low-over")
+        return not words
 
     def _opened(self, event: evt.Event) -> None:
         with self._lock:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import shutil
 import stat
 import threading
 import time
@@ -25,6 +24,7 @@ from flows.ledger import Ledger, LedgerError
 from flows.log import EventLog
 from flows.mounts import network_type
 from flows.settle import Drop, Patience, Settling, is_temporary_name
+from flows.space import MIN_FREE, shortage
 from pipelines import run
 from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.identifiers import PatternError
@@ -37,7 +37,6 @@ from reports.rules import RulesError
 BURST_S: Final = 30.0  # of work, until the index is written and other commands can have the output folder
 PAUSE_S: Final = 2.0  # before another try when the disk, the ledger or the folder fails
 SCAN_SHARE: Final = 5  # a full look takes at most this part of the time: 1/5
-MIN_FREE: Final = 1 << 30
 
 # What a file that is still being copied can look like.
 _UNFINISHED: Final = """
@@ -62,10 +61,17 @@ class Watching:
 class Watcher:
     """Watches one folder. `run` returns after `stop`, at the end of the item that is at work."""
 
-    def __init__(self, job: Job, watching: Watching, ledger: Ledger, log: EventLog) -> None:
+    def __init__(
+        self,
+        job: Job,
+        watching: Watching,
+        ledger: Ledger,
+        log: EventLog,
+        tell: Callable[..., None] | None = None,
+    ) -> None:
         """Raises UsageError, PatternError and ModelError for what can be told to be wrong before any work.
 
-        The job's inputs are the folder.
+        The job's inputs are the folder.  `tell` is that of `flows.items.Items`.
         """
         self._root = Path(os.path.abspath(watching.folder))
         if not self._root.is_dir():
@@ -87,7 +93,12 @@ class Watcher:
         self._settling = Settling(self._patience, ledger.seen())
         self._troubles: dict[str, str] = {}  # what is wrong now -> the sentence that was said
         self._next_look = self._next_scan = 0.0
-        self._items = Items(ledger, log, job.out, watching.min_free, self._patience.interval)
+        self._items = Items(ledger, log, job.out, watching.min_free, self._patience.interval, tell)
+
+    @property
+    def settling(self) -> int:
+        """How many files are there that are not taken yet."""
+        return len(self._settling.open)
 
     def stop(self) -> None:
         """Let `run` return soon. Safe in a signal handler."""
@@ -371,15 +382,10 @@ class Watcher:
         return now + min(max(age / 2, self._patience.interval), self._patience.refuse_after - age)
 
     def _room(self) -> bool:
-        """Whether there is space for more reports."""
-        place = next(folder for folder in (self._out, *self._out.parents) if folder.exists())
-        free = shutil.disk_usage(place).free
-        low = free < self._watching.min_free
-        words = (
-            f"Less than {self._watching.min_free >> 20} MiB are free for the reports: no work is taken until there is."
-        )
-        self._say_if("disk-low", low, words)
-        return not low
+        """Whether there is space for more reports, and for what is kept about them."""
+        words = shortage({"reports": self._out, "state folder": home()}, self._watching.min_free)
+        self._say_if("disk-low", bool(words), words)
+        return not words
 
     # Saying
 

@@ -31,7 +31,7 @@ from reports.bundle import Bundle, BundleError, load_bundle
 from reports.files import clear_leftovers
 from reports.formats import RunReports, check_formats, formats
 from reports.lot.sampling import LotPlan
-from reports.rules import DEFAULT_RULES, load_rules
+from reports.rules import DEFAULT_RULES, WORST_FIRST, load_rules
 from reports.schema import Report
 from reports.texts import LANGUAGES, Language
 from reports.writing import (
@@ -144,6 +144,7 @@ class Session:
         self._rejected: dict[Rejection, None] = {}  # what the header pass refuses is refused by its series, too
         self._passed_over = self._without_golden_sample = 0
         self._done = self._total = 0
+        self.device_seconds = 0.0  # that the model spent on reading
         self._first_report: float | None = None
         self._stop = threading.Event()
         self._at_work = threading.Lock()  # the folder is not let go while a thread may still write into it
@@ -347,6 +348,7 @@ class Session:
         try:
             reading = reader.read(study, kind=self.job.kind, reference=reference)
             read = time.perf_counter()
+            self.device_seconds += read - started
             measures = measure_study(study) if reading.kind == "ct" else NOT_MEASURED
             report = build_report(
                 study,
@@ -378,6 +380,7 @@ class Session:
             inputs=tuple({"path": source.name, "sha256": source.sha256} for source in report.source.inputs),
             findings=len(report.findings),
             types=tuple(dict.fromkeys(finding.type for finding in report.findings)),
+            severity=_worst(report),
             disposition=report.disposition,
             confidence=max((finding.confidence for finding in report.findings), default=None),
             formats=files,
@@ -468,6 +471,12 @@ def as_version(report: Report, folder: RunFolder, request: str, subject: str) ->
     if former:
         report = report.model_copy(update={"version": former.version + 1, "supersedes": former.id})
     return report
+
+
+def _worst(report: Report) -> str | None:
+    """The severity of the worst finding."""
+    found = {finding.severity for finding in report.findings}
+    return next((severity for severity in WORST_FIRST if severity in found), None)
 
 
 def _subject(study: ImageStudy, unit: ingest.Unit) -> str:

@@ -61,6 +61,7 @@ class IndexEntry:
     version: int = 1
     supersedes: str | None = None  # the id of the report that this one replaces
     superseded_by: str | None = None
+    severity: str | None = None  # of the worst finding, where the rules say one
     subject: str = ""  # hash of the part of a series or the file it is about: the next report on it supersedes this one
 
 

@@ -28,7 +28,7 @@ Disposition = Literal["accept", "rework", "reject", "hold"]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Size = Annotated[float, Field(ge=0)]
 Rectangle = tuple[Percent, Percent, Percent, Percent]  # left, top, right, bottom in per cent of the picture
-_WORST_FIRST: Final = ("critical", "major", "minor")
+WORST_FIRST: Final = ("critical", "major", "minor")
 
 
 class RulesError(ValueError):
@@ -186,7 +186,7 @@ class Rules(Record):
         Where a rule hangs on a scale that is not known, the picture is judged both ways; it is held if they differ.
         """
         possible = [self._possible(defect) for defect in defects]
-        severities = [sorted({rule.severity for rule in rules}, key=_WORST_FIRST.index) for rules in possible]
+        severities = [sorted({rule.severity for rule in rules}, key=WORST_FIRST.index) for rules in possible]
         worst, best = (
             self._decide([(d, each[end]) for d, each in zip(defects, severities, strict=True)], quality_flags)
             for end in (0, -1)

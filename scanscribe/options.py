@@ -37,4 +37,25 @@ Identifiers = Annotated[
         help="Patterns for accession, lot, part and serial numbers. (default pipelines/ingest/default_identifiers.toml)"
     ),
 ]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics",
+        min=0,
+        max=65535,
+        help="Port of Prometheus metrics on 127.0.0.1; 0 takes a free one. (default none)",
+    ),
+]
+NotifyUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        envvar="SCANSCRIBE_NOTIFY",
+        show_envvar=True,
+        show_default=False,
+        help="URL that is told of failures and critical findings, signed with SCANSCRIBE_NOTIFY_SECRET.",
+    ),
+]
+MinFree = Annotated[int, typer.Option(min=0, help="MiB that stay free: with less, no work is taken.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

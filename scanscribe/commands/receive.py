@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from scanscribe.options import LogJson, MinFree
+
 
 def receive(
     inbox: Annotated[Path, typer.Option(help="Folder for what is received; `scanscribe watch` takes it from there.")],
@@ -20,13 +22,13 @@ def receive(
         list[str] | None, typer.Option(help="AE title that may call; repeat it for several. (default all)")
     ] = None,
     associations: Annotated[int, typer.Option(min=1, help="Associations at a time.")] = 10,
-    min_free: Annotated[int, typer.Option(min=0, help="MiB that stay free on the disk.")] = 1024,
+    min_free: MinFree = 1024,
     tls_cert: Annotated[Path | None, typer.Option(help="Our certificate (PEM); turns TLS on.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert (PEM), when it is not in there.")] = None,
     tls_ca: Annotated[
         Path | None, typer.Option(help="Authorities (PEM); callers then need a certificate of theirs.")
     ] = None,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")] = False,
+    log_json: LogJson = False,
 ) -> None:
     """Receive DICOM instances (C-STORE, C-ECHO) into a folder, until SIGTERM or Ctrl-C."""
     from flows.log import EventLog

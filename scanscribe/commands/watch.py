@@ -16,8 +16,12 @@ from scanscribe.options import (
     Identifiers,
     Kind,
     Language,
+    LogJson,
+    MetricsPort,
+    MinFree,
     MmPerPixel,
     Model,
+    NotifyUrl,
     Out,
     Reference,
     Rules,
@@ -54,16 +58,19 @@ def watch(
         float, typer.Option(min=0, help="Seconds without change until a file that does not open is refused.")
     ] = 60,
     rescan: Annotated[float, typer.Option(min=1, help="Seconds between full looks where there are events.")] = 60,
-    min_free: Annotated[int, typer.Option(min=0, help="MiB that stay free on the disk of the reports.")] = 1024,
+    min_free: MinFree = 1024,
     once: Annotated[bool, typer.Option("--once", help="Report what is complete, then end.")] = False,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")] = False,
+    log_json: LogJson = False,
+    metrics: MetricsPort = None,
+    notify: NotifyUrl = None,
 ) -> None:
     """Report what is dropped into a folder, until SIGTERM or Ctrl-C. Each content is reported once, whatever dies."""
     from flows.ledger import Ledger
-    from flows.log import EventLog
+    from flows.seeing import seeing
     from flows.settle import Patience
     from flows.watch import Watcher, Watching
     from pipelines.run import Job
+    from pipelines.store import home
     from scanscribe.settings import settings
 
     warnings.simplefilter("ignore")  # of the readers of files: they quote headers
@@ -81,8 +88,14 @@ def watch(
     watching = Watching(
         folder, Patience(interval, looks, quiet, cap, refuse_after), rescan, poll, min_free << 20, once=once
     )
-    with Ledger(out, ledger) as open_ledger:
-        watcher = Watcher(Job((folder,), out, **dict(chosen)), watching, open_ledger, EventLog(as_json=log_json))
+    disks = {"reports": out, "state": home()}
+    with (
+        Ledger(out, ledger) as open_ledger,
+        seeing(log_json=log_json, port=metrics, notify=notify, disks=disks, ledger=open_ledger) as seen,
+    ):
+        watcher = Watcher(Job((folder,), out, **dict(chosen)), watching, open_ledger, seen.log, seen.tell)
+        words = "Files in the watched folder that are not taken yet."
+        seen.metrics.show("scanscribe_files_settling", words, lambda: watcher.settling)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: watcher.stop())
         tally = watcher.run()
