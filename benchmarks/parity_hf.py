@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from decoder.open import Cache, OpenDecoder
+from decoder.open import OpenDecoder
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "open_weights"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text())
@@ -175,7 +175,7 @@ def write_weights(file: Path, shapes: dict[str, list[int]], seed: int) -> None:
 
 def step_by_step(decoder: OpenDecoder, ids: list[int]) -> Tensor:
     """Logits `[T, V]` of a prompt whose second half is given one token at a time."""
-    cache: Cache = decoder.new_cache(1, len(ids))
+    cache = decoder.new_cache(1, len(ids))
     half = len(ids) // 2
     parts = [ids[:half], *([token] for token in ids[half:])]
     return torch.cat([decoder(torch.tensor([part]), cache)[0] for part in parts])

@@ -1,6 +1,22 @@
 """The mixture-of-experts language decoder and its generation engine."""
 
+from decoder.attention import AttentionConfig, FullAttentionConfig
+from decoder.cache import Cache
+from decoder.config import DecoderConfig
 from decoder.engine import generate
-from decoder.model import Decoder, DecoderConfig, KeyValueCache
+from decoder.errors import PromptError
+from decoder.latent import LatentAttentionConfig
+from decoder.model import Decoder
+from decoder.moe import ExpertsConfig
 
-__all__ = ["Decoder", "DecoderConfig", "KeyValueCache", "generate"]
+__all__ = [
+    "AttentionConfig",
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "ExpertsConfig",
+    "FullAttentionConfig",
+    "LatentAttentionConfig",
+    "PromptError",
+    "generate",
+]

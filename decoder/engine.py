@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from decoder.model import Decoder, KeyValueCache
+from decoder.model import Decoder
 
 # (log-probabilities over what is allowed [B, V], -inf elsewhere) -> chosen token [B]
 Decide = Callable[[Tensor], Tensor]
@@ -36,10 +36,10 @@ def generate(
     """Writes one token sequence for each prompt, from the grammar's state 0 to the token `end`.
 
     `forbidden_BV` (bool) rules tokens out for one prompt alone. Raises ValueError when prompt and output do not fit the
-    decoder's length, or when nothing is allowed.
+    decoder's length (PromptError), or when nothing is allowed.
     """
     batch, device = len(prompt_BPD), prompt_BPD.device
-    cache = KeyValueCache(decoder.config, batch, device, prompt_BPD.dtype)
+    cache = decoder.new_cache(batch)
     logits_BV = decoder(prompt_BPD, cache)[:, -1]
     state_B = torch.zeros(batch, dtype=torch.long, device=device)
     alive_B = torch.ones(batch, dtype=torch.bool, device=device)
@@ -56,7 +56,7 @@ def generate(
         state_B = torch.where(alive_B & (token_B != end), grammar_SV[state_B, token_B].long(), state_B)
         alive_B = alive_B & (token_B != end)
         if bool(alive_B.any()):
-            logits_BV = decoder(decoder.embedding(token_B)[:, None], cache)[:, -1]
+            logits_BV = decoder(token_B[:, None], cache)[:, -1]
     written_TB = torch.stack(tokens)
     lengths = (written_TB == end).int().argmax(0) + 1
     return [written_TB[:n, b].tolist() for b, n in enumerate(lengths.tolist())]

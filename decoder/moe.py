@@ -1,66 +1,156 @@
-"""A sparse mixture of experts: a light gate, top-k routing, one shared expert, no dropped token.
+"""A sparse mixture of experts: a light gate, top-k routing, shared experts, no dropped token.
 
 Load is balanced without an auxiliary loss: a bias, moved once per optimiser step, tilts which experts are chosen but
 not how their outputs are weighted.
-Shapes: T tokens (batch and sequence flattened), D width, E experts, K active experts, I expert hidden width.
+Shapes: N tokens (batch and sequence flattened), D width, E experts, K active experts, I hidden width of an expert.
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Final, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoder.rotary import Fp32
 
-class MixtureOfExperts(nn.Module):
-    """`[T, D] -> [T, D]`."""
+# Up to so many (token, expert) pairs on a GPU weights are gathered; above, pairs are sorted for one grouped product.
+GATHERED: Final = 64
+
+
+def swiglu_parameters(width: int, hidden: int) -> int:
+    """Weights of one SwiGLU."""
+    return 3 * width * hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Sizes of a mixture, and how a token's experts are chosen and weighted."""
+
+    count: int = 16
+    active: int = 2
+    hidden: int = 96
+    shared_hidden: int = 192  # of all shared experts together; 0: none
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    balanced: bool = True  # a bias tilts the choice, not the weights; then a group's score is the sum of its best two
+    groups: int = 1  # experts come from the best `best_groups` of so many groups
+    best_groups: int = 1
+    normalised: bool = True  # weights sum to 1 before they are scaled
+    scale: float = 1.0
+
+    def parameters(self, width: int) -> int:
+        """Weights of one layer."""
+        expert = swiglu_parameters(width, self.hidden)
+        return self.count * (expert + width) + swiglu_parameters(width, self.shared_hidden)
+
+    def idle_parameters(self, width: int) -> int:
+        """Weights of one layer that take no part in one token."""
+        return (self.count - self.active) * swiglu_parameters(width, self.hidden)
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward of a dense layer, and the shared experts of a sparse one."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(width, 2 * hidden, bias=False)  # gate, then up
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.w13(x_BTD).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Router(Fp32):
+    """Chooses the experts of each token, in fp32 whatever the model's type: rounding would change the choice."""
 
     balance_E: Tensor  # moved by `rebalance`, saved with the weights
     load_E: Tensor  # tokens of each expert since the last `rebalance`
 
-    def __init__(self, width: int, experts: int, active: int, hidden: int, shared_hidden: int) -> None:
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()
-        self.experts, self.active = experts, active
-        self.gate = nn.Linear(width, experts, bias=False)
-        self.w13_E2ID = nn.Parameter(torch.randn(experts, 2 * hidden, width) * width**-0.5)
-        self.w2_EDI = nn.Parameter(torch.randn(experts, width, hidden) * hidden**-0.5)
-        self.shared13 = nn.Linear(width, 2 * shared_hidden, bias=False)
-        self.shared2 = nn.Linear(shared_hidden, width, bias=False)
-        self.register_buffer("balance_E", torch.zeros(experts))
-        self.register_buffer("load_E", torch.zeros(experts), persistent=False)
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.count, width).uniform_(-(width**-0.5), width**-0.5))
+        if config.balanced:
+            self.register_buffer("balance_E", torch.zeros(config.count))
+        self.register_buffer("load_E", torch.zeros(config.count, device="cpu"), persistent=False)
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of each token `[T, K]` and their weights `[T, K]` (fp32, sum 1)."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = F.linear(x_TD.float(), self.gate.weight.float()).sigmoid()
-        chosen_TK = (scores_TE + self.balance_E).topk(self.active, -1).indices
-        weights_TK = scores_TE.gather(1, chosen_TK)
-        return chosen_TK, weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-9)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        chosen_TK, weights_TK = self.route(x_TD)
-        counts_E = torch.zeros(self.experts, device=x_TD.device).scatter_add_(
-            0, chosen_TK.flatten(), torch.ones(chosen_TK.numel(), device=x_TD.device)
-        )
-        if self.training:
-            self.load_E += counts_E
-        # Every (token, slot) pair sorted by expert, so that each expert is one product.
-        order = chosen_TK.flatten().argsort(stable=True)
-        device = x_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-        rows = x_TD.to(dtype)[order // self.active]
-        offsets_E = counts_E.cumsum(0).to(torch.int32)
-        gate, up = F.grouped_mm(rows, self.w13_E2ID.to(dtype).transpose(-2, -1), offs=offsets_E).chunk(2, -1)
-        routed = F.grouped_mm(F.silu(gate) * up, self.w2_EDI.to(dtype).transpose(-2, -1), offs=offsets_E)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        routed_TKD = routed[back].view(*chosen_TK.shape, -1) * weights_TK[..., None].to(dtype)
-        gate, up = self.shared13(x_TD).chunk(2, -1)
-        return (routed_TKD.sum(1) + self.shared2(F.silu(gate) * up)).to(x_TD.dtype)
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their weights, both `[N, K]`."""
+        config = self.config
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.float(), self.weight)
+        score_NE = logits_NE.sigmoid() if config.score == "sigmoid" else logits_NE.softmax(-1)
+        choice_NE = score_NE + self.balance_E if config.balanced else score_NE
+        if config.groups > 1:
+            grouped = choice_NE.unflatten(-1, (config.groups, -1))
+            of_group = grouped.topk(2 if config.balanced else 1, -1).values.sum(-1)
+            best = torch.zeros_like(of_group).scatter_(1, of_group.topk(config.best_groups, -1).indices, 1.0)
+            choice_NE = grouped.masked_fill(best[..., None] == 0, float("-inf")).flatten(1)
+        chosen_NK = choice_NE.topk(config.active, -1).indices
+        # Activation checkpointing runs a layer again within the backward pass: that is no second load.
+        if self.training and torch._C._current_graph_task_id() == -1:
+            self.load_E.scatter_add_(0, chosen_NK.flatten(), self.load_E.new_ones(1).expand(chosen_NK.numel()))
+        weight_NK = score_NE.gather(1, chosen_NK)
+        if config.normalised:
+            weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
+        return chosen_NK, weight_NK * config.scale
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
-        """Moves the bias towards the experts that got fewer tokens than the mean; once per optimiser step."""
-        delta = rate * torch.sign(self.load_E.mean() - self.load_E)
-        self.balance_E += delta - delta.mean()
+        """Moves the bias towards the experts that got fewer tokens than the mean; once per optimiser step.
+
+        Where processes train together each counts its own tokens, and all move alike by their sum.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load_E)
+        delta_E = rate * torch.sign(self.load_E.mean() - self.load_E)
+        self.balance_E += delta_E - delta_E.mean()
         self.load_E.zero_()
+
+
+class Experts(nn.Module):
+    """The routed experts of a layer; no token is dropped."""
+
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        count, hidden = config.count, config.hidden
+        self.w13_E2ID = nn.Parameter(torch.randn(count, 2 * hidden, width) * width**-0.5)  # gate, then up
+        self.w2_EDI = nn.Parameter(torch.randn(count, width, hidden) * hidden**-0.5)
+
+    def forward(self, x_ND: Tensor, chosen_NK: Tensor) -> Tensor:
+        """What each token's experts make of it, `[N, K, D]`."""
+        device = x_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+        x_ND, w13_E2ID, w2_EDI = x_ND.to(dtype), self.w13_E2ID.to(dtype), self.w2_EDI.to(dtype)
+        if x_ND.is_cuda and chosen_NK.numel() <= GATHERED and not torch.is_grad_enabled():
+            gate, up = torch.einsum("nd,nkid->nki", x_ND, w13_E2ID[chosen_NK]).chunk(2, -1)
+            return torch.einsum("nki,nkdi->nkd", F.silu(gate) * up, w2_EDI[chosen_NK])
+        # Every (token, expert) pair sorted by expert, so that each expert is one product.
+        expert, order = chosen_NK.flatten().sort(stable=True)
+        ends_E = torch.searchsorted(expert, torch.arange(len(w2_EDI), device=expert.device), right=True, out_int32=True)
+        rows = x_ND[order // chosen_NK.shape[1]]
+        gate, up = F.grouped_mm(rows, w13_E2ID.transpose(-2, -1), offs=ends_E).chunk(2, -1)
+        rows = F.grouped_mm(F.silu(gate) * up, w2_EDI.transpose(-2, -1), offs=ends_E)
+        # Back into the tokens' order, so that a token's sum has one order whatever else is in the batch.
+        return torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, chosen_NK.shape)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, and shared ones beside them: `[B, T, D] -> [B, T, D]`."""
+
+    def __init__(self, width: int, config: ExpertsConfig) -> None:
+        super().__init__()
+        self.router = Router(width, config)
+        self.experts = Experts(width, config)
+        self.shared = SwiGLU(width, config.shared_hidden) if config.shared_hidden else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        chosen_NK, weight_NK = self.router(x_ND)
+        out_NKD = self.experts(x_ND, chosen_NK)
+        out_BTD = (out_NKD * weight_NK[..., None].to(out_NKD.dtype)).sum(1).view_as(x_BTD)
+        return (out_BTD if self.shared is None else out_BTD + self.shared(x_BTD)).to(x_BTD.dtype)

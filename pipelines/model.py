@@ -64,7 +64,7 @@ class ModelConfig:
             GlanceConfig(**values["glance"]),
             DetectorConfig(**values["detector"] | {"widths": tuple(values["detector"]["widths"])}),
             BridgeConfig(**values["bridge"]),
-            DecoderConfig(**values["decoder"]),
+            DecoderConfig.from_dict(values["decoder"]),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -124,7 +124,8 @@ def write_card(model: Path) -> None:
 
     stored = find(model)
     config = ModelConfig.from_dict(stored.config)
-    decoder = config.decoder
+    decoder, experts = config.decoder, config.decoder.experts
+    assert experts is not None  # `ModelConfig.default` has them
     summaries = read_evaluations(stored)
     card = CARD.format(
         name=stored.name,
@@ -137,9 +138,9 @@ def write_card(model: Path) -> None:
         vocabulary=decoder.vocabulary,
         layers=decoder.layers,
         width=decoder.width,
-        experts=decoder.experts,
-        active=decoder.active,
-        share=decoder.active / decoder.experts,
+        experts=experts.count,
+        active=experts.active,
+        share=experts.active / experts.count,
         decoder_parameters=decoder.parameters,
         size=stored.weights.stat().st_size / 2**20,
         sha=stored.weights_sha256,

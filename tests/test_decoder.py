@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from decoder import Decoder, DecoderConfig, KeyValueCache, generate
-from decoder.moe import MixtureOfExperts
+from decoder import (
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    ExpertsConfig,
+    FullAttentionConfig,
+    LatentAttentionConfig,
+    PromptError,
+    generate,
+)
+from decoder.moe import MixtureOfExperts, Router
 from reports.grammar import END, ID, POINTERS, TOKENS, compile_grammar, from_tokens
 
-SMALL = DecoderConfig(vocabulary=len(TOKENS), width=48, layers=2, heads=3, experts=8, expert_hidden=16, length=300)
+ATTENTIONS: dict[str, AttentionConfig] = {
+    "full": FullAttentionConfig(heads=3, kv_heads=3, head_dim=16),
+    "grouped": FullAttentionConfig(heads=4, kv_heads=2, head_dim=16, qk_norm="head"),
+    "latent": LatentAttentionConfig(heads=3, latent=24, rotary=8, plain=16, value=16),
+}
+SMALL = DecoderConfig(
+    vocabulary=len(TOKENS),
+    width=48,
+    layers=2,
+    length=300,
+    attention=ATTENTIONS["full"],
+    experts=ExpertsConfig(count=8, hidden=16, shared_hidden=24),
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,68 +46,157 @@ def decoder() -> Decoder:
 
 def test_experts_are_the_weighted_sum_of_the_chosen() -> None:
     torch.manual_seed(1)
-    moe = MixtureOfExperts(32, experts=8, active=2, hidden=16, shared_hidden=24).eval()
-    moe.balance_E.normal_(std=0.2)  # or the test passes with the bias ignored
+    moe = MixtureOfExperts(32, ExpertsConfig(count=8, hidden=16, shared_hidden=24)).eval()
+    moe.router.balance_E.normal_(std=0.2)  # or the test passes with the bias ignored
+    assert moe.shared is not None
     x = torch.randn(13, 32)
-    chosen, weights = moe.route(x)
+    chosen, weights = moe.router(x)
     expected = []
     for t in range(len(x)):
-        gate, up = moe.shared13(x[t]).chunk(2)
-        total = moe.shared2(F.silu(gate) * up)
+        gate, up = moe.shared.w13(x[t]).chunk(2)
+        total = moe.shared.w2(F.silu(gate) * up)
         for expert, weight in zip(chosen[t], weights[t], strict=True):
-            gate, up = (moe.w13_E2ID[expert] @ x[t]).chunk(2)
-            total = total + weight * (moe.w2_EDI[expert] @ (F.silu(gate) * up))
+            gate, up = (moe.experts.w13_E2ID[expert] @ x[t]).chunk(2)
+            total = total + weight * (moe.experts.w2_EDI[expert] @ (F.silu(gate) * up))
         expected.append(total)
-    torch.testing.assert_close(moe(x), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(moe(x[None])[0], torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_the_balance_chooses_but_does_not_weigh() -> None:
-    moe = MixtureOfExperts(16, experts=8, active=2, hidden=8, shared_hidden=8)
+    router = Router(16, ExpertsConfig(count=8))
     x = torch.randn(50, 16)
-    moe.balance_E[3] = 100.0
-    chosen, weights = moe.route(x)
+    router.balance_E[3] = 100.0
+    chosen, weights = router(x)
     assert (chosen == 3).any(1).all()
-    unbiased = torch.sigmoid(x @ moe.gate.weight.T).gather(1, chosen)
+    unbiased = torch.sigmoid(x @ router.weight.T).gather(1, chosen)
     torch.testing.assert_close(weights, unbiased / unbiased.sum(1, keepdim=True))
 
 
 def test_rebalancing_evens_the_load() -> None:
     torch.manual_seed(2)
-    moe = MixtureOfExperts(16, experts=8, active=2, hidden=8, shared_hidden=8).train()
+    router = Router(16, ExpertsConfig(count=8)).train()
     x = torch.randn(400, 16) + 1.0
 
     def spread() -> float:
-        moe.load_E.zero_()
-        moe(x)
-        return float(moe.load_E.std() / moe.load_E.mean())
+        router.load_E.zero_()
+        router(x)
+        return float(router.load_E.std() / router.load_E.mean())
 
     before = spread()
     for _ in range(300):
-        moe.load_E.zero_()
-        moe(x)
-        moe.rebalance(0.005)
+        router.load_E.zero_()
+        router(x)
+        router.rebalance(0.005)
     assert spread() < before / 2
 
 
+def test_a_checkpointed_layer_counts_its_load_once() -> None:
+    moe = MixtureOfExperts(16, ExpertsConfig(count=8, hidden=8, shared_hidden=8)).train()
+    x = torch.randn(1, 50, 16, requires_grad=True)
+    checkpoint(moe, x, use_reentrant=False).square().mean().backward()
+    assert float(moe.router.load_E.sum()) == 100
+
+
+def test_gates_and_positions_stay_in_single_precision() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL)
+    before = {name: tensor.clone() for name, tensor in (*decoder.named_parameters(), *decoder.named_buffers())}
+    decoder.to(torch.bfloat16)
+    after = dict((*decoder.named_parameters(), *decoder.named_buffers()))
+    kept = {name for name, tensor in after.items() if tensor.dtype == torch.float32}
+    assert kept == {name for name in before if ".router." in name or name.startswith("rotary.")}
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+
+
 def test_active_share_is_between_a_tenth_and_a_fifth() -> None:
-    config = DecoderConfig(vocabulary=10)
-    assert 0.1 <= config.active / config.experts <= 0.2
+    experts = ExpertsConfig()
+    assert 0.1 <= experts.active / experts.count <= 0.2
 
 
-def test_parameter_count_is_what_the_configuration_says(decoder: Decoder) -> None:
-    assert sum(p.numel() for p in decoder.parameters()) == SMALL.parameters
+def test_a_configuration_survives_json() -> None:
+    for attention in ATTENTIONS.values():
+        config = replace(SMALL, attention=attention, dense_layers=(0,), dense_hidden=64)
+        assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_decoding_with_the_cache_is_decoding_at_once(decoder: Decoder) -> None:
-    x = torch.randn(2, 20, 48)
-    cache = KeyValueCache(SMALL, 2, x.device, x.dtype)
-    steps = [decoder(x[:, :12], cache), *(decoder(x[:, t : t + 1], cache) for t in range(12, 20))]
-    torch.testing.assert_close(torch.cat(steps, 1), decoder(x), atol=1e-4, rtol=1e-4)
+# The cache
+
+
+def of_kind(name: str) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(replace(SMALL, attention=ATTENTIONS[name])).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_costs_are_those_of_the_tensors(name: str) -> None:
+    decoder = of_kind(name)
+    assert sum(p.numel() for p in decoder.parameters()) == decoder.config.parameters
+    cache = decoder.new_cache(2, 63)
+    assert sum(buffer.nbytes for buffer in cache.buffers) == 2 * decoder.config.cache_bytes(cache.places)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_in_whatever_parts_a_sequence_comes_its_hidden_states_are_the_same(name: str) -> None:
+    decoder, x = of_kind(name), torch.randn(2, 40, 48)
+    whole = decoder.hidden(x)
+    for split in ((12, *[1] * 28), (1, 20, 1, 18), (40,)):
+        cache = decoder.new_cache(2, 40)
+        parts = [decoder.hidden(part, cache) for part in x.split(split, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+        assert cache.used_B.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_rows_of_different_lengths_are_as_each_alone(name: str) -> None:
+    decoder, x = of_kind(name), torch.randn(3, 40, 48)
+    lengths, more = torch.tensor([7, 30, 19]), torch.tensor([4, 0, 1])
+    cache = decoder.new_cache(3, 60)
+    used = cache.used_B
+    decoder.hidden(x[:, :30], cache, lengths)
+    forced = decoder.hidden(x[:, 30:34], cache, more)
+    step = decoder.hidden(x[:, 34:35], cache)
+    assert used is cache.used_B
+    assert used.tolist() == [12, 31, 21]
+    for row in range(3):
+        own = torch.cat((x[row, : lengths[row]], x[row, 30 : 30 + more[row]], x[row, 34:35]))[None]
+        expected = decoder.hidden(own)[0]
+        torch.testing.assert_close(step[row, 0], expected[-1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(forced[row, : more[row]], expected[lengths[row] : -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_slot_goes_on_with_what_was_put_into_it_and_nothing_else(name: str) -> None:
+    decoder, x = of_kind(name), torch.randn(3, 40, 48)
+    cache, prompt, prefix = decoder.new_cache(3, 60), decoder.new_cache(2, 35), decoder.new_cache(1, 20)
+    decoder.hidden(torch.full((3, 50, 48), float("nan")), cache)
+    decoder.hidden(x[:2, :35], prompt)
+    decoder.hidden(x[2:, :20], prefix)
+    cache.put(torch.tensor([2, 0]), prompt)
+    cache.put(torch.tensor([1]), prefix)
+    assert cache.used_B.tolist() == [35, 20, 35]
+    step = decoder.hidden(x[:, 39:], cache)
+    for slot, (row, count) in enumerate(((1, 35), (2, 20), (0, 35))):
+        expected = decoder.hidden(torch.cat((x[row, :count], x[slot, 39:]))[None])
+        torch.testing.assert_close(step[slot, 0], expected[0, -1], atol=1e-4, rtol=1e-4)
+    cache.put(torch.tensor([0, 1, 2]), prefix)
+    shared = decoder.hidden(x[:, 20:25], cache)
+    expected = decoder.hidden(torch.cat((x[2:, :20].expand(3, -1, -1), x[:, 20:25]), 1))[:, 20:]
+    torch.testing.assert_close(shared, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_prompt_longer_than_the_decoder_is_refused(decoder: Decoder) -> None:
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(PromptError, match="301 positions do not fit: there is room for 300"):
         decoder(torch.randn(1, 301, 48))
+    cache, full = decoder.new_cache(2, 20), decoder.new_cache(1, 40)
+    decoder(torch.randn(2, 18, 48), cache)
+    with pytest.raises(PromptError, match="3 positions do not fit: there is room for 2"):
+        decoder(torch.randn(2, 3, 48), cache)
+    decoder(torch.randn(1, 30, 48), full)
+    with pytest.raises(PromptError, match="30 positions do not fit: there is room for 20"):
+        cache.put(torch.tensor([1]), full)
+
+
+# Generation
 
 
 def test_whatever_the_weights_the_output_parses(decoder: Decoder) -> None:

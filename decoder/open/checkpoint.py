@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from decoder.open.configs import DeepseekConfig
+from decoder.attention import FullAttentionConfig
+from decoder.latent import LatentAttentionConfig
+from decoder.moe import Router
+from decoder.open.configs import OpenConfig
 from decoder.open.errors import CheckpointError
-from decoder.open.layers import Experts, Router
 from decoder.open.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,38 +28,81 @@ SHOWN: Final = 5  # names of a kind in a message
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor of the checkpoint goes: a parameter, or a part of one that holds all experts."""
+    """Where a tensor of the checkpoint goes: one of the model's, or a part of one that is fused of several."""
 
-    parameter: str
+    tensor: str
     part: tuple[int | slice, ...]
     shape: tuple[int, ...]
 
 
 def places(model: OpenDecoder) -> dict[str, Place]:
     """The tensors that a checkpoint of the model must have, by name."""
+    config = model.config
     found = {}
-    for path, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{own}"
-            if isinstance(module, Experts):
-                for projection, place in _parts(name, own, parameter):
-                    expert = place.part[0]
-                    found[f"model.{path}.{expert}.{projection}.weight"] = place
-            else:
-                prefix = "" if path == "lm_head" else "model."
-                found[prefix + name] = Place(name, (), tuple(parameter.shape))
+    for name, tensor in model.state_dict().items():
+        for theirs, part in _parts(name, tensor, config):
+            shape = tensor[part].shape if part else tensor.shape
+            found[theirs] = Place(name, part, tuple(shape))
     return found
 
 
-def _parts(name: str, own: str, parameter: Tensor) -> Iterator[tuple[str, Place]]:
-    experts, rows, columns = parameter.shape
-    for expert in range(experts):
-        if own == "w2_EDI":
-            yield "down_proj", Place(name, (expert,), (rows, columns))
-        else:
-            half = rows // 2
-            yield "gate_proj", Place(name, (expert, slice(0, half)), (half, columns))
-            yield "up_proj", Place(name, (expert, slice(half, rows)), (half, columns))
+# Names within a layer; what is not here is fused of several of theirs, or is called alike.
+NAMES: Final = {
+    "attention_norm": "input_layernorm",
+    "feed_forward_norm": "post_attention_layernorm",
+    "attention.out": "self_attn.o_proj",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention.q": "self_attn.q_proj",
+    "attention.q_down": "self_attn.q_a_proj",
+    "attention.q_up": "self_attn.q_b_proj",
+    "attention.kv_down": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_norm": "self_attn.kv_a_layernorm",
+    "attention.kv_up": "self_attn.kv_b_proj",
+    "feed_forward.router": "mlp.gate",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.shared.w2": "mlp.shared_experts.down_proj",
+}
+
+
+def _parts(name: str, tensor: Tensor, config: OpenConfig) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
+    """Names of the tensors that make up one of the model's, and the part of it that each is."""
+    if not name.startswith("layers."):
+        outer = {"embedding.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight"}
+        yield outer.get(name, f"model.{name}"), ()
+        return
+    _, layer, inner = name.split(".", 2)
+    module, _, own = inner.rpartition(".")
+    prefix, latent = f"model.layers.{layer}.", isinstance(config.attention, LatentAttentionConfig)
+    if own == "balance_E":
+        yield f"{prefix}mlp.gate.e_score_correction_bias", ()
+    elif module == "attention.q_norm":
+        yield f"{prefix}self_attn.{'q_a_layernorm' if latent else 'q_norm'}.{own}", ()
+    elif module == "attention.qkv":
+        assert isinstance(config.attention, FullAttentionConfig)
+        yield from _rows(f"{prefix}self_attn.", ("q_proj", "k_proj", "v_proj"), config.attention.split, own)
+    elif module in ("feed_forward.w13", "feed_forward.shared.w13"):
+        outer_module = "mlp." if module == "feed_forward.w13" else "mlp.shared_experts."
+        yield from _rows(prefix + outer_module, ("gate_proj", "up_proj"), (len(tensor) // 2,) * 2, own)
+    elif module == "feed_forward.experts":
+        for expert in range(len(tensor)):
+            theirs = f"{prefix}mlp.experts.{expert}."
+            if own == "w2_EDI":
+                yield f"{theirs}down_proj.weight", (expert,)
+            else:
+                for part, rows in _rows(theirs, ("gate_proj", "up_proj"), (tensor.shape[1] // 2,) * 2, "weight"):
+                    yield part, (expert, *rows)
+    else:
+        yield f"{prefix}{NAMES[module]}.{own}", ()
+
+
+def _rows(
+    prefix: str, names: tuple[str, ...], counts: tuple[int, ...], own: str
+) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """Tensors of which one is stacked row by row."""
+    start = 0
+    for name, count in zip(names, counts, strict=True):
+        yield f"{prefix}{name}.{own}", (slice(start, start + count),)
+        start += count
 
 
 def shards(folder: Path) -> list[Path]:
@@ -93,15 +138,15 @@ def load_state(model: OpenDecoder, folder: Path, dtype: torch.dtype, device: tor
     where = check(model, expected, folder, shards(folder))
     gates = {path for path, module in model.named_modules() if isinstance(module, Router)}
     state = {}
-    for name, parameter in model.named_parameters():
+    for name, tensor in model.state_dict().items():
         kept = torch.float32 if name.rpartition(".")[0] in gates else dtype
-        state[name] = torch.empty(parameter.shape, dtype=kept, device=device)
+        state[name] = torch.empty(tensor.shape, dtype=kept, device=device)
     for file in sorted(set(where.values())):
         try:
             with safe_open(file, "pt") as opened:
                 for name in (name for name, its in where.items() if its == file):
                     place = expected[name]
-                    state[place.parameter][place.part].copy_(opened.get_tensor(name))
+                    state[place.tensor][place.part].copy_(opened.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError("damaged-file", file, f"cannot be read: {error}") from error
     return state
@@ -162,10 +207,8 @@ def _is_spare(model: OpenDecoder, name: str) -> bool:
     """Tensors that do not take part: a copy of tied embeddings, and DeepSeek-V3's layers that draft further tokens."""
     config = model.config
     if name == "lm_head.weight":
-        return config.tie_word_embeddings
-    if not isinstance(config, DeepseekConfig):
-        return False
-    drafts = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        return config.tied
+    drafts = range(config.layers, config.layers + config.draft_layers)
     return any(name.startswith(f"model.layers.{layer}.") for layer in drafts)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint or a prompt that cannot be used gets."""
+"""What a checkpoint that cannot be used gets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ CheckpointCode = Literal[
     "tensor-mismatch",
     "tokenizer-mismatch",
 ]
-PromptCode = Literal["prompt-too-long", "prompt-empty", "token-out-of-vocabulary"]
 
 
 class CheckpointError(ValueError):
@@ -23,11 +22,3 @@ class CheckpointError(ValueError):
         super().__init__(f"{file}: {message}")
         self.code, self.file = code, file
         self.tensors = tensors  # names of all that are missing, not expected or of the wrong shape or type
-
-
-class PromptError(ValueError):
-    """Token ids that the decoder cannot take; raised before anything is computed."""
-
-    def __init__(self, code: PromptCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code

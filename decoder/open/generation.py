@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from decoder.open.errors import PromptError
+from decoder.errors import PromptError
 
 if TYPE_CHECKING:
     from decoder.open.model import OpenDecoder
@@ -54,23 +54,22 @@ def generate(
     done = [Completion() for _ in prompts]
     if not prompts:
         return done
-    ends = set(decoder.config.eos_token_id if eos is None else eos)
-    device = decoder.embed_tokens.weight.device
+    ends = set(decoder.config.end_tokens if eos is None else eos)
+    device = decoder.embedding.weight.device
     chance = torch.Generator(device)
     chance.manual_seed(chance.seed() if seed is None else seed)
 
-    # Shorter prompts are filled up behind their end, where no position of theirs looks; decoding then overwrites that.
+    # Shorter prompts are filled up behind their end, where no position of theirs looks.
     # With their own last token: attention multiplies masked values by 0, which a token that gives NaN would survive.
     lengths = [len(prompt) for prompt in prompts]
     longest, lengths_B = max(lengths), torch.tensor(lengths, device=device) + ahead
     ids_BT = torch.tensor([[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts])
-    x_BTD = decoder.embed_tokens(ids_BT.to(device))
+    x_BTD = decoder.embed(ids_BT.to(device))
     if prefix_BPD is not None:
         x_BTD = torch.cat((prefix_BPD.to(x_BTD), x_BTD), 1)
     cache = decoder.new_cache(len(prompts), ahead + longest + max_new_tokens - 1)
-    x_BTD = decoder.hidden(x_BTD, cache)
+    x_BTD = decoder.hidden(x_BTD, cache, lengths_B)
     x_BD = x_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
-    cache.used_B = lengths_B
 
     running = set(range(len(prompts)))
     for left in reversed(range(max_new_tokens)):
@@ -90,13 +89,13 @@ def generate(
                 on_token(row, tokens[row])
         if not running or not left:
             break
-        x_BD = decoder.hidden(decoder.embed_tokens(token_B[:, None]), cache)[:, 0]
+        x_BD = decoder.hidden(decoder.embed(token_B[:, None]), cache)[:, 0]
     return done
 
 
 def check(decoder: OpenDecoder, prompts: Sequence[Sequence[int]], beside: int) -> None:
     """Raises PromptError unless every prompt fits the vocabulary and, with so many positions beside it, the context."""
-    context, vocabulary = decoder.config.max_position_embeddings, decoder.config.vocab_size
+    context, vocabulary = decoder.config.length, decoder.config.vocabulary
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise PromptError("prompt-empty", f"prompt {number} has no token")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from decoder.open.errors import CheckpointError
-from decoder.open.rope import Rope, Yarn
+from decoder.rotary import Rope, Yarn
 
 LONGEST: Final = 1 << 24  # positions of a context, words of a vocabulary
 _REQUIRED: Any = object()
@@ -120,7 +120,7 @@ class Settings:
         theta = rope.number("rope_theta", self.number("rope_theta", 10000.0))
         self.fits(theta > 1, '"rope_theta" above 1')
         if kind == "default":
-            return Rope(dim, theta, interleaved=interleaved)
+            return Rope(theta, interleaved=interleaved)
         yarn = Yarn(
             factor=rope.number("factor"),
             original_max_position_embeddings=rope.size("original_max_position_embeddings", most=LONGEST),
@@ -132,4 +132,4 @@ class Settings:
             truncate=rope.flag("truncate", True),
         )
         self.fits(min(yarn.factor, yarn.beta_fast, yarn.beta_slow) > 0, "YaRN's factor and betas above 0")
-        return Rope(dim, theta, yarn, interleaved)
+        return Rope(theta, yarn, interleaved)

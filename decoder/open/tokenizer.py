@@ -33,7 +33,7 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more precise
             raise CheckpointError("damaged-file", file, f"cannot be read: {error}") from error
         ids = tokenizer.get_vocab(with_added_tokens=True).values()
-        size, rows = max(ids, default=-1) + 1, config.vocab_size
+        size, rows = max(ids, default=-1) + 1, config.vocabulary
         if not LEAST_SHARE * rows <= size <= rows:
             raise CheckpointError(
                 "tokenizer-mismatch",
@@ -41,7 +41,7 @@ class Tokenizer:
                 f"its ids go up to {size - 1}, but model.embed_tokens.weight has {rows} rows: expected the tokenizer "
                 f"that came with the weights, with {LEAST_SHARE:.0%} to 100% of as many ids",
             )
-        for token in config.eos_token_id:
+        for token in config.end_tokens:
             if tokenizer.id_to_token(token) is None:
                 raise CheckpointError(
                     "tokenizer-mismatch", file, f"has no token {token}, which ends a text by config.json's eos_token_id"

@@ -167,7 +167,7 @@ def writer_loss(model: ScanScribeModel, rows: Pool, score_noise: float) -> Tenso
     logit = torch.logit(rows.scores.clamp(1e-4, 1 - 1e-4))
     noisy = (logit + torch.randn_like(logit) * score_noise).sigmoid() * (rows.scores > 0)
     prompt = model.prompt(rows.visual.float(), rows.fields, Evidence(rows.boxes, rows.types, noisy))
-    words = model.decoder.embedding(rows.tokens[:, :-1])
+    words = model.decoder.embed(rows.tokens[:, :-1])
     logits = model.decoder(torch.cat((prompt.to(words.dtype), words), 1))[:, prompt.shape[1] :]
     return F.cross_entropy(logits.float().transpose(1, 2), rows.targets[:, 1:], ignore_index=IGNORE)
 

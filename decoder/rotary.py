@@ -1,12 +1,17 @@
-"""Rotary position embedding: its frequencies, plain or stretched by YaRN (arXiv 2309.00071)."""
+"""Rotary position embedding: its frequencies, plain or stretched by YaRN (arXiv 2309.00071).
+
+Shapes: B batch, T positions, H heads, R rotary width of a head, r half of it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,8 @@ class Yarn:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotation of `dim` values a head by the position."""
+    """Rotation of the values of a head by the position."""
 
-    dim: int
     theta: float = 10000.0
     yarn: Yarn | None = None
     interleaved: bool = False  # pairs are neighbours (DeepSeek), not halves
@@ -61,16 +65,43 @@ class Rope:
         """Scale of the cosines and sines."""
         return self.yarn.amplitude if self.yarn else 1.0
 
-    def inverse_frequencies(self) -> Tensor:
-        """Radians a position, `[dim / 2]`, fp32, on the CPU whatever the default device."""
-        frequency = self.theta ** -(torch.arange(0, self.dim, 2, device="cpu", dtype=torch.float32) / self.dim)
+    def inverse_frequencies(self, dim: int) -> Tensor:
+        """Radians a position of `dim` values, `[dim / 2]`, fp32, on the CPU whatever the default device."""
+        frequency = self.theta ** -(torch.arange(0, dim, 2, device="cpu", dtype=torch.float32) / dim)
         if self.yarn is None:
             return frequency
-        low, high = self.yarn.bounds(self.dim, self.theta)
-        ramp = ((torch.arange(self.dim // 2, device="cpu", dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+        low, high = self.yarn.bounds(dim, self.theta)
+        ramp = ((torch.arange(dim // 2, device="cpu", dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
         return torch.lerp(frequency, frequency / self.yarn.factor, ramp)
 
     def rotate(self, x_BTHR: Tensor, cos_BT1r: Tensor, sin_BT1r: Tensor) -> Tensor:
         """Rotates each pair; results lie in halves either way, alike for queries and keys, so that products hold."""
         a, b = (x_BTHR[..., 0::2], x_BTHR[..., 1::2]) if self.interleaved else x_BTHR.chunk(2, -1)
         return torch.cat((a * cos_BT1r - b * sin_BT1r, b * cos_BT1r + a * sin_BT1r), -1).to(x_BTHR.dtype)
+
+
+class Fp32(nn.Module):
+    """What stays in fp32 when the model around it is converted to another type."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keep, recurse)
+
+
+class Rotary(Fp32):
+    """Positions `[B, T]` to cosines and sines `[B, T, 1, r]`."""
+
+    inv_freq: Tensor
+
+    def __init__(self, rope: Rope, dim: int) -> None:
+        super().__init__()
+        self.amplitude = rope.amplitude
+        self.register_buffer("inv_freq", rope.inverse_frequencies(dim), persistent=False)
+
+    def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        angle_BT1r = (positions_BT[..., None] * self.inv_freq)[:, :, None]
+        cos, sin = angle_BT1r.cos(), angle_BT1r.sin()
+        return (cos, sin) if self.amplitude == 1.0 else (cos * self.amplitude, sin * self.amplitude)
