@@ -364,9 +364,9 @@ def test_any_value_in_a_configuration_is_read_or_refused(tmp_path: Path, name: s
 
 
 def test_what_ends_a_text_comes_from_the_generation_configuration(folder: Path) -> None:
-    assert read_config(folder).eos_token_id == (1,)
+    assert read_config(folder).end_tokens == (1,)
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert read_config(folder).eos_token_id == (5, 7)
+    assert read_config(folder).end_tokens == (5, 7)
 
 
 # Generation
