@@ -15,11 +15,10 @@ from typing import Any, Final, Literal
 
 from PIL import Image
 
-from reports.taxonomy import CT_FIELDS, CT_TYPES, LINE_OF_TYPE, LINES, PRODUCT_LINES
+from reports.taxonomy import CT_FIELDS, CT_TYPES, LINES, PRODUCT_LINES, ProductLine
 
 Box = tuple[float, float, float, float]
 
-_LINE_OF_PRODUCT: Final = {line.title: line.name for line in PRODUCT_LINES} | {name: name for name in LINES}
 _FILE_KEYS: Final = ("image", "template")
 _READ_KEYS: Final = {"id", "split", "group", "product", "findings", *_FILE_KEYS, *CT_FIELDS}
 _QUOTED: Final = 100  # faults listed in an exception's text; `ManifestError.faults` has them all
@@ -31,7 +30,7 @@ _DIVIDED: Final = frozenset({"board"})
 class BoxLabel:
     """One labelled finding with its place."""
 
-    type: str  # a type of `reports.taxonomy`
+    type: str  # a type of `reports.taxonomy`, or of an owner's line
     bbox: Box  # x0, y0, x1, y1 in the image's pixels; x1, y1 exclusive
 
 
@@ -44,7 +43,7 @@ class Case:
     split: str | None
     group: str  # images that belong together (one patient, one part); the id where the line names no group
     kind: Literal["ct", "defect"] | None  # None: the line has no label that tells
-    product_line: str | None  # "steel", "tile", "board"
+    product_line: str | None  # "steel", "tile", "board", or an owner's own
     finding_types: tuple[str, ...] | None  # distinct, sorted; () is labelled as free of findings, None is not labelled
     boxes: tuple[BoxLabel, ...]  # of the findings that have one
     fields: dict[str, str]  # the known ones of `reports.taxonomy.CT_FIELDS`
@@ -87,8 +86,12 @@ def _listed(what: str, faults: Sequence[Fault]) -> str:
     return "\n  ".join([f"{what}: {len(faults):,} faults", *map(str, faults[:_QUOTED]), *more])
 
 
-def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False) -> list[Case]:
+def read_manifest(
+    path: Path, *, split: str | None = None, lenient: bool = False, lines: Sequence[ProductLine] = PRODUCT_LINES
+) -> list[Case]:
     """All cases of the manifest at `path` (of one `split` if given), in the order of its lines.
+
+    `lines` are the product lines and types that a label may name; those of an owner may have types without boxes.
 
     Paths in a line are relative to the manifest's folder. Boxes may leave the image by up to 1 px (rounding in the
     tool that drew them) and are clipped to it. The size comes from the image's header where Pillow knows the format,
@@ -99,29 +102,23 @@ def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False
     groups in several splits: one faulty line does not cost the answers for all others. A group of boards in several
     splits is only warned of in any case, since the published split of DeepPCB divides them.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
-        raise ManifestError(path, [Fault(0, f"{reason}; give a file of JSON lines")]) from None
-
     cases: list[Case] = []
     faults: list[Fault] = []
     unusable: list[Fault] = []  # labels and files of lines that are cases all the same
     line_of_id: dict[str, int] = {}
-    lines: list[int] = []  # of the cases
-    for number, line in enumerate(text.split("\n"), start=1):
+    numbers: list[int] = []  # of the cases' lines
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
-        case, problems = _read_line(line, path.parent)
+        case, problems = _read_line(line, path.parent, lines)
         if case is not None:
             if (seen := line_of_id.setdefault(case.id, number)) != number:
                 faults.append(Fault(number, f"id is already used on line {seen}; ids must be unique"))
             cases.append(case)
-            lines.append(number)
+            numbers.append(number)
         (faults if case is None else unusable).extend(Fault(number, problem) for problem in problems)
 
-    divided = _divided_groups(cases, lines)
+    divided = _divided_groups(cases, numbers)
     tolerated = [fault for case, fault in divided if lenient or case.product_line in _DIVIDED]
     if not lenient:
         unusable += [fault for case, fault in divided if case.product_line not in _DIVIDED]
@@ -141,7 +138,38 @@ def read_manifest(path: Path, *, split: str | None = None, lenient: bool = False
     return [case for case in cases if split is None or case.split == split]
 
 
-def read_data_sets(folder: Path, *, lenient: bool = False) -> dict[str, list[Case]]:
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        raise ManifestError(path, [Fault(0, f"{reason}; give a file of JSON lines")]) from None
+
+
+def terms_of(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The products and the finding types that a manifest names, each sorted: an owner's own words.
+
+    Lines that cannot be read are left to `read_manifest`. Raises `ManifestError` for a file that cannot be.
+    """
+    products: set[str] = set()
+    types: set[str] = set()
+    for line in _text_of(path).split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(record, dict):
+            continue
+        findings = record.get("findings")
+        named = [f.get("type") if isinstance(f, dict) else f for f in findings] if isinstance(findings, list) else []
+        products |= {value for value in [record.get("product")] if isinstance(value, str) and value}
+        types |= {name for name in named if isinstance(name, str) and name}
+    return tuple(sorted(products)), tuple(sorted(types))
+
+
+def read_data_sets(
+    folder: Path, *, lenient: bool = False, lines: Sequence[ProductLine] = PRODUCT_LINES
+) -> dict[str, list[Case]]:
     """The cases of every `*/manifest.jsonl` below `folder`, by the name of its folder.
 
     Raises `ManifestError` with the faults of all manifests together, or when there is no manifest.
@@ -152,7 +180,7 @@ def read_data_sets(folder: Path, *, lenient: bool = False) -> dict[str, list[Cas
     for manifest in manifests:
         name = manifest.parent.name
         try:
-            sets[name] = read_manifest(manifest, lenient=lenient)
+            sets[name] = read_manifest(manifest, lenient=lenient, lines=lines)
         except ManifestError as error:
             faults += [Fault(fault.line, fault.message, name) for fault in error.faults]
     if not manifests:
@@ -170,11 +198,11 @@ def groups_in_several_splits(cases: Iterable[Case]) -> int:
     return sum(len(splits) > 1 for splits in splits_of.values())
 
 
-def _divided_groups(cases: Sequence[Case], lines: Sequence[int]) -> list[tuple[Case, Fault]]:
+def _divided_groups(cases: Sequence[Case], numbers: Sequence[int]) -> list[tuple[Case, Fault]]:
     """For each further split that a group is in, its first case there, and the fault."""
     seen: dict[str, dict[str | None, int]] = {}
     divided = []
-    for case, line in zip(cases, lines, strict=True):
+    for case, line in zip(cases, numbers, strict=True):
         line_of_split = seen.setdefault(case.group, {})
         if case.split not in line_of_split:
             line_of_split[case.split] = line
@@ -185,7 +213,7 @@ def _divided_groups(cases: Sequence[Case], lines: Sequence[int]) -> list[tuple[C
     return divided
 
 
-def _read_line(line: str, folder: Path) -> tuple[Case | None, list[str]]:
+def _read_line(line: str, folder: Path, known: Sequence[ProductLine]) -> tuple[Case | None, list[str]]:
     """The case of one line (None when it has no usable id) and what is wrong with it."""
     try:
         record = json.loads(line)
@@ -202,14 +230,19 @@ def _read_line(line: str, folder: Path) -> tuple[Case | None, list[str]]:
     files = {key: _file(folder, key, texts[key], problems) for key in _FILE_KEYS}
     fields = _fields(record, problems)
     size = _image_size(files["image"], record) if record.get("findings") else None
-    types, boxes = _findings(record.get("findings"), size, problems)
+    types, boxes = _findings(record.get("findings"), size, known, problems)
 
-    lines = {LINE_OF_TYPE[name] for name in types or () if name in LINE_OF_TYPE}
+    defects = [name for name in types or () if name not in CT_TYPES]
+    lines = {each.name for each in known if set(defects) <= set(each.types)} if defects else set()
+    if defects and not lines:
+        lines = {next(each.name for each in known if name in each.types) for name in defects}
     if product := texts["product"]:
-        if product in _LINE_OF_PRODUCT:
-            lines.add(_LINE_OF_PRODUCT[product])
-        else:
-            problems.append(f"product {product!r} is unknown; known are: {', '.join(_LINE_OF_PRODUCT)}")
+        named = {each.name for each in known if product in (each.name, each.title)}
+        if not named:
+            problems.append(f"product {product!r} is unknown; known are: {', '.join(_products(known))}")
+        lines = named if named <= lines or not lines else named | lines
+    elif len(lines) > 1 and all(set(defects) <= set(each.types) for each in known if each.name in lines):
+        lines = {max(lines, key=lambda name: [each.name for each in known].index(name))}  # an owner's line comes last
     is_ct = bool(fields) or any(name in CT_TYPES for name in types or ())
     if len(lines) + is_ct > 1:
         problems.append(f"labels of different kinds in one case: {', '.join(sorted(lines) + ['ct'] * is_ct)}")
@@ -230,6 +263,10 @@ def _read_line(line: str, folder: Path) -> tuple[Case | None, list[str]]:
         extra={key: value for key, value in record.items() if key not in _READ_KEYS},
     )
     return case, problems
+
+
+def _products(known: Sequence[ProductLine]) -> list[str]:
+    return [*(each.title for each in known), *(each.name for each in known if each.name != each.title)]
 
 
 def _text(record: Mapping[str, Any], key: str, problems: list[str]) -> str | None:
@@ -267,7 +304,7 @@ def _fields(record: Mapping[str, Any], problems: list[str]) -> dict[str, str]:
 
 
 def _findings(
-    findings: object, size: tuple[int, int] | None, problems: list[str]
+    findings: object, size: tuple[int, int] | None, known: Sequence[ProductLine], problems: list[str]
 ) -> tuple[tuple[str, ...] | None, tuple[BoxLabel, ...]]:
     """Distinct types and boxes of a line's `findings`: CT types as words, or `{"type", "bbox"}` for any type."""
     if findings is None:
@@ -279,7 +316,8 @@ def _findings(
     boxes: list[BoxLabel] = []
     for position, finding in enumerate(findings, start=1):
         name = finding.get("type") if isinstance(finding, dict) else finding
-        if not isinstance(name, str) or (name not in LINE_OF_TYPE and name not in CT_TYPES):
+        of_lines = [each.name for each in known if name in each.types]
+        if not isinstance(name, str) or not (of_lines or name in CT_TYPES):
             problems.append(
                 f"finding {position} has the unknown type {name!r}; types are listed in reports/taxonomy.py"
             )
@@ -287,7 +325,7 @@ def _findings(
         types.add(name)
         given = finding.get("bbox") if isinstance(finding, dict) else None
         if given is None:
-            if name in LINE_OF_TYPE:
+            if of_lines and set(of_lines) <= set(LINES):
                 problems.append(f"finding {position} ({name}) has no bbox; defects need one")
         elif (box := _box(given, size)) is None:
             within = f" within {size[0]} x {size[1]} px" if size else ""

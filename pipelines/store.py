@@ -2,6 +2,9 @@
 
 A model is a folder with `model.json` (name, version, sizes, calibration, the weights' SHA-256), `weights.safetensors`
 and `MODEL_CARD.md`. Bundled models lie in the package `models`, an owner's own below `$SCANSCRIBE_HOME/models`.
+
+An adapted model has the weights of its adapter alone; its settings name the base by SHA-256 (`Base`), and the product
+line that it brings (`OwnLine`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import models
+from pipelines.own_line import OwnLine
+from reports.taxonomy import PRODUCT_LINES, ProductLine
 
 WEIGHTS: Final = "weights.safetensors"
 DOMAIN: Final = "domain.safetensors"
@@ -44,6 +49,16 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter was made for."""
+
+    name: str
+    version: str
+    weights_sha256: str
+    folder: str  # where it was; it is looked for elsewhere, too
+
+
+@dataclass(frozen=True, slots=True)
 class StoredModel:
     """A model's folder, and what its settings say."""
 
@@ -55,6 +70,31 @@ class StoredModel:
     weights_sha256: str
     config_sha256: str
     domain_sha256: str | None = None  # of the description of what the model knows, where there is one
+    base: Base | None = None  # of an adapted model
+    own_line: OwnLine | None = None  # that an adapted model brings
+    adapted: dict[str, Any] = field(default_factory=dict)  # how, on how much, and what was measured
+
+    @property
+    def lines(self) -> tuple[ProductLine, ...]:
+        """The product lines that the model tells apart, and their types; an adapted model's own is the last one."""
+        if self.own_line is None:
+            return PRODUCT_LINES
+        own = ProductLine(self.own_line.name, self.own_line.name, self.own_line.types)
+        return (*(line for line in PRODUCT_LINES if line.name != own.name), own)
+
+    def find_base(self) -> StoredModel:
+        """The model that this adapted one needs. Raises `ModelError` where it is not installed."""
+        assert self.base is not None
+        installed = [each for each in stored_models() if each.base is None]
+        if (Path(self.base.folder) / SETTINGS).is_file():
+            installed.append(_open(Path(self.base.folder)))
+        for each in installed:
+            if each.weights_sha256 == self.base.weights_sha256:
+                return each
+        raise ModelError(
+            f"{self.folder} adapts {self.base.name} {self.base.version} (weights {self.base.weights_sha256[:12]}...), "
+            "which is not installed: install that model, or run scanscribe adapt again on one that is"
+        )
 
     @property
     def weights(self) -> Path:
@@ -66,7 +106,9 @@ class StoredModel:
         return self.folder / DOMAIN
 
     def verify(self) -> None:
-        """Raises `ModelError` unless the files are the ones that the settings name."""
+        """Raises `ModelError` unless the files, also those of an adapted model's base, are the ones that are named."""
+        if self.base is not None:
+            self.find_base().verify()
         for path, expected in ((self.weights, self.weights_sha256), (self.domain, self.domain_sha256)):
             if expected is None:
                 continue
@@ -117,6 +159,7 @@ def _open(folder: Path) -> StoredModel:
         data = path.read_bytes()
         settings = json.loads(data)
         calibration = settings["calibration"]
+        base, line = settings.get("base"), settings.get("line")
         return StoredModel(
             folder,
             settings["name"],
@@ -126,6 +169,9 @@ def _open(folder: Path) -> StoredModel:
             settings["weights_sha256"],
             hashlib.sha256(data).hexdigest(),
             settings.get("domain_sha256"),
+            None if base is None else Base(**base),
+            None if line is None else OwnLine(**line | {"types": tuple(line["types"]), "weak": tuple(line["weak"])}),
+            settings.get("adapted", {}),
         )
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); give a folder with {SETTINGS}") from None
@@ -133,8 +179,18 @@ def _open(folder: Path) -> StoredModel:
         raise ModelError(f"{path} is not the settings of a model ({error!r}); install the model again") from None
 
 
-def save_settings(folder: Path, *, name: str, version: str, config: dict[str, Any], calibration: Calibration) -> None:
-    """Writes `model.json` beside weights that are already there."""
+def save_settings(
+    folder: Path,
+    *,
+    name: str,
+    version: str,
+    config: dict[str, Any],
+    calibration: Calibration,
+    base: Base | None = None,
+    own_line: OwnLine | None = None,
+    adapted: dict[str, Any] | None = None,
+) -> None:
+    """Writes `model.json` beside weights that are already there; the last three are of an adapted model."""
     settings = {
         "name": name,
         "version": version,
@@ -144,4 +200,6 @@ def save_settings(folder: Path, *, name: str, version: str, config: dict[str, An
     }
     if (folder / DOMAIN).is_file():
         settings["domain_sha256"] = hashlib.sha256((folder / DOMAIN).read_bytes()).hexdigest()
+    if base is not None and own_line is not None:
+        settings |= {"base": asdict(base), "line": asdict(own_line), "adapted": adapted or {}}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")

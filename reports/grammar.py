@@ -91,7 +91,9 @@ def count_word(n: int) -> str:
 def summarise(findings: Sequence[DraftFinding]) -> tuple[tuple[str, str, str], ...]:
     """The impression that follows from the findings: for each type how many, and where."""
     rows = []
-    for name in (*DEFECT_TYPES, *CT_TYPES):
+    known = (*DEFECT_TYPES, *CT_TYPES)
+    own = dict.fromkeys(f.type for f in findings if f.type not in known)  # of an owner's line, which no decoder writes
+    for name in (*known, *own):
         zones = [f.zone for f in findings if f.type == name]
         if zones:
             rows.append((count_word(len(zones)), name, zones[0] if len(set(zones)) == 1 else SCATTERED))

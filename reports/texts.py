@@ -50,8 +50,9 @@ class Words:
         return str(self._tables["sentence"][key]).format_map(values)
 
     def noun(self, finding_type: str, *, plural: bool = False) -> str:
-        """A finding type inside a sentence."""
-        forms = self.term("noun", finding_type).split("|")
+        """A finding type inside a sentence; one that only its owner knows is quoted as the owner writes it."""
+        listed = self._tables["noun"].get(finding_type)
+        forms = (listed or self.sentence("owners-noun", name=self.term("type", finding_type))).split("|")
         return forms[-1 if plural else 0]
 
     def flag(self, flag: str) -> str:

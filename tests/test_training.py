@@ -186,7 +186,7 @@ def test_a_run_that_diverges_stops_and_says_where_it_was_good(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "nothing"], "there are: detector, glance, writer"),
+        (["--recipe", "nothing"], "there are: adapt, detector, glance, writer"),
         (["--recipe", "detector", "--set", "stepz=3"], "has no 'stepz'"),
         (["--recipe", "writer"], "give --glance"),
         (

@@ -31,10 +31,18 @@ def cli(argv: list[str]) -> int:
     parser.add_argument("--detector", type=Path, help="weights of the detector (recipe `writer`)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's value")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a recipe's value; streams.NAME.batch=0 leaves a data set out",
+    )
     args = parser.parse_args(argv)
     try:
         recipe = load_recipe(args.recipe, args.set)
+        if recipe["kind"] == "adapt":
+            raise ValueError("an adapter needs a base and one line's pictures: run scanscribe adapt")
         if recipe["kind"] == "writer" and (args.glance is None or args.detector is None):
             raise ValueError(
                 "the writer reads with trained networks: "

@@ -29,11 +29,12 @@ class Mixture:
 
     def __init__(self, streams: list[Stream], recipe: dict[str, Any]) -> None:
         known = {stream.name: stream for stream in streams}
-        if missing := sorted(set(recipe["streams"]) - set(known)):
+        tables = {name: table for name, table in recipe["streams"].items() if table.get("batch") != 0}  # 0: left out
+        if missing := sorted(set(tables) - set(known)):
             raise ValueError(f"the recipe names data sets that are not there: {', '.join(missing)}")
         self.side = recipe["side"]
         self.parts: list[tuple[Stream, int, Augmentation, Augmentation]] = []
-        for name, table in recipe["streams"].items():
+        for name, table in tables.items():
             late = table.get("late", {})
             early = {key: value for key, value in table.items() if key != "late"}
             self.parts.append(
@@ -83,11 +84,22 @@ def _train(
     build: Callable[[], Network],
     losses: Callable[[Network, Batch], dict[str, Tensor]],
 ) -> Network:
-    recipe = run.recipe
-    torch.manual_seed(recipe["seed"])
-    mixture = Mixture([stream.to(device) for stream in load_streams(data, "train")], recipe)
+    torch.manual_seed(run.recipe["seed"])
+    mixture = Mixture([stream.to(device) for stream in load_streams(data, "train")], run.recipe)
     network = build().to(device).to(memory_format=torch.channels_last)
     network.train()
+    return fit(run, mixture, network, losses, device)
+
+
+def fit(
+    run: Run,
+    mixture: Mixture,
+    network: Network,
+    losses: Callable[[Network, Batch], dict[str, Tensor]],
+    device: torch.device,
+) -> Network:
+    """Trains what has gradients in `network`, which is on the device, and returns the averaged weights."""
+    recipe = run.recipe
     average = Ema(network, recipe["ema"])
     rate = torch.zeros((), device=device)
     on_gpu = device.type == "cuda"
@@ -117,6 +129,7 @@ def _train(
     for group in optimiser.param_groups if on_gpu else ():
         group["lr"] = rate  # a checkpoint brings a tensor of its own, which the schedule would not reach
     steps, late_from = recipe["steps"], round(recipe["steps"] * (1 - recipe["late_share"]))
+    look_every = min(100, max(25, steps // 20))
     replay = {late: capture(functools.partial(step, late)) for late in (False, True)} if on_gpu else {}
     for i in range(first, steps):
         now = recipe["learning_rate"] * cosine(i, steps, recipe["warmup"])
@@ -128,7 +141,7 @@ def _train(
             for group in optimiser.param_groups:
                 group["lr"] = now
             each = step(i >= late_from)
-        if (i + 1) % 100 == 0 or i + 1 == steps:
+        if (i + 1) % look_every == 0 or i + 1 == steps:
             run.check(each.sum(), i + 1)
             run.log(step=i + 1, **dict(zip(names, each.tolist(), strict=True)), rate=now)
         if (i + 1) % recipe["checkpoint_every"] == 0 or i + 1 == steps:

@@ -74,8 +74,13 @@ def assign(
     return owner_BA, has_BA, soft_BA
 
 
-def evidence_loss(dense: Dense, labels_BM: Tensor, truth_BM4: Tensor, valid_BM: Tensor) -> Tensor:
-    """The weighted sum of the three terms, per assigned score; `truth` in pixels of the network's input."""
+def evidence_loss(
+    dense: Dense, labels_BM: Tensor, truth_BM4: Tensor, valid_BM: Tensor, boxless_BT: Tensor | None = None
+) -> Tensor:
+    """The weighted sum of the three terms, per assigned score; `truth` in pixels of the network's input.
+
+    `boxless` is 1 for a type that the picture shows without a box: nothing is learned there about where it is.
+    """
     logits_BAT, distances_BA4R = dense.types_BAT.float(), dense.distances_BA4R.float()
     boxes_BA4 = decode_boxes(distances_BA4R, dense.points_A2, dense.strides_A)
     owner_BA, has_BA, soft_BA = assign(
@@ -84,7 +89,8 @@ def evidence_loss(dense: Dense, labels_BM: Tensor, truth_BM4: Tensor, valid_BM: 
     total = soft_BA.sum().clamp(min=1)
     label_BA = labels_BM.gather(1, owner_BA)
     target_BAT = _one_hot(label_BA, logits_BAT.shape[-1]) * soft_BA[..., None]
-    types = F.binary_cross_entropy_with_logits(logits_BAT, target_BAT, reduction="sum") / total
+    weight_B1T = None if boxless_BT is None else 1 - boxless_BT[:, None]
+    types = F.binary_cross_entropy_with_logits(logits_BAT, target_BAT, weight_B1T, reduction="sum") / total
 
     truth_BA4 = truth_BM4.gather(1, owner_BA[..., None].expand(-1, -1, 4))
     weight_BA = soft_BA * has_BA
@@ -101,9 +107,10 @@ def evidence_loss(dense: Dense, labels_BM: Tensor, truth_BM4: Tensor, valid_BM: 
     return WEIGHTS["types"] * types + WEIGHTS["iou"] * iou + WEIGHTS["distances"] * distances
 
 
-def presence_loss(logits_BT: Tensor, labels_BM: Tensor, valid_BM: Tensor) -> Tensor:
-    """Binary cross-entropy of each type being on the picture, summed over types, mean over pictures."""
-    present_BT = torch.zeros_like(logits_BT, dtype=torch.float32)
+def presence_loss(logits_BT: Tensor, labels_BM: Tensor, valid_BM: Tensor, boxless_BT: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of each type being on the picture, with a box or without, summed over types, mean over
+    pictures."""
+    present_BT = torch.zeros_like(logits_BT, dtype=torch.float32) if boxless_BT is None else boxless_BT
     present_BT = present_BT.scatter_add(1, labels_BM, valid_BM.float()).clamp(max=1)
     return F.binary_cross_entropy_with_logits(logits_BT.float(), present_BT, reduction="none").sum(1).mean()
 

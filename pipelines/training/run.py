@@ -27,7 +27,7 @@ class DivergedError(RuntimeError):
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The recipe called `name` (or the TOML file at that path), with `key=value` overrides of its top level.
+    """The recipe called `name` (or the TOML file at that path), with `key=value` overrides; `table.key` is in a table.
 
     Raises ValueError that names what there is.
     """
@@ -43,10 +43,17 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         word = "lacks" if faults - set(recipe) else "has an unknown"
         raise ValueError(f"{path} {word} {', '.join(sorted(faults))}; its keys must be those of {recipe['kind']}.toml")
     for override in overrides:
-        key, _, value = override.partition("=")
-        if key not in recipe:
-            raise ValueError(f"recipe {name!r} has no {key!r}; it has: {', '.join(recipe)}")
-        recipe[key] = tomllib.loads(f"v = {value}")["v"]
+        path_to, _, value = override.partition("=")
+        *outer, key = path_to.split(".")
+        table: Any = recipe
+        for part in outer:
+            table = table.get(part) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or key not in table:
+            raise ValueError(f"recipe {name!r} has no {path_to!r}; it has: {', '.join(recipe)}")
+        try:
+            table[key] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError:
+            raise ValueError(f"{override!r}: {value!r} is no value as TOML has them, such as 2000 or 1e-3") from None
     return recipe
 
 

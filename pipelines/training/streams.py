@@ -8,6 +8,7 @@ Shapes: N cases, S canvas side, M labelled boxes (padded).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ class Stream:
     labels: Tensor  # [N, MAX_BOXES] long
     valid: Tensor  # [N, MAX_BOXES] bool
     fields: Tensor  # [N, len(FIELDS)] long, -1 where unknown
-    types: Tensor  # [N, len(CT_TYPES)] float, -1 where unknown
+    # [N, len(CT_TYPES)] float, -1 where unknown; of a line with types of its own [N, those], 1 where one has no box.
+    types: Tensor
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -56,8 +58,12 @@ def _read(case: Case, longest: int) -> tuple[list[np.ndarray], float]:
     return pictures, scale
 
 
-def load_stream(name: str, cases: list[Case], *, longest: int | None = None) -> Stream:
+def load_stream(
+    name: str, cases: list[Case], *, longest: int | None = None, own_types: Sequence[str] | None = None
+) -> Stream:
     """Reads the pictures of `cases`; `longest` overrides the size at which the kind is inspected.
+
+    Labels are places in `DEFECT_TYPES`, or in the `own_types` of a line that the taxonomy does not know.
 
     Raises ValueError when the cases are of more than one product line.
     """
@@ -76,6 +82,9 @@ def load_stream(name: str, cases: list[Case], *, longest: int | None = None) -> 
     valid = np.zeros((len(cases), MAX_BOXES), bool)
     fields = np.full((len(cases), len(FIELDS)), -1, np.int64)
     types = np.full((len(cases), len(CT_TYPES)), -1.0, np.float32)
+    if own_types is not None:
+        types = np.zeros((len(cases), len(own_types)), np.float32)
+    names = DEFECT_TYPES if own_types is None else tuple(own_types)
     for i, (case, (layer, scale)) in enumerate(zip(cases, read, strict=True)):
         height, width = layer[0].shape
         for j in range(layers):
@@ -85,16 +94,19 @@ def load_stream(name: str, cases: list[Case], *, longest: int | None = None) -> 
         sizes[i] = width, height
         for j, box in enumerate(case.boxes[:MAX_BOXES]):
             boxes[i, j] = np.asarray(box.bbox, np.float32) * scale
-            labels[i, j] = DEFECT_TYPES.index(box.type)
+            labels[i, j] = names.index(box.type)
             valid[i, j] = True
         known = {"line": line, **case.fields}
         if "lung_nodule" in case.extra:
             known["lung_nodule"] = case.extra["lung_nodule"]
         for j, (field, values) in enumerate(FIELDS.items()):
-            if field in known:
+            if known.get(field) in values:
                 fields[i, j] = values.index(known[field])
         if line == "ct" and case.finding_types is not None:
             types[i] = [float(t in case.finding_types) for t in CT_TYPES]
+        elif own_types is not None:
+            boxless = set(case.finding_types or ()) - {box.type for box in case.boxes}
+            types[i] = [float(name in boxless) for name in own_types]
     name += "" if longest is None else f"@{side}"
     return Stream(name, line, *map(torch.from_numpy, (pictures, sizes, boxes, labels, valid, fields, types)))
 
