@@ -7,8 +7,11 @@ artifacts) holds hashes, counts and report ids only: file names can name a patie
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -16,11 +19,20 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.jobs import LISTENER, load_job
+from flows.crew import Crew, Handed
+from flows.jobs import ASKED, Crewing, load_job
+from flows.ledger import Ledger
+from flows.log import EventLog
+from flows.server import LocalServer
 from pipelines.ingest import Unit
+from pipelines.ingest.refusals import REMEDIES
 from pipelines.run import RunSummary, Session
+from pipelines.study import Rejection
 
-PICTURES_A_BATCH = 16
+PICTURES_A_BATCH: Final = 16
+HASHERS: Final = 4
+MOST_OUT: Final = 1024  # units that workers have or wait for
+LOOK_S: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +53,81 @@ class Batch:
 )
 def batch(job: str) -> RunSummary:
     """Report every input of the job with that hash (see `flows.jobs`)."""
-    with Session(load_job(job), LISTENER.get()) as session:
+    asked = ASKED.get()
+    with Session(load_job(job), asked.listener) as session:
         batches = group(discover(session))
-        done = []
-        try:
-            for each in batches:
-                done.append(read_and_report.with_options(task_run_name=each.name).submit(session, each))
-            for future in done:
-                future.result()
-        except BaseException:
-            session.stop()  # let the task that is at work end after the unit it is at
-            wait(done)
-            raise
+        if asked.crewing:
+            let_workers_report(session, batches, asked.server, asked.crewing)
+        else:
+            report_here(session, batches)
         summary = export(session)
     summarise(summary)
     return summary
+
+
+def report_here(session: Session, batches: Sequence[Batch]) -> None:
+    """Each batch is a task of this process."""
+    done = []
+    try:
+        for each in batches:
+            done.append(read_and_report.with_options(task_run_name=each.name).submit(session, each))
+        for future in done:
+            future.result()
+    except BaseException:
+        session.stop()  # let the task that is at work end after the unit it is at
+        wait(done)
+        raise
+
+
+def let_workers_report(session: Session, batches: Sequence[Batch], server: LocalServer, crewing: Crewing) -> None:
+    """Each batch is a task of some worker. What this flow leaves behind when it is stopped, the next one takes up."""
+    units: dict[str, list[Unit]] = {}  # the same content may be there under several names
+    with Ledger(session.job.out, crewing.ledger) as ledger, ThreadPoolExecutor(HASHERS) as hashers:
+        crew = Crew(session.job, ledger, server, EventLog())
+
+        def look() -> None:
+            for row in crew.settled():
+                session.refresh()
+                first, *others = units.pop(row.request)
+                if row.state == "quarantined":
+                    remedy = REMEDIES.get(row.code or "", "")
+                    for unit in (first, *others):
+                        session.refused(Rejection(unit.path, row.code or "", row.reason or "", remedy))
+                    continue
+                if not session.settled(first, row.request):  # it was removed meanwhile
+                    units[row.request] = [first, *others]
+                    ledger.retry([row.request])
+                    crew.give([Handed(row.request, _files(first), first)], crewing.lane)
+                for unit in others:
+                    session.settled(unit, row.request, before=True)
+
+        for each in batches:
+            requests = zip(each.units, hashers.map(session.request, each.units), strict=True)
+            handed = []
+            for unit, request in requests:
+                if not request:  # it cannot be read: that is said here
+                    session.conclude(session.prepare(unit))
+                elif request in units:
+                    units[request].append(unit)
+                elif not session.settled(unit, request, before=True):
+                    units[request] = [unit]
+                    handed.append(Handed(request, _files(unit), unit))
+            known = {
+                row.request for row in ledger.some(h.request for h in handed) if row.state in ("done", "quarantined")
+            }
+            ledger.retry(known)  # the report is not there, or a person starts the run again to have it tried again
+            if handed:
+                crew.give(handed, crewing.lane)
+            while len(crew) > MOST_OUT:
+                look()
+                time.sleep(LOOK_S)
+        while len(crew):
+            look()
+            time.sleep(LOOK_S)
+
+
+def _files(unit: Unit) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(file.path.absolute()) for file in unit.files))
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

@@ -24,7 +24,10 @@ from pipelines.study import Rejection
 PAUSE_S: Final = 2.0  # until an item is asked for again that somebody else had taken
 # What may be otherwise at the next try. Whatever else is refused is refused for its content.
 PASSING: Final = frozenset(
-    ("model-failed", "out-of-memory", "unreadable", "not-found", "decoding-timed-out", "golden-sample-unreadable")
+    (
+        *("model-failed", "out-of-memory", "unreadable", "not-found", "decoding-timed-out", "golden-sample-unreadable"),
+        "changed-meanwhile",
+    )
 )
 _TOO_OFTEN: Final = "Report it as a fault of the program, with the input if that can be shared."
 
@@ -49,6 +52,7 @@ class Items:
         spare: int,
         interval: float,
         tell: Callable[..., None] | None = None,
+        tally: Tally | None = None,
     ) -> None:
         """`spare` bytes stay free when copies go to quarantine; what was given back is due after `interval` seconds.
 
@@ -58,7 +62,7 @@ class Items:
         self._ledger, self._log, self._out, self._spare, self._interval = ledger, log, out, spare, interval
         self._tell = tell or (lambda event, **facts: None)
         self._kept: dict[str, Claim] = {}  # claims whose work the disk or the ledger broke off
-        self.tally = Tally()
+        self.tally = tally or Tally()
 
     def settle(
         self, session: Session, key: str, files: list[str], work: Callable[[], IndexEntry | Rejection | None]

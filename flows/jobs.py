@@ -9,34 +9,60 @@ from __future__ import annotations
 import hashlib
 import json
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final, Literal
 
 from flows.server import LocalServer, import_prefect, state_folder
 from pipelines import run
+from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import Job, Listener, References, RunSummary, check_job
 from reports.files import atomic_write
 from reports.lot.sampling import LotPlan
+from reports.rules import DEFAULT_RULES
 
-LISTENER: ContextVar[Listener | None] = ContextVar("LISTENER", default=None)  # who watches the flow in this process
+Lane = Literal["urgent", "normal", "off-peak"]
+LANES: Final[tuple[Lane, ...]] = ("urgent", "normal", "off-peak")  # a worker takes what waits in an earlier one first
+_FILES: Final = {"reference": None, "rules": DEFAULT_RULES, "identifiers": DEFAULT_PATTERNS}  # and their defaults
 
 
-def run_batch(job: Job, listener: Listener | None = None) -> RunSummary:
-    """Run the job as a Prefect flow in this process, against a server of its own or that of `PREFECT_API_URL`.
+@dataclass(frozen=True, slots=True)
+class Crewing:
+    """How a batch flow uses workers: it hands its batches to whatever workers serve, by way of the server."""
 
-    Raises what `pipelines.run.execute` raises, and ServerError.
+    lane: Lane = "normal"
+    ledger: str | None = None  # URL
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a flow is told beside its parameters, by who runs it in this process."""
+
+    server: LocalServer
+    listener: Listener | None = None
+    crewing: Crewing | None = None
+
+
+ASKED: ContextVar[Asked] = ContextVar("ASKED")
+
+
+def run_batch(job: Job, listener: Listener | None = None, crewing: Crewing | None = None) -> RunSummary:
+    """Run the job as a Prefect flow in this process, against the machine's server or that of `PREFECT_API_URL`.
+
+    With `crewing` the batches go to workers.  Raises what `pipelines.run.execute` raises, ServerError and LedgerError.
     """
     check_job(job)
     References(job.reference)  # a golden sample that cannot serve is told now, not after the server is up
     with LocalServer() as server:
-        run.load_reader(job.model, job.device)  # both while the server starts
+        if crewing is None:
+            run.load_reader(job.model, job.device)  # both while the server starts
         prefect = import_prefect()
         from prefect.events.worker import EventsWorker
 
         from flows.batch import batch
 
         name = save_job(job)
-        LISTENER.set(listener)
+        ASKED.set(Asked(server, listener, crewing))
         try:
             with prefect.settings.temporary_settings({prefect.settings.PREFECT_API_URL: server.url()}):
                 return batch(name)
@@ -47,16 +73,7 @@ def run_batch(job: Job, listener: Listener | None = None) -> RunSummary:
 
 def save_job(job: Job) -> str:
     """Keep the job in the state folder; returns its hash, 16 hex digits. The same job has the same hash."""
-    here = Path.cwd()  # the flow may run elsewhere
-    plain = asdict(job) | {
-        "inputs": [str(here / path) for path in job.inputs],
-        "out": str(here / job.out),
-        "reference": str(here / job.reference) if job.reference else None,
-        "rules": str(here / job.rules),
-        "identifiers": str(here / job.identifiers),
-        "lot": job.lot.model_dump(),
-    }
-    text = json.dumps(plain, sort_keys=True)
+    text = json.dumps(as_plain(job), sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     _path(name).parent.mkdir(mode=0o700, exist_ok=True)
     atomic_write(_path(name), text)
@@ -65,16 +82,30 @@ def save_job(job: Job) -> str:
 
 def load_job(name: str) -> Job:
     """The job with that hash. Raises FileNotFoundError for one that was never saved here."""
-    plain = json.loads(_path(name).read_text(encoding="utf-8"))
+    return from_plain(json.loads(_path(name).read_text(encoding="utf-8")))
+
+
+def as_plain(job: Job) -> dict[str, Any]:
+    """The job as JSON values, with paths that hold in any folder and, for files of the product, on any machine."""
+    here = Path.cwd()
+    files = {name: getattr(job, name) for name in _FILES}
+    return asdict(job) | {
+        "inputs": [str(here / path) for path in job.inputs],
+        "out": str(here / job.out),
+        **{name: str(here / path) if path and path != _FILES[name] else None for name, path in files.items()},
+        "lot": job.lot.model_dump(),
+    }
+
+
+def from_plain(plain: dict[str, Any]) -> Job:
+    """The inverse of `as_plain`."""
     return Job(
         **plain
         | {
             "inputs": tuple(map(Path, plain["inputs"])),
             "out": Path(plain["out"]),
             "formats": tuple(plain["formats"]),
-            "reference": Path(plain["reference"]) if plain["reference"] else None,
-            "rules": Path(plain["rules"]),
-            "identifiers": Path(plain["identifiers"]),
+            **{name: Path(plain[name]) if plain[name] else default for name, default in _FILES.items()},
             "lot": LotPlan.model_validate(plain["lot"]),
         }
     )

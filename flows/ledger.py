@@ -284,6 +284,14 @@ class Ledger:
         rows = self._rows(_ITEMS.c.request == request)
         return rows[0] if rows else None
 
+    def some(self, requests: Iterable[str]) -> list[Row]:
+        """The rows of requests; those without one are left out."""
+        return [row for chunk in _chunks(list(requests)) for row in self._rows(_ITEMS.c.request.in_(chunk))]
+
+    def now(self) -> float:
+        """The time by which items are due."""
+        return self._clock()
+
     def rows(self, state: State | None = None, *, beginning: str = "") -> list[Row]:
         """All rows, or those in a state, or whose request begins so; the oldest first."""
         wanted = [_ITEMS.c.request.startswith(beginning, autoescape=True)]

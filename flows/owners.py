@@ -41,8 +41,12 @@ def _name_space() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; "" where there is none (proc(5), field 22 of stat)."""
+    """When a process began, in ticks since the machine did; "" where there is none (proc(5), field 22 of stat).
+
+    One that has ended and that nobody has asked for is none.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if state in "ZX" else rest[18]

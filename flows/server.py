@@ -1,7 +1,8 @@
-"""The Prefect server of the batch flow: one quiet process on loopback with SQLite, up for as long as the flow runs.
+"""The Prefect server of this machine: one quiet process on loopback with SQLite, shared by whatever flows run here.
 
-Prefect's own in-process server takes longer to start and prints tracebacks when it stops. This one is started first,
-while the model loads; it ends with the process that started it, however that process ends.
+The first that needs it starts it, the others find it through a file in the state folder, the last that leaves stops
+it. Each user holds a lock on a file, by which the server notices, too, when all of them were killed. Prefect's own
+in-process server takes longer to start and prints tracebacks when it stops.
 `PREFECT_API_URL` in the environment means that the user runs a server: then none is started.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
-import select
+import signal
 import socket
 import subprocess
 import sys
@@ -19,14 +21,17 @@ import time
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+from flows.owners import is_gone, this_process
 from pipelines.store import home
+from reports.files import atomic_write
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
+LONELY_S = 3.0  # without a user, until the server stops by itself
 
 
 class ServerError(Exception):
-    """The batch flow has no Prefect server to talk to. The message says how to mend it."""
+    """There is no Prefect server to talk to. The message says how to mend it."""
 
     code = "prefect-server"
 
@@ -68,90 +73,164 @@ def prefect_environment() -> dict[str, str]:
 
 
 class LocalServer:
-    """A handle on the server process: entering returns at once, `url` waits until the API answers, leaving stops it."""
+    """A handle on the server: entering returns at once, `url` waits until the API answers, the last one to leave stops
+    the server."""
 
     def __init__(self) -> None:
+        self._given = os.environ.get("PREFECT_API_URL", "")
         self._process: subprocess.Popen[bytes] | None = None
-        self._url = os.environ.get("PREFECT_API_URL", "")
-        self._log = Path()
+        self._users = -1
 
     def __enter__(self) -> LocalServer:
-        if self._url:
+        if self._given:
             return self
-        environment = {**os.environ, **prefect_environment()}
-        folder = Path(environment["PREFECT_HOME"])
-        folder.mkdir(parents=True, exist_ok=True)
-        self._log = folder / "server.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server"],
-                stdin=subprocess.PIPE,  # the server stops when this closes, even if this process is killed
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C in the terminal reaches the flow, which then stops its server
-            )
+        self._folder = Path(prefect_environment()["PREFECT_HOME"])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._users = os.open(_users_file(self._folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._users, fcntl.LOCK_SH)  # waits while a server that nobody used is stopping
+        if not _running(self._folder):
+            self._start()
         return self
 
+    def _start(self) -> None:
+        with self._log().open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "flows.server"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env={**os.environ, **prefect_environment()},
+                start_new_session=True,  # Ctrl-C in the terminal reaches the flow, which then stops its server
+            )
+
+    def _log(self) -> Path:
+        return self._folder / "server.log"
+
     def url(self) -> str:
-        """The API's address, e.g. `http://127.0.0.1:41234/api`. Raises ServerError when it does not come up."""
-        if not self._url:
-            assert self._process is not None
-            assert self._process.stdout is not None
-            ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT_S)
-            port = self._process.stdout.readline().strip().decode() if ready else ""
-            if not port:
-                self._process.kill()
+        """The API's address, e.g. `http://127.0.0.1:41234/api`, once it answers.
+
+        A server that has died is started again, at the same address if that is free.  Raises ServerError when it does
+        not come up.
+        """
+        if self._given:
+            return self._given
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (url := _running(self._folder)):
+            code = self._process.poll() if self._process else 0
+            if code == 0 or code == -signal.SIGKILL:  # 0: it found another one starting
+                time.sleep(0.2)
+                if not _running(self._folder):
+                    self._start()
+            elif code is not None or time.monotonic() > deadline:
                 raise ServerError(
-                    f"The local Prefect server did not start; its log is {self._log}. Mend what it names, or use "
+                    f"The local Prefect server did not start; its log is {self._log()}. Mend what it names, or use "
                     "`scanscribe report`, which needs no server, or set PREFECT_API_URL to a server that runs."
                 )
-            self._url = f"http://127.0.0.1:{port}/api"
-        return self._url
+            time.sleep(0.05)
+        return url
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        if not self._url:  # it is still making its data base: it ends by itself when that is whole
+        if self._users < 0:
             return
         try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            fcntl.flock(self._users, fcntl.LOCK_UN)
+            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # others use it
+            return
+        else:
+            self._stop()
+        finally:
+            os.close(self._users)
+            self._users = -1
+
+    def _stop(self) -> None:
+        """Nobody else uses it. One that is still making its data base ends by itself when that is whole."""
+        _, owner = _read(self._folder)
+        if not owner or is_gone(owner):
+            return
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(_pid(owner), signal.SIGTERM)
+            while not is_gone(owner):
+                if time.monotonic() > deadline:
+                    os.kill(_pid(owner), signal.SIGKILL)
+                    deadline += STOP_TIMEOUT_S
+                time.sleep(0.02)
+
+
+def _users_file(folder: Path) -> Path:
+    return folder / "server.users"
+
+
+def _read(folder: Path) -> tuple[str, str]:
+    """The address of the server whose data are in `folder`, and its process; empty where there is none."""
+    try:
+        noted = json.loads((folder / "server.json").read_text("utf-8"))
+        return str(noted["url"]), str(noted["owner"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", ""
+
+
+def _pid(owner: str) -> int:
+    return int(owner.split("/")[-2])
+
+
+def _running(folder: Path) -> str:
+    """The address of the server, if one runs."""
+    url, owner = _read(folder)
+    return url if owner and not is_gone(owner) else ""
 
 
 def serve() -> None:
-    """Run the server in this process until standard input closes; prints its port once the API answers."""
+    """Run the server in this process for as long as somebody uses it; its address stands in `server.json`."""
     import uvicorn
     from prefect.server.api.server import create_app
 
+    folder = Path(os.environ["PREFECT_HOME"])
+    alone = (folder / "server.lock").open("w")
+    try:
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # another one has just been started
+    os.truncate(folder / "server.log", 0)
     listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    app = create_app(ephemeral=True, final=True)  # ephemeral: no UI, no scheduler, only what records flow and task runs
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:  # where the former one was, so that its clients find this one
+        listener.bind(("127.0.0.1", int(_read(folder)[0].rpartition(":")[2].partition("/")[0])))
+    except (OSError, ValueError):
+        listener.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+    # What uvicorn says of its stopping, and of clients that it cuts off, is no news to anybody.
+    server = uvicorn.Server(uvicorn.Config(create_app(final=True), log_level="critical", timeout_graceful_shutdown=2))
 
-    def report_port() -> None:
+    def announce() -> None:
         while not server.started:
             time.sleep(0.02)
-        migration.close()
-        with contextlib.suppress(BrokenPipeError):  # the owner is gone
-            print(port, flush=True)
+        atomic_write(folder / "server.json", json.dumps({"url": url, "owner": this_process()}))
 
-    def stop_with_parent() -> None:
-        sys.stdin.buffer.read()
-        server.should_exit = True
+    def stop_when_lonely() -> None:
+        users = os.open(_users_file(folder), os.O_RDWR | os.O_CREAT, 0o600)
+        since = None
+        while True:
+            time.sleep(0.5)
+            try:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                since = None
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since >= LONELY_S and server.started:
+                server.should_exit = True
+                return  # the lock is held until the process ends: who needs a server waits, and starts the next one
+            fcntl.flock(users, fcntl.LOCK_UN)
 
-    migration = (Path(os.environ["PREFECT_HOME"]) / "server.lock").open("w")
-    fcntl.flock(migration, fcntl.LOCK_EX)  # one server at a time makes or migrates the data base
-    for watch in (report_port, stop_with_parent):
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn stops by it, and raises it once more at its end
+    for watch in (announce, stop_when_lonely):
         threading.Thread(target=watch, daemon=True).start()
     server.run(sockets=[listener])
+    # `server.json` stays: the next server takes the same port, and that this one has ended its owner tells.
 
 
 if __name__ == "__main__":

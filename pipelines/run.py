@@ -24,7 +24,7 @@ from pipelines import ingest
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS, load_patterns
 from pipelines.measures import NOT_MEASURED, measure_study
 from pipelines.reporting import build_report, report_images
-from pipelines.run_folder import IndexEntry, OutputError, RunFolder, cannot_write
+from pipelines.run_folder import IndexEntry, OutdatedVersionError, OutputError, RunFolder, cannot_write
 from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
 from reports.bundle import Bundle, BundleError, load_bundle
@@ -127,7 +127,8 @@ def execute(job: Job, listener: Listener | None = None) -> RunSummary:
 class Session:
     """A job at work: its output folder is locked, and what it has done so far is counted. A context manager."""
 
-    def __init__(self, job: Job, listener: Listener | None = None) -> None:
+    def __init__(self, job: Job, listener: Listener | None = None, *, member: bool = False) -> None:
+        """`member`: for units of another session that owns the output folder."""
         self._started = time.perf_counter()
         check_job(job)
         self.job = job
@@ -137,7 +138,7 @@ class Session:
         self._references = References(job.reference)
         self._rules = load_rules(job.rules)
         self._patterns = load_patterns(job.identifiers)
-        self._folder = RunFolder(job.out)
+        self._folder = RunFolder(job.out, member=member)
         self._reported: list[IndexEntry] = []
         self._made: set[str] = set()  # the requests of this run's reports
         self._already: list[IndexEntry] = []
@@ -241,6 +242,27 @@ class Session:
         entry = self._folder.finished(request, self._formats)
         return entry.id if entry else None
 
+    def settled(self, unit: ingest.Unit, request: str, *, before: bool = False) -> bool:
+        """Count a unit whose report is there, `before` this run or by another session of it; False where it is not."""
+        entry = self._folder.finished(request, self._formats)
+        if entry is None:
+            return False
+        (self._already if before else self._reported).append(entry)
+        if before:
+            self._reject_missing(unit, entry)
+        self._rejected |= dict.fromkeys(entry.refused)
+        self._count()
+        return True
+
+    def refused(self, rejection: Rejection) -> None:
+        """Count a unit that another session of this run has put on record as refused."""
+        self._rejected[rejection] = None
+        self._count()
+
+    def refresh(self) -> None:
+        """Take note of what other sessions have written into the output folder."""
+        self._folder.refresh()
+
     def prepare(self, unit: ingest.Unit) -> Prepared:
         """Decode a unit and its golden sample, unless its report is there: that is known from the bytes alone.
 
@@ -282,9 +304,12 @@ class Session:
             outcome = self._note_done(prepared.unit, done)
         else:
             outcome = self._report(prepared)
+        self._count()
+        return outcome
+
+    def _count(self) -> None:
         self._done += 1
         self._tell("report", self._done, self._total)
-        return outcome
 
     def _note_done(self, unit: ingest.Unit, entry: IndexEntry) -> IndexEntry:
         """The report is there."""
@@ -369,7 +394,15 @@ class Session:
         except Exception as error:  # whatever one input does to the model, the others are still reported
             return self._reject(_failed(prepared.unit, error))
         subject = _subject(study, prepared.unit)
-        report = as_version(report, self._folder, prepared.request, subject)
+        while True:
+            try:
+                return self._put(prepared, replace(bundle, report=report), subject, started)
+            except OutdatedVersionError:  # another session has reported the same subject meanwhile
+                continue
+
+    def _put(self, prepared: _Decoded, bundle: Bundle, subject: str, started: float) -> IndexEntry:
+        """Write a report as the next version of what the folder holds on its subject, then note it as done."""
+        report = as_version(bundle.report, self._folder, prepared.request, subject)
         directory = self.job.out / report.id
         files, errors = self._write(write_report, directory, replace(bundle, report=report), self._formats)
         entry = IndexEntry(
@@ -388,7 +421,7 @@ class Session:
             errors=errors,
             model=f"{report.model.name} {report.model.version}",
             seconds=round(prepared.seconds + time.perf_counter() - started, 3),
-            refused=study.rejected_sources,
+            refused=prepared.study.rejected_sources,
             version=report.version,
             supersedes=report.supersedes,
             subject=subject,
@@ -578,6 +611,15 @@ def load_reader(model: str, device: str) -> Reader:
     from pipelines.reader import Reader
 
     return Reader.load(model, device)
+
+
+def device_name(device: str) -> str:
+    """The device that is meant, by one name each: `cuda` and `auto` become `cuda:0` or `cpu`. Imports torch."""
+    import torch
+
+    if device in ("auto", "cuda"):
+        device = "cuda:0" if torch.cuda.is_available() else "cpu" if device == "auto" else device
+    return device
 
 
 def _same_proportions(study: ImageStudy, reference: ImageStudy) -> bool:

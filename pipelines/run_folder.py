@@ -1,8 +1,8 @@
 """The output folder of a run: which reports are done (`index.jsonl`) and which inputs were refused (`rejected.jsonl`).
 
 Both files are append-only while a run works, so that an interruption costs at most the line that was being written;
-opening the folder again repairs that. Until the run ends, a later line replaces an earlier one of the same report. One
-run at a time writes into a folder.
+the next line repairs that. Until the run ends, a later line replaces an earlier one of the same report. One run at a
+time owns a folder; workers that it hands units to are its members, and append lines beside it.
 
 A later report on the same subject supersedes the former: both stay, and each line names the other.
 """
@@ -10,15 +10,16 @@ A later report on the same subject supersedes the former: both stay, and each li
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from pipelines.study import Rejection
 from reports.bundle import REPORT, note_superseded
@@ -28,7 +29,8 @@ from reports.formats import own_files, run_file_links
 INDEX: Final = "index.jsonl"
 REJECTED: Final = "rejected.jsonl"
 QUARANTINE: Final = "quarantine"
-_OWN_FILES: Final = (INDEX, REJECTED, "index.html")
+_LOCK: Final = ".scanscribe.lock"
+_OWN_FILES: Final = (INDEX, REJECTED, "index.html", _LOCK)
 _REPORT_ID: Final = re.compile("[0-9a-f]{16}")
 
 
@@ -36,6 +38,10 @@ class OutputError(Exception):
     """The output folder cannot be used. The message says what mends it; it may be logged, so it names no path."""
 
     code = "output-folder"
+
+
+class OutdatedVersionError(Exception):
+    """Another process has meanwhile reported the same subject: decide anew which version this report is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +78,19 @@ _REQUIRED: Final = {f.name for f in fields(IndexEntry) if f.default is f.default
 class RunFolder:
     """An output folder opened for one run; a context manager that holds the folder's lock.
 
-    Raises OutputError when the folder cannot be made or written, or another run is writing to it.
+    With `member` it is opened beside the run that owns it, for lines only.  Raises OutputError when the folder cannot
+    be made or written, or another run owns it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, member: bool = False) -> None:
+        self.path, self._member = path, member
+        self._entries: dict[str, IndexEntry] = {}
+        self._by_request: dict[str, IndexEntry] = {}
+        self._by_subject: dict[str, IndexEntry] = {}
+        self._untidy = False  # whether a report has several lines
+        self._rejections: dict[Rejection, None] = {}
+        self._index, self._refused = _Lines(path / INDEX), _Lines(path / REJECTED)
+        self._lines_lock: int | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -85,18 +99,19 @@ class RunFolder:
                 f"The output folder cannot be used ({error.strerror}): name one that can be written with --out."
             ) from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not member:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
+            self._close()
             raise OutputError(
                 "Another run is writing to the output folder: wait until it ends, or name another one with --out."
             ) from None
-        self._entries = {entry.id: entry for entry in _entries(path / INDEX)}
-        current = [entry for entry in self._entries.values() if entry.superseded_by is None]
-        self._by_request = {entry.request: entry for entry in current}
-        self._by_subject = {entry.subject: entry for entry in current}
-        self._untidy = False  # whether a report has several lines
-        self._rejections = dict.fromkeys(_rejections(path / REJECTED))
+        try:
+            if any(os.path.lexists(path / name) for name in (INDEX, REJECTED)):
+                self.refresh()
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> RunFolder:
         return self
@@ -104,10 +119,47 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._untidy:
-            with contextlib.suppress(OutputError):  # the last line of a report counts until the folder is tidied
-                _write_lines(self.path / INDEX, self._entries.values())
+        with contextlib.suppress(OutputError):  # the last line of a report counts until the folder is tidied
+            if not self._member and self._lines_lock is not None:
+                with self._alone():
+                    if self._untidy:
+                        self._index.replace(self._entries.values())
+        self._close()
+
+    def _close(self) -> None:
+        self._index.close()
+        self._refused.close()
         os.close(self._lock)
+        if self._lines_lock is not None:
+            os.close(self._lines_lock)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What others have appended is known, and nobody else appends, for as long as the block runs."""
+        try:
+            if self._lines_lock is None:
+                self._lines_lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._lines_lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise cannot_write(error) from None
+        try:
+            anew, lines = self._index.news()
+            if anew:
+                self._entries, self._by_request, self._by_subject, self._untidy = {}, {}, {}, False
+            for entry in _entries(lines):
+                self._note(entry)
+            anew, lines = self._refused.news()
+            if anew:
+                self._rejections = {}
+            self._rejections |= dict.fromkeys(_rejections(lines))
+            yield
+        finally:
+            fcntl.flock(self._lines_lock, fcntl.LOCK_UN)
+
+    def refresh(self) -> None:
+        """Take note of what others have appended. Raises OutputError."""
+        with self._alone():
+            pass
 
     @property
     def entries(self) -> tuple[IndexEntry, ...]:
@@ -143,27 +195,34 @@ class RunFolder:
         """Record a report; returns its line. Call it when all of its files are in place.
 
         What an earlier run wrote on the same request in other formats stays part of it.  A report that it supersedes is
-        marked so, in its line and in its folder.
+        marked so, in its line and in its folder.  Raises OutdatedVersionError when it supersedes what is not current.
         """
-        if (earlier := self._entries.get(entry.id)) and earlier.request == entry.request:
-            kept = {
-                name: file
-                for name, file in earlier.formats.items()
-                if name not in entry.errors and (self.path / file).is_file()
-            }
-            entry = replace(entry, formats=kept | dict(entry.formats))
-        former = self._entries.get(entry.supersedes or "")
-        if former and former.superseded_by is None:
-            try:
-                note_superseded(self.path / former.id, entry.id)
-            except OSError as error:
-                raise cannot_write(error) from None
-        self._put(entry)
-        if former and former.superseded_by is None:
-            self._put(replace(former, superseded_by=entry.id))
+        with self._alone():
+            former = self.current(entry.subject)
+            if former and former.request != entry.request and former.id != entry.supersedes:
+                raise OutdatedVersionError
+            if (earlier := self._entries.get(entry.id)) and earlier.request == entry.request:
+                kept = {
+                    name: file
+                    for name, file in earlier.formats.items()
+                    if name not in entry.errors and (self.path / file).is_file()
+                }
+                entry = replace(entry, formats=kept | dict(entry.formats))
+            former = self._entries.get(entry.supersedes or "")
+            if former and former.superseded_by is None:
+                try:
+                    note_superseded(self.path / former.id, entry.id)
+                except OSError as error:
+                    raise cannot_write(error) from None
+            self._index.append(entry)
+            self._note(entry)
+            if former and former.superseded_by is None:
+                former = replace(former, superseded_by=entry.id)
+                self._index.append(former)
+                self._note(former)
         return entry
 
-    def _put(self, entry: IndexEntry) -> None:
+    def _note(self, entry: IndexEntry) -> None:
         self._untidy |= entry.id in self._entries
         self._entries[entry.id] = entry
         if entry.superseded_by is None:
@@ -171,7 +230,6 @@ class RunFolder:
             self._by_subject[entry.subject] = entry
         else:
             self._forget(entry)
-        _append_line(self.path / INDEX, entry)
 
     def _forget(self, entry: IndexEntry) -> None:
         """A superseded report is not found by what it was made on, or about."""
@@ -183,15 +241,17 @@ class RunFolder:
         """Begin a run over `inputs`: what was refused of them earlier is forgotten, `rejections` are recorded."""
         mine = tuple(os.path.abspath(path) for path in inputs)
         within = tuple(f"{path.rstrip('/')}{separator}" for path in mine for separator in "/!")
-        others = [r for r in self._rejections if not f"{os.path.abspath(r.path)}/".startswith(within)]
-        self._rejections = dict.fromkeys((*others, *rejections))
-        _write_lines(self.path / REJECTED, self._rejections)
+        with self._alone():
+            others = [r for r in self._rejections if not f"{os.path.abspath(r.path)}/".startswith(within)]
+            self._rejections = dict.fromkeys((*others, *rejections))
+            self._refused.replace(self._rejections)
 
     def reject(self, rejection: Rejection) -> None:
         """Record a refused input."""
-        if rejection not in self._rejections:
-            self._rejections[rejection] = None
-            _append_line(self.path / REJECTED, rejection)
+        with self._alone():
+            if rejection not in self._rejections:
+                self._rejections[rejection] = None
+                self._refused.append(rejection)
 
     def wrote(self, path: str | Path) -> bool:
         """Whether `path` is something that a run writes into this folder. Whatever else lies there is the user's."""
@@ -232,68 +292,104 @@ def _page(entry: IndexEntry) -> str:
     return entry.formats.get("html") or next(iter(entry.formats.values()), entry.id)
 
 
-def _entries(path: Path) -> list[IndexEntry]:
-    return [
-        IndexEntry(
-            **line
-            | {
-                "inputs": tuple(line["inputs"]),
-                "types": tuple(line["types"]),
-                "refused": tuple(Rejection(**each) for each in line.get("refused", ())),
-            }
-        )
-        for line in _read_lines(path)
-        if line.keys() >= _REQUIRED and line.keys() <= _FIELDS
-    ]
+def _entries(lines: Iterable[dict[str, Any]]) -> Iterator[IndexEntry]:
+    for line in lines:
+        if line.keys() >= _REQUIRED and line.keys() <= _FIELDS:
+            several = {"inputs": tuple(line["inputs"]), "types": tuple(line["types"])}
+            refused = tuple(Rejection(**each) for each in line.get("refused", ()))
+            yield IndexEntry(**line | several | {"refused": refused})
 
 
-def _rejections(path: Path) -> list[Rejection]:
-    return [Rejection(**line) for line in _read_lines(path) if set(line) == {"path", "code", "reason", "remedy"}]
+def _rejections(lines: Iterable[dict[str, Any]]) -> Iterator[Rejection]:
+    return (Rejection(**line) for line in lines if set(line) == {"path", "code", "reason", "remedy"})
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines. A line that an interruption tore is dropped from the file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise OutputError(
-            f"The output folder's {path.name} cannot be read ({error.strerror}): name another folder with --out."
-        ) from None
-    good: list[tuple[str, dict[str, Any]]] = []
-    for line in text.split("\n"):
+class _Lines:
+    """A file of JSON lines to which several processes append; call all of it under the folder's lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None  # kept open: while it is, no other file can have its inode
+        self._read = 0  # bytes
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._read = None, 0
+
+    def news(self) -> tuple[bool, list[dict[str, Any]]]:
+        """The JSON objects that others have appended; the flag says that they are all there are, in another file.
+
+        A line that an interruption tore is dropped from the file.  Raises OutputError.
+        """
         try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            good.append((line, value))
-    whole = "".join(f"{line}\n" for line, _ in good)
-    if whole != text:
-        _write(path, whole)
-    return [value for _, value in good]
+            info = self._path.stat()
+            mine = os.fstat(self._file.fileno()) if self._file else None
+            anew = mine is None or (mine.st_dev, mine.st_ino) != (info.st_dev, info.st_ino) or info.st_size < self._read
+            if not anew and info.st_size == self._read:
+                return False, []
+            if anew:
+                self._open()
+            assert self._file is not None
+            self._file.seek(self._read)
+            data = self._file.read()
+        except FileNotFoundError:
+            anew = self._file is not None
+            self.close()
+            return anew, []
+        except OSError as error:
+            raise OutputError(
+                f"The output folder's {self._path.name} cannot be read ({error.strerror}): name another folder with "
+                "--out."
+            ) from None
+        good = []
+        for line in data.split(b"\n"):
+            with contextlib.suppress(ValueError):
+                value = json.loads(line.decode("utf-8", "replace"))
+                if isinstance(value, dict):
+                    good.append((line, value))
+        whole = b"".join(line + b"\n" for line, _ in good)
+        if whole == data:
+            self._read += len(data)
+        else:
+            self._file.seek(0)
+            self._write(self._file.read(self._read) + whole)
+        return anew, [value for _, value in good]
 
+    def append(self, record: IndexEntry | Rejection) -> None:
+        """Raises OutputError; the file is then as it was."""
+        data = f"{_line(record)}\n".encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                try:
+                    if file.write(data) != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(file.fileno(), self._read)
+                    raise
+            if self._file is None:
+                self._open()
+            self._read += len(data)
+        except OSError as error:
+            raise cannot_write(error) from None
 
-def _append_line(path: Path, record: IndexEntry | Rejection) -> None:
-    try:
-        with path.open("ab") as file:
-            file.write(f"{_line(record)}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(error) from None
+    def replace(self, records: Iterable[IndexEntry | Rejection]) -> None:
+        """Raises OutputError."""
+        self._write(b"".join(f"{_line(record)}\n".encode() for record in records))
 
+    def _write(self, data: bytes) -> None:
+        try:
+            atomic_write(self._path, data)
+            self._open()
+        except OSError as error:
+            raise cannot_write(error) from None
+        self._read = len(data)
 
-def _write_lines(path: Path, records: Iterable[IndexEntry | Rejection]) -> None:
-    _write(path, "".join(f"{_line(record)}\n" for record in records))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        atomic_write(path, text)
-    except OSError as error:
-        raise cannot_write(error) from None
+    def _open(self) -> None:
+        self.close()
+        self._file = self._path.open("rb")
 
 
 def _line(record: IndexEntry | Rejection) -> str:

@@ -21,10 +21,12 @@ import typer
 from scanscribe.commands.correct import correct
 from scanscribe.commands.export import ListsFormats, export
 from scanscribe.commands.ingest import ingest
+from scanscribe.commands.ledger import LedgerUrl
 from scanscribe.commands.ledger import app as ledger_app
 from scanscribe.commands.receive import receive
 from scanscribe.commands.send import send
 from scanscribe.commands.watch import watch
+from scanscribe.commands.worker import server, worker
 from scanscribe.options import (
     Device,
     Formats,
@@ -128,10 +130,19 @@ def batch(
     language: Language = None,
     mm_per_pixel: MmPerPixel = None,
     identifiers: Identifiers = None,
+    workers: Annotated[
+        bool, typer.Option("--workers", help="Let workers read (`scanscribe worker`), not this process.")
+    ] = False,
+    lane: Annotated[str, typer.Option(help="With --workers: urgent, normal or off-peak.")] = "normal",
+    ledger: LedgerUrl = None,
     as_json: Json = False,
 ) -> None:
-    """The same work as a Prefect flow, on a server of its own or that of PREFECT_API_URL. Resumable."""
-    from flows.jobs import run_batch
+    """The same work as a Prefect flow, on this machine's server or that of PREFECT_API_URL. Resumable."""
+    from flows.jobs import LANES, Crewing, run_batch
+
+    if lane not in LANES:
+        raise typer.BadParameter(f"There is no lane {lane!r}: choose one of {', '.join(LANES)}.")
+    crewing = Crewing(lane, ledger) if workers else None
 
     job = _job(
         inputs,
@@ -146,7 +157,8 @@ def batch(
         mm_per_pixel=mm_per_pixel,
         identifiers=identifiers,
     )
-    _run(run_batch, job, "Starting the model and the flow server", as_json)
+    waiting = "Starting the flow server" if workers else "Starting the model and the flow server"
+    _run(lambda job, listener: run_batch(job, listener, crewing), job, waiting, as_json)
 
 
 @app.command(
@@ -236,6 +248,8 @@ app.command(epilog="Example: [cyan]scanscribe ingest archive/ --explain --save v
 
 app.command(epilog="Example: [cyan]scanscribe receive --inbox inbox --port 11112[/]")(receive)
 app.command(epilog="Example: [cyan]scanscribe watch inbox --out reports[/]")(watch)
+app.command(epilog="Example: [cyan]scanscribe worker --device cuda:0[/]")(worker)
+app.command(epilog="Example: [cyan]scanscribe server[/]")(server)
 app.command(epilog="Example: [cyan]scanscribe send reports --to PACS@archive.example:104[/]")(send)
 app.command(cls=ListsFormats, epilog="Example: [cyan]scanscribe export reports --formats pdf,csv,lot[/]")(export)
 app.command(epilog="Example: [cyan]scanscribe correct reports/0123456789abcdef --by edits.json[/]")(correct)

@@ -125,6 +125,15 @@ def test_batches_keep_studies_apart_and_pictures_in_order() -> None:
     assert group([]) == ()
 
 
+def test_all_flows_of_a_machine_share_one_server_and_the_last_one_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalServer() as first:
+        with LocalServer() as second:
+            assert first.url() == second.url()
+        port = int(first.url().split(":")[2].split("/")[0])
+        assert listening(port) == ["127.0.0.1"]
+    assert listening(port) == []
+
+
 OWNER = """
 import time
 from flows.server import LocalServer
@@ -154,7 +163,9 @@ def listening(port: int) -> list[str]:
     return [".".join(map(str, bytes.fromhex(ip)[::-1])) for ip, each in local if int(each, 16) == port]
 
 
-def test_a_server_that_does_not_come_up_is_told_with_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_come_up_is_told_with_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
     monkeypatch.setattr("sys.executable", "/bin/false")
     with LocalServer() as server, pytest.raises(ServerError, match=r"server\.log"):
         server.url()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,35 +31,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server of its own on a free port; it refuses to run as root."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
-    programs, as_user = found[-1].parent, []
-    data = tmp_path_factory.mktemp("postgres")
-    if os.getuid() == 0:
-        if not shutil.which("runuser"):
-            pytest.skip("runuser is missing, and PostgreSQL does not run as root")
-        as_user = ["runuser", "-u", "postgres", "--"]
-        data = Path("/tmp") / f"scanscribe-postgres-{os.getpid()}"
-        data.mkdir()
-        shutil.chown(data, "postgres")
-    port = free_port()
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": "/"}
-    subprocess.run([*as_user, programs / "initdb", "-D", data / "db", "-A", "trust", "-U", "ledger", "-N"], **quiet)
-    options = f"-p {port} -k {data} -c listen_addresses=127.0.0.1 -c fsync=off"
-    control = [*as_user, programs / "pg_ctl", "-D", data / "db", "-w", "-l", data / "log"]
-    subprocess.run([*control, "-o", options, "start"], **quiet)
-    try:
-        yield f"postgresql://ledger@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
-        if as_user:
-            shutil.rmtree(data)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

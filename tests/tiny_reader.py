@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ CURSED = 13  # a picture whose first pixel has this value makes the reader fail
 class TinyReader:
     """The door of `pipelines.reader.Reader`, without a network."""
 
-    def __init__(self, version: str = "1") -> None:
+    def __init__(self, version: str = "1", *, seconds: float = 0.0) -> None:
+        self.seconds = seconds  # that it takes for a study
         self.stored = StoredModel(Path(), "tiny", version, {}, Calibration(), version.zfill(64), "0" * 64)
         self.info = ModelIdentity("tiny", version, self.stored.weights_sha256, self.stored.config_sha256, "cpu")
         self.read_names: list[str] = []
@@ -28,6 +30,7 @@ class TinyReader:
         monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: self)
 
     def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
+        time.sleep(self.seconds)
         self.read_names.append(study.name)
         grey = study.pixels[0] if study.pixels.ndim == 3 else study.pixels[0].mean(-1)
         if grey.flat[0] == CURSED:

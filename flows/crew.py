@@ -1,0 +1,147 @@
+"""Hands units to the workers that share a Prefect server, and learns from the ledger what came of them.
+
+Prefect carries a batch to one worker, at least once; the ledger sees to it that each unit in it is reported once. What
+a dead worker had claimed is carried to another one when its lease ends. Paths and hashes travel, never pixels.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import httpx
+
+from flows.jobs import LANES, Lane, as_plain
+from flows.ledger import Ledger, Row, State
+from flows.log import EventLog
+from flows.server import LocalServer, ServerError, import_prefect
+from pipelines.ingest import Unit
+from pipelines.run import Job
+
+LOOK_S: Final = 1.0  # between two looks for what has to be handed out again
+LONELY_S: Final = 10.0  # without news, until it is said that nobody works
+PAUSE_S: Final = 2.0  # before the server is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A unit on its way to a worker."""
+
+    request: str
+    files: tuple[str, ...]
+    unit: Unit
+
+
+@dataclass(slots=True)
+class _Out:
+    """A unit that is not settled yet."""
+
+    handed: Handed
+    lane: Lane
+    since: float = 0.0  # when it was last handed out; 0: it has to be
+
+
+class Crew:
+    """The units of one output folder that workers have, or wait for. Not for several threads at once."""
+
+    def __init__(self, job: Job, ledger: Ledger, server: LocalServer, log: EventLog) -> None:
+        self._plain, self._ledger, self._server, self._log = as_plain(job), ledger, server, log
+        self._out: dict[str, _Out] = {}
+        self._next_look = self._not_before = 0.0
+        self._moved = time.monotonic()  # when the ledger last told something new
+        self._lonely = False
+        self._rows: dict[str, tuple[State, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._out)
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._out
+
+    def give(self, units: Sequence[Handed], lane: Lane = "normal") -> None:
+        """Put a batch on record and hand it out. Raises LedgerError."""
+        self._ledger.add((each.request, each.files) for each in units)
+        self._out |= {each.request: _Out(each, lane) for each in units if each.request not in self._out}
+        self._hand_out([self._out[each.request] for each in units])
+
+    def settled(self) -> list[Row]:
+        """What of it is done or in quarantine since the last call. Raises LedgerError."""
+        rows = self._ledger.some(self._out)
+        settled = [row for row in rows if row.state in ("done", "quarantined")]
+        for row in settled:
+            del self._out[row.request]
+        told = {row.request: (row.state, row.changed) for row in rows if row.request in self._out}
+        now = time.monotonic()
+        if settled or told != self._rows:
+            self._moved, self._rows = now, told
+        gone = self._out.keys() - {row.request for row in rows}  # somebody has taken them off the record
+        if gone:
+            self._ledger.add((request, self._out[request].handed.files) for request in gone)
+        if now >= self._next_look:
+            self._next_look = now + LOOK_S
+            self._say_if_lonely(now)
+            self._ledger.hand_over()
+            self._hand_out(self._stranded(rows, now))
+        return settled
+
+    def _say_if_lonely(self, now: float) -> None:
+        lonely = bool(self._out) and now - self._moved > LONELY_S and serving(self._server) == 0
+        if lonely and not self._lonely:
+            self._log("no-worker", message="No worker takes batches: start one with `scanscribe worker`.")
+        self._lonely = lonely
+
+    def _stranded(self, rows: Iterable[Row], now: float) -> list[_Out]:
+        """What no worker has and none will get: to be handed out again."""
+        stuck = now - self._moved > self._ledger.lease_s  # a server that was started anew knows nothing of them
+        stranded = []
+        for row in rows:
+            out = self._out.get(row.request)
+            if out is None:
+                continue
+            due = row.state in ("claimed", "failed") and row.due <= self._ledger.now()
+            lately = now - out.since < (PAUSE_S if due else self._ledger.lease_s)
+            if not out.since or (not lately and (due or (stuck and row.state == "waiting"))):
+                stranded.append(out)
+        return stranded
+
+    def _hand_out(self, units: Sequence[_Out]) -> None:
+        """Let the server carry a batch to a worker; when it cannot, the next look tries again."""
+        if not units or time.monotonic() < self._not_before:
+            return
+        for lane in LANES:
+            batch = [each for each in units if each.lane == lane]
+            if not batch:
+                continue
+            try:
+                # In a context without the flow: Prefect would send that along, its code and settings with it.
+                contextvars.Context().run(_send, self._server.url(), lane, self._plain, [each.handed for each in batch])
+            except ServerError:
+                raise
+            except Exception as error:  # of the network; Prefect has many types for it
+                self._log("server-lost", error=type(error).__name__)
+                self._not_before = time.monotonic() + PAUSE_S
+                return
+            for each in batch:
+                each.since = time.monotonic()
+
+
+def _send(url: str, lane: Lane, plain: dict[str, Any], batch: Sequence[Handed]) -> None:
+    import_prefect()
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.worker import TASKS
+
+    with temporary_settings({PREFECT_API_URL: url}):
+        TASKS[lane].delay(plain, tuple(batch))
+
+
+def serving(server: LocalServer) -> int | None:
+    """How many workers the Prefect server knows; None where it does not answer."""
+    try:
+        answer = httpx.post(f"{server.url()}/task_workers/filter", json={}, timeout=PAUSE_S)
+        return len(answer.raise_for_status().json())
+    except (httpx.HTTPError, ValueError):
+        return None

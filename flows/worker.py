@@ -1,0 +1,224 @@
+"""The worker: a process for each device that holds the model, and reads the batches that flows hand to the server.
+
+Prefect brings the batches (a background task for each lane); the ledger says which units in them are still to be done,
+and who has them. It runs until it is told to stop, whatever happens to the server meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_worker import StopTaskWorker, TaskWorker
+
+from flows.crew import Handed
+from flows.items import Items, Tally
+from flows.jobs import LANES, Lane, from_plain
+from flows.ledger import Ledger, LedgerError
+from flows.log import EventLog
+from flows.server import LocalServer, ServerError, state_folder
+from pipelines import run
+from pipelines.run import Session
+from pipelines.run_folder import IndexEntry, OutputError
+from pipelines.study import Rejection
+
+PAUSE_S: Final = 2.0  # before another try when the server or the ledger fails
+MIN_FREE: Final = 1 << 30
+
+
+class DeviceTakenError(Exception):
+    """Another worker has the device."""
+
+    code = "device-taken"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a worker is told."""
+
+    device: str = "auto"
+    model: str = "default"  # loaded at the start; a batch may ask for another
+    ledger: str | None = None  # URL
+    wait: bool = False  # for the device, where another worker has it
+    min_free: int = MIN_FREE  # bytes on the disk of the reports, below which nothing goes to quarantine as a copy
+
+
+@dataclass(slots=True)
+class _Desk:
+    """What a worker has open for one job."""
+
+    plain: dict[str, Any]
+    session: Session
+    ledger: Ledger
+    items: Items
+
+
+class Worker:
+    """Serves batches on one device. `run` returns after `stop`, at the end of the item that is at work."""
+
+    def __init__(self, work: Work, log: EventLog) -> None:
+        self._work, self._log = work, log
+        self._device = ""
+        self._stopping = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._desk: _Desk | None = None
+        self.tally = Tally()
+
+    def stop(self) -> None:
+        """Let `run` return soon. Safe in a signal handler."""
+        self._stopping.set()
+
+    def run(self) -> Tally:
+        """Serve until `stop`. Raises ModelError, DeviceTakenError, and ServerError where none comes up at the start."""
+        global _worker
+        self._device = run.device_name(self._work.device)
+        with LocalServer() as server, self._only_one():
+            run.load_reader(self._work.model, self._device)  # both while the server starts
+            url = server.url()
+            _worker = self
+            self._log("serving", device=self._device, pid=os.getpid())
+            thread = threading.Thread(target=self._serve, args=(url,), name="serve", daemon=True)
+            thread.start()
+            while not self._stopping.wait(PAUSE_S):
+                with contextlib.suppress(ServerError):
+                    server.url()  # starts it again if it has died
+            self._idle.wait()
+            self._close()
+            thread.join(PAUSE_S)
+        self._log("stopped", **asdict(self.tally))
+        return self.tally
+
+    @contextlib.contextmanager
+    def _only_one(self) -> Iterator[None]:
+        """One worker a device of this machine. Raises DeviceTakenError, or waits for the device."""
+        folder = state_folder() / "devices"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with (folder / f"{self._device.replace(':', '-')}.lock").open("a+") as file:
+            said = False
+            while not self._stopping.is_set():
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    file.seek(0)
+                    other = file.read().strip()
+                    if not self._work.wait:
+                        raise DeviceTakenError(
+                            f"Another worker (process {other}) has the device {self._device}: stop it, name another "
+                            "--device, or give --wait to take over when it ends."
+                        ) from None
+                    if not said:
+                        self._log("waiting-for-device", device=self._device, process=other)
+                    said = True
+                    self._stopping.wait(PAUSE_S)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def _serve(self, url: str) -> None:
+        """Take batches from the server until the worker stops; a server that is lost is waited for."""
+        trouble = ""
+        with temporary_settings({PREFECT_API_URL: url}):
+            while not self._stopping.is_set():
+                try:
+                    asyncio.run(self._subscribe())
+                    trouble = ""
+                except Exception as error:  # of the network; Prefect has many types for it
+                    if trouble != (trouble := type(error).__name__):
+                        self._log("server-lost", error=trouble)
+                self._stopping.wait(PAUSE_S)
+
+    async def _subscribe(self) -> None:
+        served = TaskWorker(*TASKS.values(), limit=1)
+        # The server looks for work in this order.
+        served.task_keys = [TASKS[lane].task_key for lane in LANES]  # type: ignore[assignment]
+        serving = asyncio.create_task(served.astart())
+        while not serving.done() and not self._stopping.is_set():
+            await asyncio.sleep(0.2)
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError, StopTaskWorker):
+            await serving
+
+    def take(self, plain: dict[str, Any], batch: Sequence[Handed]) -> None:
+        """Work on what of a batch is to be done."""
+        self._idle.clear()
+        try:
+            desk = self._open(plain)
+            desk.session.refresh()
+            for each in batch:
+                if self._stopping.is_set():
+                    break
+                desk.items.settle(desk.session, each.request, list(each.files), partial(_attempt, desk.session, each))
+        except (OutputError, LedgerError) as error:
+            self._log("broken", message=str(error), code=error.code)
+            self._stopping.wait(PAUSE_S)
+            self._close()
+            raise
+        finally:
+            self._idle.set()
+
+    def _open(self, plain: dict[str, Any]) -> _Desk:
+        if self._desk is None or self._desk.plain != plain:
+            self._close()
+            job = replace(from_plain(plain), device=self._device)
+            ledger = Ledger(job.out, self._work.ledger)
+            items = Items(ledger, self._log, job.out, self._work.min_free, PAUSE_S, tally=self.tally)
+            self._desk = _Desk(plain, Session(job, member=True), ledger, items)
+        return self._desk
+
+    def _close(self) -> None:
+        if self._desk is not None:
+            self._desk.session.__exit__(None, None, None)
+            self._desk.ledger.__exit__(None, None, None)
+        self._desk = None
+
+
+def _attempt(session: Session, handed: Handed) -> IndexEntry | Rejection:
+    prepared = session.prepare(handed.unit)
+    if not isinstance(prepared, Rejection) and session.request(handed.unit) != handed.request:
+        reason = "It is not what was planned: the file has changed, or this worker has another model or other rules."
+        remedy = "Run again; see that all machines have the same model, rules and version of the program."
+        prepared = Rejection(handed.unit.path, "changed-meanwhile", reason, remedy)
+    return session.conclude(prepared)
+
+
+_worker: Worker | None = None  # of this process
+
+
+def _take(plain: dict[str, Any], batch: Sequence[Handed]) -> None:
+    if _worker is None:
+        raise RuntimeError("no worker runs in this process")
+    _worker.take(plain, batch)
+
+
+@task(name="scanscribe-urgent", cache_policy=NO_CACHE, persist_result=False)
+def urgent(plain: dict[str, Any], batch: Sequence[Handed]) -> None:
+    """A batch that goes before all others."""
+    _take(plain, batch)
+
+
+@task(name="scanscribe-normal", cache_policy=NO_CACHE, persist_result=False)
+def normal(plain: dict[str, Any], batch: Sequence[Handed]) -> None:
+    """A batch."""
+    _take(plain, batch)
+
+
+@task(name="scanscribe-off-peak", cache_policy=NO_CACHE, persist_result=False)
+def off_peak(plain: dict[str, Any], batch: Sequence[Handed]) -> None:
+    """A batch for when there is nothing else to do."""
+    _take(plain, batch)
+
+
+TASKS: Final[dict[Lane, Any]] = {"urgent": urgent, "normal": normal, "off-peak": off_peak}

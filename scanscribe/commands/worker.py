@@ -1,0 +1,60 @@
+"""`scanscribe worker` serves the batches of flows with one device; `scanscribe server` is what brings them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from typing import Annotated
+
+import typer
+
+from scanscribe.commands.ledger import LedgerUrl
+from scanscribe.options import Device, Model
+
+
+def worker(
+    device: Device = None,
+    model: Model = None,
+    ledger: LedgerUrl = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that another worker has.")] = False,
+    min_free: Annotated[int, typer.Option(min=0, help="MiB that stay free on the disk of the reports.")] = 1024,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")] = False,
+) -> None:
+    """Load the model once and report the batches that `scanscribe batch --workers` hands out, until SIGTERM or Ctrl-C.
+
+    Start one for each device. With PREFECT_API_URL set they work for that server, also from several machines; these
+    must see inputs, output folder and PREFECT_RESULTS_LOCAL_STORAGE_PATH under the same paths, and share a ledger.
+    """
+    from flows.log import EventLog
+    from flows.server import import_prefect
+    from scanscribe.settings import settings
+
+    warnings.simplefilter("ignore")  # of the readers of files: they quote headers
+    import_prefect()
+    from flows.worker import Work, Worker
+
+    chosen = settings(device=device, model=model)
+    serving = Worker(Work(chosen.device, chosen.model, ledger, wait, min_free << 20), EventLog(as_json=log_json))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: serving.stop())
+    serving.run()
+
+
+def server() -> None:
+    """Keep this machine's Prefect server and its page running, until SIGTERM or Ctrl-C.
+
+    Flows and workers start a server without a page by themselves, and stop it when the last of them ends.
+    """
+    import threading
+
+    from flows.server import LocalServer
+
+    os.environ.setdefault("PREFECT_SERVER_UI_ENABLED", "true")
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    with LocalServer() as local:
+        print(f"The Prefect server is at {local.url()}, its page at {local.url().removesuffix('/api')}", flush=True)
+        while not over.wait(2):
+            local.url()  # starts it again if it has died

@@ -1,0 +1,126 @@
+"""Workers that share a Prefect server, a ledger and an output folder: each item once, also when one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.ledger import Ledger
+from flows.server import LocalServer
+from tests.test_run import lines, picture
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What processes are told so that they share one server; it starts once."""
+    home = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCANSCRIBE_HOME", str(home))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        patch.delenv("PREFECT_HOME", raising=False)
+        with LocalServer() as server:
+            yield {"PREFECT_API_URL": server.url(), "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "exchange")}
+
+
+class Machine:
+    """Processes with a state folder of their own, as another machine would have it."""
+
+    def __init__(self, home: Path, shared: dict[str, str]) -> None:
+        self._environment = {**os.environ, **shared, "SCANSCRIBE_HOME": str(home)}
+        self._environment.pop("PREFECT_HOME", None)
+        self._home, self._processes = home, []
+
+    def start(self, *command: str, seconds: float = 0.0) -> subprocess.Popen[bytes]:
+        self._home.mkdir(exist_ok=True)
+        log = self._home / f"{command[0]}-{len(self._processes)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.watcher_process", *command],
+                env=self._environment | {"TINY_READER_SECONDS": str(seconds)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+            )
+        process.log = log  # type: ignore[attr-defined]
+        self._processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def machines(tmp_path: Path, shared: dict[str, str]) -> Iterator[tuple[Machine, Machine]]:
+    both = Machine(tmp_path / "machine-1", shared), Machine(tmp_path / "machine-2", shared)
+    try:
+        yield both
+    finally:
+        for machine in both:
+            machine.stop()
+
+
+def wait_for(log: Path, word: str, *, count: int = 1, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while log.read_text().count(word) < count:
+        assert time.monotonic() < deadline, f"{word} is not in the log:\n{log.read_text()}"
+        time.sleep(0.05)
+
+
+def test_two_workers_share_the_work_and_a_killed_one_hands_it_over_within_its_lease(
+    tmp_path: Path, machines: tuple[Machine, Machine], postgres: str
+) -> None:
+    count, out = 48, tmp_path / "out"
+    for number in range(count):
+        picture(tmp_path / "in" / f"{number:02}.png", seed=number)
+    one, _ = machines
+    workers = [machine.start("worker", "--ledger", postgres, seconds=0.2) for machine in machines]
+    for worker in workers:
+        wait_for(worker.log, " serving ")  # type: ignore[attr-defined]
+    flow = one.start("batch", str(tmp_path / "in"), "--out", str(out), "--workers", "--ledger", postgres, "--json")
+    for worker in workers:
+        wait_for(worker.log, " reported ", count=2)  # type: ignore[attr-defined]
+    workers[1].send_signal(signal.SIGKILL)
+    killed = time.time()
+    assert flow.wait(120) == 0, flow.log.read_text()  # type: ignore[attr-defined]
+
+    summary = json.loads(flow.log.read_text().splitlines()[-1])  # type: ignore[attr-defined]
+    assert (len(summary["reported"]), summary["rejected"]) == (count, [])
+    index = lines(out / "index.jsonl")
+    assert len({line["id"] for line in index}) == len(index) == count
+    assert all((out / line["formats"]["json"]).is_file() for line in index)
+    said = [line for worker in workers for line in worker.log.read_text().splitlines() if " reported " in line]  # type: ignore[attr-defined]
+    items = [word for line in said for word in line.split() if word.startswith("item=")]
+    assert len(items) == len(set(items))  # none was read twice
+    with Ledger(out, postgres) as ledger:
+        assert ledger.counts()["done"] == count
+        again = [row for row in ledger.rows() if row.attempts > 1]
+        # What it had claimed; the processes are of one machine, so that the lease need not run out.
+        assert all(row.changed - killed < ledger.lease_s for row in again)
+    workers[0].send_signal(signal.SIGTERM)
+    assert workers[0].wait(20) == 0
+
+
+def test_a_second_worker_on_a_device_says_so(machines: tuple[Machine, Machine]) -> None:
+    first = machines[0].start("worker", "--device", "cpu")
+    wait_for(first.log, " serving ")  # type: ignore[attr-defined]
+    second = machines[0].start("worker", "--device", "cpu")
+    assert second.wait(30) == 2
+    assert f"Another worker (process {first.pid}) has the device cpu" in second.log.read_text()  # type: ignore[attr-defined]
+    third = machines[0].start("worker", "--device", "cpu", "--wait")
+    wait_for(third.log, " waiting-for-device ")  # type: ignore[attr-defined]
+    first.send_signal(signal.SIGTERM)
+    wait_for(third.log, " serving ")  # type: ignore[attr-defined]
+    assert first.wait(10) == 0
+    assert first.log.read_text().splitlines()[-1].split()[1] == "stopped"  # type: ignore[attr-defined]
