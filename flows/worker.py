@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -66,8 +66,9 @@ class _Desk:
 class Worker:
     """Serves batches on one device. `run` returns after `stop`, at the end of the item that is at work."""
 
-    def __init__(self, work: Work, log: EventLog) -> None:
-        self._work, self._log = work, log
+    def __init__(self, work: Work, log: EventLog, tell: Callable[..., None] | None = None) -> None:
+        """`tell` as for `flows.items.Items`."""
+        self._work, self._log, self._tell = work, log, tell
         self._device = ""
         self._stopping = threading.Event()
         self._idle = threading.Event()
@@ -174,7 +175,7 @@ class Worker:
             self._close()
             job = replace(from_plain(plain), device=self._device)
             ledger = Ledger(job.out, self._work.ledger)
-            items = Items(ledger, self._log, job.out, self._work.min_free, PAUSE_S, tally=self.tally)
+            items = Items(ledger, self._log, job.out, self._work.min_free, PAUSE_S, self._tell, self.tally)
             self._desk = _Desk(plain, Session(job, member=True), ledger, items)
         return self._desk
 

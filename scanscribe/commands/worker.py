@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from scanscribe.commands.ledger import LedgerUrl
-from scanscribe.options import Device, Model
+from scanscribe.options import Device, LogJson, MetricsPort, MinFree, Model, NotifyUrl
 
 
 def worker(
@@ -18,16 +18,19 @@ def worker(
     model: Model = None,
     ledger: LedgerUrl = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that another worker has.")] = False,
-    min_free: Annotated[int, typer.Option(min=0, help="MiB that stay free on the disk of the reports.")] = 1024,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")] = False,
+    min_free: MinFree = 1024,
+    log_json: LogJson = False,
+    metrics: MetricsPort = None,
+    notify: NotifyUrl = None,
 ) -> None:
     """Load the model once and report the batches that `scanscribe batch --workers` hands out, until SIGTERM or Ctrl-C.
 
     Start one for each device. With PREFECT_API_URL set they work for that server, also from several machines; these
     must see inputs, output folder and PREFECT_RESULTS_LOCAL_STORAGE_PATH under the same paths, and share a ledger.
     """
-    from flows.log import EventLog
+    from flows.seeing import seeing
     from flows.server import import_prefect
+    from pipelines.store import home
     from scanscribe.settings import settings
 
     warnings.simplefilter("ignore")  # of the readers of files: they quote headers
@@ -35,10 +38,12 @@ def worker(
     from flows.worker import Work, Worker
 
     chosen = settings(device=device, model=model)
-    serving = Worker(Work(chosen.device, chosen.model, ledger, wait, min_free << 20), EventLog(as_json=log_json))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: serving.stop())
-    serving.run()
+    work = Work(chosen.device, chosen.model, ledger, wait, min_free << 20)
+    with seeing(log_json=log_json, port=metrics, notify=notify, disks={"state": home()}) as seen:
+        serving = Worker(work, seen.log, seen.tell)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: serving.stop())
+        serving.run()
 
 
 def server() -> None:
