@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
+from uuid import UUID
 
 from flows.server import LocalServer, import_prefect, state_folder
 from pipelines import run
@@ -46,10 +47,12 @@ class Asked:
 ASKED: ContextVar[Asked] = ContextVar("ASKED")
 
 
-def run_batch(job: Job, listener: Listener | None = None, crewing: Crewing | None = None) -> RunSummary:
+def run_batch(
+    job: Job, listener: Listener | None = None, crewing: Crewing | None = None, *, flow_run: UUID | None = None
+) -> RunSummary:
     """Run the job as a Prefect flow in this process, against the machine's server or that of `PREFECT_API_URL`.
 
-    With `crewing` the batches go to workers.  Raises what `pipelines.run.execute` raises, ServerError and LedgerError.
+    With `crewing` the batches go to workers; `flow_run` is a run that the server has for it already.  Raises what `pipelines.run.execute` raises, ServerError and LedgerError.
     """
     check_job(job)
     References(job.reference)  # a golden sample that cannot serve is told now, not after the server is up
@@ -65,10 +68,22 @@ def run_batch(job: Job, listener: Listener | None = None, crewing: Crewing | Non
         ASKED.set(Asked(server, listener, crewing))
         try:
             with prefect.settings.temporary_settings({prefect.settings.PREFECT_API_URL: server.url()}):
-                return batch(name)
+                return batch(name) if flow_run is None else _as_run(flow_run, name)
         finally:
             EventsWorker.drain_all(timeout=10)  # what Prefect has yet to tell the server, before that stops
             _path(name).unlink(missing_ok=True)
+
+
+def _as_run(flow_run: UUID, name: str) -> RunSummary:
+    """Run the batch flow as a run that the server has already."""
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow
+
+    from flows.batch import batch
+
+    with get_client(sync_client=True) as client:
+        known = client.read_flow_run(flow_run)
+    return run_flow(batch, flow_run=known, parameters={"job": name})  # type: ignore[return-value]  # of a plain flow
 
 
 def save_job(job: Job) -> str:

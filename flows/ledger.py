@@ -308,6 +308,15 @@ class Ledger:
         wanted = sql.select(sql.func.min(_ITEMS.c.added)).where(_ITEMS.c.scope == self.scope, _ITEMS.c.state.in_(OPEN))
         return self._database.run(lambda connection: connection.scalar(wanted))
 
+    def scopes(self) -> list[str]:
+        """Every output folder that is on record, of whatever ledger."""
+        wanted = sql.select(_ITEMS.c.scope).distinct().order_by(_ITEMS.c.scope)
+        return self._database.run(lambda connection: list(connection.scalars(wanted)))
+
+    def last_done(self, count: int) -> list[Row]:
+        """The items that were done last, the newest first."""
+        return self._rows(_ITEMS.c.state == "done", order=_ITEMS.c.changed.desc(), limit=count)
+
     def retry(self, requests: Iterable[str]) -> int:
         """Let items wait again with all their tries, unless somebody works on them; returns how many.
 
@@ -359,9 +368,11 @@ class Ledger:
                 "Another worker has taken the item over: this one was silent for longer than its lease."
             )
 
-    def _rows(self, *where: sql.ColumnElement[bool]) -> list[Row]:
+    def _rows(
+        self, *where: sql.ColumnElement[bool], order: sql.ColumnElement[Any] = _ITEMS.c.added, limit: int | None = None
+    ) -> list[Row]:
         columns = [column for column in _ITEMS.c if column.name not in ("scope", "token")]
-        wanted = sql.select(*columns).where(_ITEMS.c.scope == self.scope, *where).order_by(_ITEMS.c.added)
+        wanted = sql.select(*columns).where(_ITEMS.c.scope == self.scope, *where).order_by(order).limit(limit)
         rows = self._database.run(lambda connection: [row._asdict() for row in connection.execute(wanted)])
         return [Row(**row | {"files": _files(row["files"])}) for row in rows]
 

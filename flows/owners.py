@@ -12,7 +12,17 @@ from pathlib import Path
 @functools.cache
 def this_process() -> str:
     """A name that no other process has: machine, process id and its name space, time of start."""
-    return f"{_machine()}/{_name_space()}/{os.getpid()}/{_started(os.getpid())}"
+    return process_name(os.getpid())
+
+
+def process_name(pid: int) -> str:
+    """Such a name for another process of this machine."""
+    return f"{_machine()}/{_name_space()}/{pid}/{_started(pid)}"
+
+
+def process_id(owner: str) -> int:
+    """The process id in such a name."""
+    return int(owner.split("/")[-2])
 
 
 def is_gone(owner: str) -> bool:

@@ -11,6 +11,7 @@ from flows.ledger import Ledger
 from flows.log import EventLog
 from flows.metrics import Metrics
 from flows.notify import Notifier
+from flows.services import running
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,18 @@ class Seeing:
 
 @contextlib.contextmanager
 def seeing(
+    service: str,
     *,
+    detail: str = "",
     log_json: bool = False,
     port: int | None = None,
     notify: str | None = None,
     disks: Mapping[str, Path] | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Seeing]:
-    """A log; with `port` also metrics on it, of `ledger` and `disks` too; with `notify` notifications to that URL.
+    """The log of a service, which `scanscribe status` shows while it runs.
+
+    With `port` also metrics on it, of `ledger` and `disks` too; with `notify` notifications to that URL.
 
     Raises MetricsError and NotifyError.
     """
@@ -50,5 +55,7 @@ def seeing(
         log = EventLog(as_json=log_json, hearers=hearers)
         if port is not None:
             endpoint = stack.enter_context(metrics.serve(port))
-            log("metrics", port=endpoint.port)
+            port = endpoint.port
+            log("metrics", port=port)
+        stack.enter_context(running(service, metrics=port, detail=detail))
         yield Seeing(log, notifier.tell if notifier else None, metrics)

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from flows.owners import is_gone, this_process
+from flows.owners import is_gone, process_id, this_process
 from pipelines.store import home
 from reports.files import atomic_write
 
@@ -64,12 +64,18 @@ def prefect_environment() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # what ended 90 days ago is removed
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # notification blocks that no flow here uses
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # what a user must know is said by the command line, not by Prefect's log
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
     }
     return {name: os.environ.get(name, value) for name, value in ours.items()}
+
+
+def running_server() -> str:
+    """The address of the server that is used: the one that the user named, or this machine's if it runs."""
+    return os.environ.get("PREFECT_API_URL", "") or _running(Path(prefect_environment()["PREFECT_HOME"]))
 
 
 class LocalServer:
@@ -152,10 +158,10 @@ class LocalServer:
             return
         deadline = time.monotonic() + STOP_TIMEOUT_S
         with contextlib.suppress(ProcessLookupError):
-            os.kill(_pid(owner), signal.SIGTERM)
+            os.kill(process_id(owner), signal.SIGTERM)
             while not is_gone(owner):
                 if time.monotonic() > deadline:
-                    os.kill(_pid(owner), signal.SIGKILL)
+                    os.kill(process_id(owner), signal.SIGKILL)
                     deadline += STOP_TIMEOUT_S
                 time.sleep(0.02)
 
@@ -171,10 +177,6 @@ def _read(folder: Path) -> tuple[str, str]:
         return str(noted["url"]), str(noted["owner"])
     except (OSError, ValueError, KeyError, TypeError):
         return "", ""
-
-
-def _pid(owner: str) -> int:
-    return int(owner.split("/")[-2])
 
 
 def _running(folder: Path) -> str:

@@ -8,6 +8,7 @@ changed, and what they give for such a night depends on when they are asked.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -129,6 +130,15 @@ def parse_interval(text: str) -> float:
     if not found:
         raise ScheduleError(f"{text!r} is no interval: give a number and s, m, h or d, such as 15m, 2h or 1d.")
     return float(found[1]) * _UNITS[found[2]]
+
+
+def machine_zone() -> str:
+    """The name of this machine's time zone; UTC where it has none by name."""
+    place = os.environ.get("TZ", "").lstrip(":") or os.path.realpath("/etc/localtime").rpartition("/zoneinfo/")[2]
+    try:
+        return ZoneInfo(place).key
+    except (ValueError, OSError, KeyError):
+        return "UTC"
 
 
 def due(timing: Timing, after: float, until: float) -> list[float]:

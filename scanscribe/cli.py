@@ -24,7 +24,9 @@ from scanscribe.commands.ingest import ingest
 from scanscribe.commands.ledger import LedgerUrl
 from scanscribe.commands.ledger import app as ledger_app
 from scanscribe.commands.receive import receive
+from scanscribe.commands.schedule import app as schedule_app
 from scanscribe.commands.send import send
+from scanscribe.commands.status import status
 from scanscribe.commands.watch import watch
 from scanscribe.commands.worker import server, worker
 from scanscribe.options import (
@@ -64,6 +66,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="The models that are installed.")
 app.add_typer(models_app, name="models")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(schedule_app, name="schedule")
 
 
 def _version(asked: bool) -> None:
@@ -114,7 +117,7 @@ def report(
         mm_per_pixel=mm_per_pixel,
         identifiers=identifiers,
     )
-    _run(execute, job, "Starting", as_json)
+    run_job(execute, job, "Starting", as_json)
 
 
 @app.command(epilog="Example: [cyan]scanscribe batch archive/ --out reports --formats json[/]")
@@ -158,7 +161,7 @@ def batch(
         identifiers=identifiers,
     )
     waiting = "Starting the flow server" if workers else "Starting the model and the flow server"
-    _run(lambda job, listener: run_batch(job, listener, crewing), job, waiting, as_json)
+    run_job(lambda job, listener: run_batch(job, listener, crewing), job, waiting, as_json)
 
 
 @app.command(
@@ -250,6 +253,7 @@ app.command(epilog="Example: [cyan]scanscribe receive --inbox inbox --port 11112
 app.command(epilog="Example: [cyan]scanscribe watch inbox --out reports[/]")(watch)
 app.command(epilog="Example: [cyan]scanscribe worker --device cuda:0[/]")(worker)
 app.command(epilog="Example: [cyan]scanscribe server[/]")(server)
+app.command(epilog="Example: [cyan]scanscribe status --out reports[/]")(status)
 app.command(epilog="Example: [cyan]scanscribe send reports --to PACS@archive.example:104[/]")(send)
 app.command(cls=ListsFormats, epilog="Example: [cyan]scanscribe export reports --formats pdf,csv,lot[/]")(export)
 app.command(epilog="Example: [cyan]scanscribe correct reports/0123456789abcdef --by edits.json[/]")(correct)
@@ -316,7 +320,7 @@ def _job(inputs: list[Path], out: Path, **flags: Any) -> Job:
     return Job(tuple(inputs), out, **dict(chosen))
 
 
-def _run(work: Callable[[Job, Listener], RunSummary], job: Job, waiting: str, as_json: bool) -> NoReturn:
+def run_job(work: Callable[[Job, Listener], RunSummary], job: Job, waiting: str, as_json: bool) -> NoReturn:
     """Do a job, show what came of it, and leave with its exit code."""
     from scanscribe import console
 

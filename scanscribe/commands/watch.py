@@ -91,7 +91,7 @@ def watch(
     disks = {"reports": out, "state": home()}
     with (
         Ledger(out, ledger) as open_ledger,
-        seeing(log_json=log_json, port=metrics, notify=notify, disks=disks, ledger=open_ledger) as seen,
+        seeing("watch", log_json=log_json, port=metrics, notify=notify, disks=disks, ledger=open_ledger) as seen,
     ):
         watcher = Watcher(Job((folder,), out, **dict(chosen)), watching, open_ledger, seen.log, seen.tell)
         words = "Files in the watched folder that are not taken yet."

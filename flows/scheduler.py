@@ -1,0 +1,278 @@
+"""Runs the schedules: looks each second what is due, and starts each run in a process of its own.
+
+One process of this kind runs for a state folder. When it or a run of it dies, the next start finds there what was at
+work, and lets it go on; when Prefect's server cannot be reached, what is due waits until it can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+from uuid import UUID
+
+from flows.log import EventLog
+from flows.owners import is_gone, process_name
+from flows.schedules import (
+    Last,
+    Progress,
+    Schedule,
+    ScheduleError,
+    keep_progress,
+    pause,
+    progress,
+    schedules,
+)
+from flows.server import LocalServer, ServerError, import_prefect, state_folder
+from flows.timing import Standing, again, step
+
+TICK_S: Final = 1.0
+ASK_S: Final = 5.0  # between two looks at what people did on Prefect's page
+AGAIN_S: Final = 60.0  # before a run is tried again whose surroundings failed
+PASSING: Final = frozenset(("output-folder", "prefect-server", "ledger", "disk-low"))  # may be otherwise then
+RUN: Final = (sys.executable, "-m", "flows.scheduled")
+END_S: Final = 600.0  # that runs have to end in when this process stops
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run that this process has started."""
+
+    process: subprocess.Popen[str]
+    due: float
+    asked: bool  # by a person: windows and overlap are not looked at
+    stopped: str = ""  # why, when it was
+
+
+class Scheduler:
+    """Runs all schedules of the state folder. `run` returns after `stop`; what is at work goes on at the next start."""
+
+    def __init__(self, log: EventLog, *, clock: Callable[[], float] = time.time) -> None:
+        self._log, self._clock = log, clock
+        self._over = threading.Event()
+        self._runs: dict[str, _Run] = {}
+        self._put: dict[str, tuple[Schedule, UUID]] = {}  # what Prefect was told
+        self._next_ask: dict[str, float] = {}
+        self._not_before: dict[str, float] = {}
+        self._trouble = ""
+
+    def stop(self) -> None:
+        """Let `run` return soon. Safe in a signal handler."""
+        self._over.set()
+
+    def run(self) -> None:
+        """Raises ScheduleError where another process runs the schedules, ServerError where no server comes up."""
+        with self._alone(), LocalServer() as self._server:
+            url = self._server.url()
+            import_prefect()
+            from prefect.settings import PREFECT_API_URL, temporary_settings
+
+            with temporary_settings({PREFECT_API_URL: url}):
+                self._log(
+                    "scheduling", schedules=len(list(schedules())), page=url.removesuffix("/api"), pid=os.getpid()
+                )
+                while not self._over.wait(TICK_S):
+                    self._turn()
+                self._end()
+        self._log("stopped")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (state_folder() / "scheduler.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ScheduleError("Another process runs the schedules of this state folder already.") from None
+            yield
+
+    def _turn(self) -> None:
+        """Look at each schedule once. What Prefect cannot be told now is told later; nothing is decided before."""
+        try:
+            self._server.url()  # starts it again if it has died
+            known = {schedule.name: schedule for schedule in schedules()}
+            if self._put.keys() - known.keys() or not self._put:
+                self._remove(set(known))
+            for schedule in known.values():
+                self._look(schedule)
+        except (ServerError, OSError) as error:
+            self._say(str(getattr(error, "strerror", None) or error), getattr(error, "code", "system"))
+        except Exception as error:  # of the network; Prefect has many types for it
+            self._say(
+                f"Prefect's server does not answer ({type(error).__name__}): waiting until it does.", "prefect-server"
+            )
+        else:
+            if self._trouble:
+                self._log("broken-over")
+            self._trouble = ""
+
+    def _say(self, words: str, code: str) -> None:
+        if words != self._trouble:
+            self._log("broken", message=words, code=code)
+        self._trouble = words
+
+    def _remove(self, names: set[str]) -> None:
+        from flows import deployments
+
+        deployments.remove_others(names)
+        self._put = {name: told for name, told in self._put.items() if name in names}
+
+    def _look(self, schedule: Schedule) -> None:
+        """Decide what is due of a schedule, and do it."""
+        from flows import deployments
+
+        name, now = schedule.name, self._clock()
+        if self._put.get(name, (None,))[0] != schedule:
+            self._put[name] = schedule, deployments.put(schedule, now)
+        deployment = self._put[name][1]
+        how_far = self._ended(schedule, progress(schedule))
+        busy = how_far.running is not None
+        if schedule.paused:
+            self._keep(name, replace(how_far, standing=Standing(now)))
+        elif now >= self._not_before.get(name, 0.0):
+            self._step(schedule, deployment, how_far, now, busy)
+        if now < self._next_ask.get(name, 0.0):
+            return
+        self._next_ask[name] = now + ASK_S
+        if deployments.is_paused(deployment) != schedule.paused:
+            pause(name, paused=not schedule.paused)
+        waiting = deployments.due(deployment, now)
+        asked = [each for each in waiting if each.asked]
+        if asked and not busy and progress(schedule).running is None:
+            self._start(schedule, progress(schedule), asked[0].due, asked[0].id, asked=True)
+
+    def _step(self, schedule: Schedule, deployment: UUID, how_far: Progress, now: float, busy: bool) -> None:
+        from flows import deployments
+
+        run = self._runs.get(schedule.name)
+        done = step(schedule.timing, how_far.standing, now, busy=busy)
+        if done.stop and run and not run.stopped and not run.asked:
+            open_now = schedule.timing.window is None or schedule.timing.window.is_open(now, schedule.timing.zone)
+            self._stop(schedule.name, run, "overlap" if open_now else "window")
+        if not done.skipped and done.start is None:
+            if done.standing.waiting != how_far.standing.waiting or now - how_far.standing.settled > ASK_S:
+                self._keep(schedule.name, replace(how_far, standing=done.standing))
+            return
+        waiting = deployments.due(deployment, now)
+        for due, why in done.skipped:
+            self._log("run-skipped", schedule=schedule.name, due=_text(due), reason=why)
+        kept = [due for due in (*done.standing.waiting, done.start) if due is not None]
+        for each in waiting:
+            if not each.asked and not any(abs(due - each.due) < 1 for due in kept):
+                whys = [why for due, why in done.skipped if abs(due - each.due) < 1]
+                deployments.cancel(each.id, f"Skipped: {whys[0] if whys else 'not due by the clock of its time zone'}.")
+        how_far = replace(how_far, standing=done.standing)
+        if done.start is not None:
+            self._start(schedule, how_far, done.start, deployments.run_of(deployment, done.start, waiting))
+        else:
+            self._keep(schedule.name, how_far)
+
+    def _start(self, schedule: Schedule, how_far: Progress, due: float, flow_run: UUID, *, asked: bool = False) -> None:
+        process = subprocess.Popen(
+            [*RUN, schedule.name, str(flow_run)],
+            stdin=subprocess.PIPE,  # the run ends when this closes, even if this process is killed
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PREFECT_API_URL": self._server.url()},
+            start_new_session=True,
+        )
+        self._runs[schedule.name] = _Run(process, due, asked)
+        owner = process_name(process.pid)
+        self._keep(schedule.name, replace(how_far, running=due, flow_run=str(flow_run), owner=owner))
+        self._log(
+            "run-started", schedule=schedule.name, due=_text(due), run=str(flow_run), late=round(self._clock() - due, 1)
+        )
+
+    def _stop(self, name: str, run: _Run, why: str) -> None:
+        """Let a run end after the item that is at work."""
+        run.stopped = why
+        self._log("run-stopping", schedule=name, due=_text(run.due), reason=why)
+        run.process.send_signal(signal.SIGTERM)
+
+    def _ended(self, schedule: Schedule, how_far: Progress) -> Progress:
+        """Take note of a run that has ended, of this process or of one before it."""
+        from flows import deployments
+
+        if how_far.running is None:
+            return how_far
+        name, run = schedule.name, self._runs.get(schedule.name)
+        if run is None:
+            if how_far.owner and not is_gone(how_far.owner):
+                return how_far  # it is still ending
+            result, facts, code = _result(-signal.SIGKILL, "")
+        elif run.process.poll() is None:
+            return how_far
+        else:
+            assert run.process.stdout is not None
+            result, facts, code = _result(run.process.returncode, run.process.stdout.read())
+            del self._runs[name]
+        stopped = run.stopped if run else ""
+        flow_run = UUID(how_far.flow_run) if how_far.flow_run else None
+        if result == "died" and flow_run:
+            deployments.crash(flow_run, "Its process was killed; it goes on with a run of its own.")
+        elif stopped and result != "done" and flow_run:
+            reason = (
+                "The window closed: it goes on when it opens."
+                if stopped == "window"
+                else "A newer run takes its place."
+            )
+            deployments.cancel(flow_run, f"Stopped: {reason}")
+        due, now = how_far.running, self._clock()
+        goes_on = result == "died" or stopped in ("window", "end") or (result == "failed" and code in PASSING)
+        if result != "done" and goes_on:
+            how_far = replace(how_far, standing=again(how_far.standing, due))
+        if result == "failed" and code in PASSING:
+            self._not_before[name] = now + AGAIN_S
+        said = "stopped" if stopped and result != "done" else result
+        last = Last(due, now, said, code or ", ".join(f"{count} {what}" for what, count in facts.items()))
+        how_far = replace(how_far, running=None, flow_run=None, owner=None, last=last)
+        self._keep(name, how_far)
+        event = "run-failed" if said in ("failed", "died") else f"run-{said}"
+        self._log(
+            event, schedule=name, due=_text(due), code=code or ("process-died" if said == "died" else None), **facts
+        )
+        return how_far
+
+    def _keep(self, name: str, how_far: Progress) -> None:
+        keep_progress(name, how_far)
+
+    def _end(self) -> None:
+        """Stop what is at work; it goes on at the next start."""
+        for name, run in self._runs.items():
+            if not run.stopped:
+                self._stop(name, run, "end")
+        until = time.monotonic() + END_S
+        known = {schedule.name: schedule for schedule in schedules()}
+        for name, run in list(self._runs.items()):
+            try:
+                run.process.wait(max(until - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+                run.process.wait()
+            if name in known:
+                with contextlib.suppress(Exception):  # Prefect's server may be gone first
+                    self._ended(known[name], progress(known[name]))
+
+
+def _result(code: int, said: str) -> tuple[str, dict[str, int], str]:
+    """What came of a run: done, failed or died; its counts; the code of its failure."""
+    try:
+        told = json.loads(said.strip().rpartition("\n")[2])
+    except ValueError:
+        return ("died", {}, "") if code < 0 else ("failed", {}, "fault")
+    if "code" in told:
+        return ("interrupted" if told["code"] == "interrupted" else "failed"), {}, str(told["code"])
+    return "done", {name: int(count) for name, count in told.items()}, ""
+
+
+def _text(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))

@@ -1,0 +1,254 @@
+"""Schedules: the commands, and the process that runs them against a real Prefect server while it is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flows.schedules import create, load, progress
+from flows.server import LocalServer
+from flows.timing import ScheduleError, Timing, Window
+from pipelines.run import Job
+from tests.orthanc import free_port
+from tests.test_cli import run
+from tests.test_run import lines, picture
+from tests.test_watch import ROOT, until
+from tests.tiny_reader import TinyReader
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Prefect server for the module, with a data base of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCANSCRIBE_HOME", str(tmp_path_factory.mktemp("server")))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        with LocalServer() as local:
+            yield local.url()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SCANSCRIBE_LEDGER", raising=False)
+    TinyReader().install(monkeypatch)
+
+
+class Serving:
+    """`scanscribe schedule serve` in a process, and what it says."""
+
+    def __init__(self, url: str) -> None:
+        self.said: list[dict[str, Any]] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.scheduler_process"],
+            cwd=ROOT,
+            env={**os.environ, "PREFECT_API_URL": url},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr
+        lines = self.process.stderr
+        self.reading = threading.Thread(target=lambda: self.said.extend(map(json.loads, lines)))
+        self.reading.start()
+
+    def heard(self, event: str, count: int = 1) -> bool:
+        assert self.process.poll() is None or event == "stopped", self.said
+        return sum(each["event"] == event for each in self.said) >= count
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        self.reading.join()
+        return code
+
+
+@contextlib.contextmanager
+def serving(url: str) -> Iterator[Serving]:
+    it = Serving(url)
+    try:
+        yield it
+        assert it.end() == 0
+        assert it.said[-1]["event"] == "stopped"
+    finally:
+        if it.process.poll() is None:
+            it.process.kill()
+            it.process.wait()
+
+
+def due_since(minutes: float, **rules: Any) -> Timing:
+    """Due each minute since then, so that one or more runs are waiting."""
+    return Timing("UTC", time.time() - 60 * minutes, "* * * * *", **rules)
+
+
+def asked(url: str, path: str, **what: Any) -> Any:
+    answer = httpx.post(f"{url}/{path}", json=what, timeout=30)
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
+
+
+def runs(url: str, deployment: str) -> dict[str, list[str]]:
+    """The ids of a deployment's flow runs, by state."""
+    found: dict[str, list[str]] = {}
+    for each in asked(url, "flow_runs/filter", deployments={"id": {"any_": [deployment]}}):
+        found.setdefault(each["state"]["name"], []).append(each["id"])
+    return found
+
+
+def deployment(url: str, name: str) -> dict[str, Any]:
+    found = httpx.get(f"{url}/deployments/name/scanscribe-batch/{name}", timeout=30)
+    found.raise_for_status()
+    return dict(found.json())
+
+
+def drawn(folder: Path, count: int) -> Path:
+    for number in range(count):
+        picture(folder / f"Jane-{number:03}.png", seed=number)
+    return folder
+
+
+def test_missed_runs_are_made_up_for_once_and_prefect_s_page_works(tmp_path: Path, server: str) -> None:
+    inputs = drawn(tmp_path / "in", 3)
+    create("night-1", Job((inputs,), tmp_path / "out"), due_since(5.5, window=Window.parse("00:00-23:59")))
+    create("night-3", Job((inputs,), tmp_path / "other"), Timing("UTC", time.time(), every_s=86400.0))
+    with serving(server) as it:
+        until(lambda: httpx.get(f"{server}/deployments/name/scanscribe-batch/night-3").is_success, 30)
+        other = deployment(server, "night-3")
+        asked(server, f"deployments/{other['id']}/create_flow_run")  # as the button of the page does
+        asked(server, f"deployments/{other['id']}/pause_deployment")
+        until(lambda: it.heard("run-done", 2), 60)
+        shown = deployment(server, "night-1")
+        until(lambda: runs(server, shown["id"]).get("Completed", []) != [])
+        until(lambda: load("night-3").paused, 20)
+    assert [shown["schedules"][0]["schedule"][key] for key in ("cron", "timezone")] == ["* * * * *", "UTC"]
+    assert shown["schedules"][0]["active"] and not shown["paused"]
+    assert "only within 00:00-23:59" in shown["description"]
+    assert sum(each["event"] == "run-skipped" for each in it.said) >= 4
+    done = {each["schedule"]: each for each in it.said if each["event"] == "run-done"}
+    assert done["night-1"]["reported"] == done["night-3"]["reported"] == 3
+    assert len(lines(tmp_path / "out" / "index.jsonl")) == len(lines(tmp_path / "other" / "index.jsonl")) == 3
+    assert "Jane" not in json.dumps([it.said, shown, asked(server, "flow_runs/filter")])
+    last = progress(load("night-1")).last
+    assert last and last.result == "done"
+
+
+def test_a_killed_run_and_a_killed_scheduler_go_on_where_they_were(tmp_path: Path, server: str) -> None:
+    inputs = drawn(tmp_path / "in", 24)
+    create("night-2", Job((inputs,), tmp_path / "out"), due_since(1.5))
+    index = tmp_path / "out" / "index.jsonl"
+
+    def reported(count: int) -> bool:
+        return index.exists() and len(index.read_bytes().splitlines()) >= count
+
+    it = Serving(server)
+    try:
+        until(lambda: reported(2), 60)
+        owner = progress(load("night-2")).owner
+        assert owner
+        os.kill(int(owner.split("/")[-2]), signal.SIGKILL)
+        until(lambda: it.heard("run-failed") and it.heard("run-started", 2), 30)
+        until(lambda: reported(6), 60)
+    finally:
+        it.end(signal.SIGKILL)
+    assert not reported(24)
+    with serving(server) as second:
+        until(lambda: second.heard("run-done"), 90)
+        states = runs(server, deployment(server, "night-2")["id"])
+    assert len(states["Crashed"]) == 2 and len(states["Completed"]) >= 1
+    entries = lines(index)
+    assert len({line["inputs"][0]["sha256"] for line in entries}) == len(entries) == 24
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_is_waited_for(tmp_path: Path, server: str) -> None:
+    create("night-4", Job((drawn(tmp_path / "in", 1),), tmp_path / "out"), due_since(1.5))
+    port = free_port()
+    with serving(f"http://127.0.0.1:{port}/api") as it:
+        until(lambda: it.heard("broken"), 60)
+        passing = subprocess.Popen([sys.executable, "-c", FORWARD, str(port), server.split(":")[2].split("/")[0]])
+        try:
+            until(lambda: it.heard("broken-over") and it.heard("run-done"), 90)
+        finally:
+            passing.kill()
+            passing.wait()
+    assert len(lines(tmp_path / "out" / "index.jsonl")) == 1
+
+
+FORWARD = """
+import asyncio, sys
+async def pump(reader, writer):
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    writer.close()
+async def serve(reader, writer):
+    other = await asyncio.open_connection("127.0.0.1", int(sys.argv[2]))
+    await asyncio.gather(pump(reader, other[1]), pump(other[0], writer))
+async def main():
+    async with await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1])) as server:
+        await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+def test_the_commands_create_list_pause_resume_and_delete(
+    tmp_path: Path, server: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = drawn(tmp_path / "in", 1)
+    monkeypatch.setenv("PREFECT_API_URL", server)
+
+    def command(*words: str) -> tuple[int, str]:
+        code, said, err = run(capfd, monkeypatch, "schedule", *words)
+        return code, said + err
+
+    new = ("create", "nightly", str(inputs), "--out", str(tmp_path / "out"))
+    code, said = command(*new, "--cron", "0 22 * * *", "--time-zone", "Europe/Berlin", "--window", "22:00-06:00")
+    assert code == 0 and "nightly: 0 22 * * *, next" in said and "22:00 +0" in said
+    assert "nothing runs the schedules" in said
+    assert "give another name, or --replace" in command(*new, "--every", "2h")[1]
+    assert command(*new, "--every", "2h", "--replace")[0] == 0
+    assert command("pause", "nightly") == (0, "nightly is paused.\n")
+    code, said, _ = run(capfd, monkeypatch, "schedule", "list", "--json")
+    [each] = json.loads(said)["schedules"]
+    assert (each["name"], each["when"], each["state"], each["next"]) == ("nightly", "every 2h", "paused", None)
+    assert "every 2h, next" in command("resume", "nightly")[1]
+    code, said = command("run", "nightly")
+    assert code == 0 and "1 reported" in said
+    assert command("delete", "nightly") == (0, "nightly is deleted.\n")
+    for words, why in (
+        (("pause", "nightly"), "There is no schedule nightly: there are: none"),
+        ((*new, "--cron", "0 25 * * *"), "is no cron line"),
+        ((*new, "--cron", "0 22 * * *", "--time-zone", "Mars/Base"), "There is no time zone"),
+        ((*new,), "a cron line or an interval"),
+        (("create", "a/b", *new[2:], "--every", "1d"), "is no name"),
+        (("create", "n", "/nowhere", *new[3:], "--every", "1d"), "There is no file or folder"),
+    ):
+        code, said = command(*words)
+        assert code == 2 and why in said, said
+
+
+def test_a_damaged_file_costs_its_schedule_only(tmp_path: Path) -> None:
+    from flows.schedules import schedules
+
+    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
+    create("one", job, due_since(0))
+    create("two", job, due_since(0))
+    (tmp_path / "home" / "schedules" / "one.json").write_text("{torn")
+    (tmp_path / "home" / "schedules" / "two.standing.json").write_text("{torn")
+    assert [each.name for each in schedules()] == ["two"]
+    assert progress(load("two")).running is None
+    with pytest.raises(ScheduleError, match="damaged: delete"):
+        load("one")
