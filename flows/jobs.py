@@ -52,7 +52,9 @@ def run_batch(
 ) -> RunSummary:
     """Run the job as a Prefect flow in this process, against the machine's server or that of `PREFECT_API_URL`.
 
-    With `crewing` the batches go to workers; `flow_run` is a run that the server has for it already.  Raises what `pipelines.run.execute` raises, ServerError and LedgerError.
+    With `crewing` the batches go to workers; `flow_run` is a run that the server has for it already.
+
+    Raises what `pipelines.run.execute` raises, ServerError and LedgerError.
     """
     check_job(job)
     References(job.reference)  # a golden sample that cannot serve is told now, not after the server is up

@@ -14,7 +14,7 @@ import threading
 import warnings
 from uuid import UUID
 
-from flows.jobs import run_batch
+from flows.jobs import Crewing, run_batch
 from flows.schedules import load
 
 
@@ -30,7 +30,9 @@ def main(name: str, flow_run: str) -> None:
 
     threading.Thread(target=end_with_scheduler, daemon=True).start()
     try:
-        summary = run_batch(load(name).job, flow_run=UUID(flow_run))
+        schedule = load(name)
+        crewing = Crewing(schedule.lane, os.environ.get("SCANSCRIBE_LEDGER")) if schedule.lane else None
+        summary = run_batch(schedule.job, crewing=crewing, flow_run=UUID(flow_run))
     except KeyboardInterrupt:
         told: dict[str, str | int] = {"code": "interrupted"}
     except Exception as error:  # its words can name files: only the code leaves this process

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from flows.jobs import as_plain, from_plain
+from flows.jobs import Lane, as_plain, from_plain
 from flows.server import state_folder
 from flows.timing import ScheduleError, Standing, Timing, Window
 from pipelines.run import Job, check_job
@@ -32,6 +32,7 @@ class Schedule:
     name: str
     job: Job
     timing: Timing
+    lane: Lane | None = None  # of the workers that read; None: the run reads itself
     paused: bool = False
 
 
@@ -56,14 +57,14 @@ class Progress:
     last: Last | None = None
 
 
-def create(name: str, job: Job, timing: Timing, *, replacing: bool = False) -> Schedule:
+def create(name: str, job: Job, timing: Timing, lane: Lane | None = None, *, replacing: bool = False) -> Schedule:
     """Keep a new schedule. Raises ScheduleError, and what `check_job` raises."""
     if not _NAME.fullmatch(name) or name.endswith(STANDING):
         raise ScheduleError(f"{name!r} is no name: give letters, digits, '-', '_' and '.', up to 64 of them.")
     if _file(name).exists() and not replacing:
         raise ScheduleError(f"There is a schedule {name} already: give another name, or --replace.")
     check_job(job)
-    schedule = Schedule(name, job, timing)
+    schedule = Schedule(name, job, timing, lane)
     _keep(schedule)
     return schedule
 
@@ -84,6 +85,7 @@ def load(name: str) -> Schedule:
         name,
         from_plain(plain["job"]),
         Timing(**timing | {"window": Window.parse(window) if window else None}),
+        plain["lane"],
         plain["paused"],
     )
 
@@ -143,6 +145,7 @@ def _keep(schedule: Schedule) -> None:
     plain: dict[str, Any] = {
         "job": as_plain(schedule.job),
         "timing": asdict(schedule.timing) | {"window": str(window) if window else None},
+        "lane": schedule.lane,
         "paused": schedule.paused,
     }
     atomic_write(_file(schedule.name), json.dumps(plain, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scanscribe.commands.ledger import URL_VARIABLE
 from scanscribe.options import (
     Device,
     Formats,
@@ -61,6 +63,10 @@ def create_schedule(
         str, typer.Option(help="A run is due while the former is at work: skip it, queue it, or cancel the former.")
     ] = "skip",
     catch_up: Annotated[str, typer.Option(help="Runs were due while nothing ran them: once, all or none.")] = "once",
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Let workers read, in this lane: urgent, normal or off-peak. (default the run reads itself)"),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Change a schedule that is there.")] = False,
     formats: Formats = None,
     model: Model = None,
@@ -74,11 +80,14 @@ def create_schedule(
     as_json: Json = False,
 ) -> None:
     """Let a batch run by the clock."""
+    from flows.jobs import LANES
     from flows.schedules import create
     from flows.timing import Timing, Window, machine_zone, parse_interval
     from pipelines.run import Job
     from scanscribe.settings import settings
 
+    if workers is not None and workers not in LANES:
+        raise typer.BadParameter(f"There is no lane {workers!r}: choose one of {', '.join(LANES)}.")
     timing = Timing(
         time_zone or machine_zone(),
         time.time(),
@@ -99,7 +108,8 @@ def create_schedule(
         mm_per_pixel=mm_per_pixel,
         identifiers=identifiers,
     )
-    schedule = create(name, Job(tuple(inputs), out, **dict(chosen)), timing, replacing=replace)
+    job = Job(tuple(inputs), out, **dict(chosen))
+    schedule = create(name, job, timing, workers, replacing=replace)
     _tell(schedule, as_json)
     _warn_without_server()
 
@@ -155,11 +165,13 @@ def delete_schedule(name: Name, as_json: Json = False) -> None:
 @app.command("run", epilog="Example: [cyan]scanscribe schedule run nightly[/]")
 def run_schedule(name: Name, as_json: Json = False) -> None:
     """Run a schedule's batch now, here, whatever its hours."""
-    from flows.jobs import run_batch
+    from flows.jobs import Crewing, run_batch
     from flows.schedules import load
     from scanscribe.cli import run_job
 
-    run_job(run_batch, load(name).job, "Starting the model and the flow server", as_json)
+    schedule = load(name)
+    crewing = Crewing(schedule.lane, os.environ.get(URL_VARIABLE)) if schedule.lane else None
+    run_job(lambda job, listener: run_batch(job, listener, crewing), schedule.job, "Starting", as_json)
 
 
 @app.command("serve", epilog="Example: [cyan]scanscribe schedule serve[/]")
