@@ -27,6 +27,7 @@ from flows.space import free_bytes
 HOST: Final = "127.0.0.1"
 _SECONDS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _OUTCOMES: Final = {"reported": "reported", "failed": "failed", "quarantined": "quarantined"}
+_RUNS: Final = frozenset(("run-done", "run-stopped", "run-failed", "run-skipped"))
 
 
 class MetricsError(Exception):
@@ -61,6 +62,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._runs = Counter("scanscribe_runs", "Runs of schedules, by result.", ["result"], registry=self.registry)
         self._device = Counter(
             "scanscribe_device_seconds",
             "Seconds of work, by whether the device read or waited for the rest of the machine.",
@@ -82,6 +84,8 @@ class Metrics:
             self._seconds.labels(kind).observe(seconds)
             self._device.labels("busy").inc(read)
             self._device.labels("waiting").inc(max(seconds - read, 0.0))
+        elif event in _RUNS:
+            self._runs.labels(event.removeprefix("run-")).inc()
         elif event in ("failed", "quarantined"):
             self._failures.labels(str(facts.get("code", "")), str(event == "quarantined").lower()).inc()
 

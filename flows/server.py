@@ -64,6 +64,7 @@ def prefect_environment() -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # what ended 90 days ago is removed
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # notification blocks that no flow here uses
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # what a user must know is said by the command line, not by Prefect's log
@@ -187,9 +188,6 @@ def _running(folder: Path) -> str:
 
 def serve() -> None:
     """Run the server in this process for as long as somebody uses it; its address stands in `server.json`."""
-    import uvicorn
-    from prefect.server.api.server import create_app
-
     folder = Path(os.environ["PREFECT_HOME"])
     alone = (folder / "server.lock").open("w")
     try:
@@ -204,6 +202,10 @@ def serve() -> None:
     except (OSError, ValueError):
         listener.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+    os.environ["PREFECT_SERVER_UI_API_URL"] = url  # for its page; Prefect reads its settings when it is imported
+    import uvicorn
+    from prefect.server.api.server import create_app
+
     # What uvicorn says of its stopping, and of clients that it cuts off, is no news to anybody.
     server = uvicorn.Server(uvicorn.Config(create_app(final=True), log_level="critical", timeout_graceful_shutdown=2))
 

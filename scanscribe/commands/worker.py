@@ -39,7 +39,9 @@ def worker(
 
     chosen = settings(device=device, model=model)
     work = Work(chosen.device, chosen.model, ledger, wait, min_free << 20)
-    with seeing(log_json=log_json, port=metrics, notify=notify, disks={"state": home()}) as seen:
+    with seeing(
+        "worker", detail=chosen.device, log_json=log_json, port=metrics, notify=notify, disks={"state": home()}
+    ) as seen:
         serving = Worker(work, seen.log, seen.tell)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: serving.stop())
