@@ -51,6 +51,7 @@ class _Run:
     due: float
     asked: bool  # by a person: windows and overlap are not looked at
     stopped: str = ""  # why, when it was
+    said: str | None = None  # at its end
 
 
 class Scheduler:
@@ -185,9 +186,14 @@ class Scheduler:
             env={**os.environ, "PREFECT_API_URL": self._server.url()},
             start_new_session=True,
         )
-        self._runs[schedule.name] = _Run(process, due, asked)
         owner = process_name(process.pid)
-        self._keep(schedule.name, replace(how_far, running=due, flow_run=str(flow_run), owner=owner))
+        try:
+            self._keep(schedule.name, replace(how_far, running=due, flow_run=str(flow_run), owner=owner))
+        except OSError:  # what is not on record must not run
+            process.kill()
+            process.wait()
+            raise
+        self._runs[schedule.name] = _Run(process, due, asked)
         self._log(
             "run-started", schedule=schedule.name, due=_text(due), run=str(flow_run), late=round(self._clock() - due, 1)
         )
@@ -212,9 +218,10 @@ class Scheduler:
         elif run.process.poll() is None:
             return how_far
         else:
-            assert run.process.stdout is not None
-            result, facts, code = _result(run.process.returncode, run.process.stdout.read())
-            del self._runs[name]
+            if run.said is None:
+                assert run.process.stdout is not None
+                run.said = run.process.stdout.read()
+            result, facts, code = _result(run.process.returncode, run.said)
         stopped = run.stopped if run else ""
         flow_run = UUID(how_far.flow_run) if how_far.flow_run else None
         if result == "died" and flow_run:
@@ -236,6 +243,7 @@ class Scheduler:
         last = Last(due, now, said, code or ", ".join(f"{count} {what}" for what, count in facts.items()))
         how_far = replace(how_far, running=None, flow_run=None, owner=None, last=last)
         self._keep(name, how_far)
+        self._runs.pop(name, None)  # only now: what went wrong before is done again
         event = "run-failed" if said in ("failed", "died") else f"run-{said}"
         self._log(
             event, schedule=name, due=_text(due), code=code or ("process-died" if said == "died" else None), **facts
