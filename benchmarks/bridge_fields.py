@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bridge import Bridge, BridgeConfig
-from decoder import Decoder, DecoderConfig, generate
+from decoder import Decoder, DecoderConfig
+from decoder.engine import Engine, Grammar, Request
 from encoders import GlanceNet
 from pipelines.inputs import GLANCE, channels, pad, read_grey, resize
 from pipelines.manifest import Case, read_manifest
@@ -41,7 +42,7 @@ from pipelines.training.augment import augmentation, draw
 from pipelines.training.run import capture, cosine, load_recipe, parameter_groups
 from pipelines.training.streams import load_stream
 from pipelines.weights import load_weights
-from reports.grammar import END, ID, PAD, TOKENS, Draft, compile_grammar, from_tokens, to_tokens
+from reports.grammar import ID, PAD, TOKENS, Draft, compile_grammar, from_tokens, to_tokens
 from reports.taxonomy import CT_FIELDS, DEFECT_TYPES
 
 ARMS = {"mlp": "MLP, all tokens", "align-all": "ALIGN, all tokens", "mlp-queries": "MLP, N queries"}
@@ -314,17 +315,20 @@ def train(name: str, seed: int, pool: Pool, sizes: Sizes, device: torch.device) 
     return arm.eval().requires_grad_(False)
 
 
+def write(engine: Engine, prompts_BPD: Tensor, forbidden: list[int]) -> list[list[int]]:
+    """The token ids of a report for each prompt."""
+    return [each.ids for each in engine.generate([Request((), prompt, forbidden=forbidden) for prompt in prompts_BPD])]
+
+
 def answers(arm: Arm, sets: list[Asked], device: torch.device) -> dict[str, np.ndarray]:
     """`set/field/condition` -> whether each picture's field is right (NaN where it is not known)."""
-    grammar = torch.from_numpy(compile_grammar()).to(device)
+    engine = Engine(arm.decoder, slots=256, grammar=Grammar.from_table(compile_grammar()))
     right = {}
     for each in sets:
         ct = each.name not in ("neu-det", "magnetic-tile")
-        forbidden = torch.zeros(len(each.truth), len(TOKENS), dtype=torch.bool, device=device)
-        forbidden[:, [i for word, i in ID.items() if word.startswith("evidence:")]] = True
-        forbidden[:, ID["kind:defect" if ct else "kind:ct"]] = True
+        forbidden = [i for word, i in ID.items() if word.startswith(("evidence:", "kind:defect" if ct else "kind:ct"))]
         for condition, visual in each.visual.items():
-            ids = generate(arm.decoder, arm.prompt(visual.float()), grammar, end=END, forbidden_BV=forbidden)
+            ids = write(engine, arm.prompt(visual.float()), forbidden)
             said = []
             for draft in (from_tokens(decode_tokens(row)) for row in ids):
                 types = "+".join(sorted({name for _, name, _ in draft.impression})) or "none"
@@ -380,7 +384,7 @@ def fields_table(right: dict[str, list[dict[str, np.ndarray]]], sets: list[Asked
 
 def speed_table(arms: dict[str, Arm], visual: Tensor, sizes: Sizes, device: torch.device) -> list[dict[str, object]]:
     """Prints tokens a second of bridge, prompt and decoding; arms take turns. The reports are as long for all arms."""
-    grammar = torch.from_numpy(compile_grammar()).to(device)
+    grammar = Grammar.from_table(compile_grammar())
     claims = []
     side = round(visual.shape[1] ** 0.5)
     print(f"\n{device.type}: tokens a second of bridge, prompt and report; {side * side} visual tokens a picture")
@@ -388,8 +392,8 @@ def speed_table(arms: dict[str, Arm], visual: Tensor, sizes: Sizes, device: torc
     speeds: dict[int, dict[str, list[float]]] = {}
     for batch in sizes.decoded:
         seen = visual[torch.arange(batch, device=device) % len(visual)].float()
-        forbidden = torch.zeros(batch, len(TOKENS), dtype=torch.bool, device=device)
-        forbidden[:, [i for word, i in ID.items() if word.startswith(("evidence:", "count:", "kind:defect"))]] = True
+        forbidden = [i for word, i in ID.items() if word.startswith(("evidence:", "count:", "kind:defect"))]
+        engines = {name: Engine(arm.decoder, slots=batch, grammar=grammar) for name, arm in arms.items()}
         speeds[batch] = {name: [] for name in arms}
         for repeat in range(-2, sizes.repeats):
             for name, arm in arms.items():
@@ -397,7 +401,7 @@ def speed_table(arms: dict[str, Arm], visual: Tensor, sizes: Sizes, device: torc
                     torch.cuda.synchronize()
                 started = time.perf_counter()
                 with torch.inference_mode():
-                    ids = generate(arm.decoder, arm.prompt(seen), grammar, end=END, forbidden_BV=forbidden)
+                    ids = write(engines[name], arm.prompt(seen), forbidden)
                 if repeat >= 0:
                     speeds[batch][name].append(sum(map(len, ids)) / (time.perf_counter() - started))
     for name, arm in arms.items():

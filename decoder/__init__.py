@@ -3,7 +3,6 @@
 from decoder.attention import AttentionConfig, FullAttentionConfig
 from decoder.cache import Cache
 from decoder.config import DecoderConfig
-from decoder.engine import generate
 from decoder.errors import PromptError
 from decoder.latent import LatentAttentionConfig
 from decoder.model import Decoder
@@ -18,5 +17,4 @@ __all__ = [
     "FullAttentionConfig",
     "LatentAttentionConfig",
     "PromptError",
-    "generate",
 ]

@@ -20,7 +20,7 @@ class Cache:
     def __init__(
         self, attention: AttentionConfig, layers: int, slots: int, length: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.slots, self.length = slots, length
+        self.attention, self.slots, self.length = attention, slots, length
         # One place more than positions: what does not count, such as padding, is written there and seen by none.
         self.places = -(-(length + 1) // ALIGNED) * ALIGNED
         self.buffers = tuple(
@@ -70,3 +70,22 @@ class Cache:
             mine[:, slots, :, count:] = 0
         self.used_B[slots] = other.used_B
         self.empty = False
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies rows into other slots of the same cache, both long `[n]`."""
+        for buffer in self.buffers:
+            buffer[:, targets] = buffer[:, sources]
+        self.used_B[targets] = self.used_B[sources]
+
+    def view(self, slots: int, length: int) -> Cache:
+        """The first slots and positions in the same memory: steps in it cost less, and it counts as used."""
+        other = object.__new__(Cache)
+        other.attention, other.slots, other.length = self.attention, slots, length
+        other.places = -(-(length + 1) // ALIGNED) * ALIGNED
+        other.buffers = tuple(
+            buffer[:, :slots, :, : shape[-2]]
+            for buffer, shape in zip(self.buffers, self.attention.stored(other.places), strict=True)
+        )
+        other.layers = [tuple(buffer[layer] for buffer in other.buffers) for layer in range(len(self.layers))]
+        other.used_B, other.rows_B1, other.empty = self.used_B[:slots], self.rows_B1[:slots], False
+        return other

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-PromptCode = Literal["prompt-too-long", "prompt-empty", "token-out-of-vocabulary"]
+PromptCode = Literal[
+    "prompt-too-long", "prompt-empty", "token-out-of-vocabulary", "embeddings-shape", "nothing-to-write"
+]
 
 
 class PromptError(ValueError):

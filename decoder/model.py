@@ -6,6 +6,9 @@ Shapes: B batch, T new positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,9 @@ from decoder.config import DecoderConfig
 from decoder.errors import PromptError
 from decoder.moe import MixtureOfExperts, Router, SwiGLU
 from decoder.rotary import Rotary
+
+if TYPE_CHECKING:
+    from decoder.engine import Completion
 
 
 class Layer(nn.Module):
@@ -100,6 +106,12 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids `[B, T]` or embeddings `[B, T, D]` to logits `[B, T, V]`; see `hidden`."""
         return self.logits(self.hidden(x if x.is_floating_point() else self.embed(x), cache))
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[Completion]:
+        """Goes on from each prompt, a list of token ids; see `decoder.engine.generate`."""
+        from decoder.engine import generate  # which knows decoders
+
+        return generate(self, prompts, max_new_tokens, **options)
 
     def rebalance(self, rate: float) -> None:
         """See `Router.rebalance`; once per optimiser step."""

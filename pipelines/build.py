@@ -24,7 +24,7 @@ from pipelines.evaluation.detection import IOUS, match
 from pipelines.evaluation.predictions import Prediction
 from pipelines.manifest import Case, read_manifest
 from pipelines.reader import Reader, Seen
-from pipelines.reading import Reading
+from pipelines.reading import NotFiniteError, Reading
 from pipelines.store import DOMAIN, WEIGHTS, Calibration, save_settings
 from pipelines.study import ImageStudy
 from pipelines.weights import load_config
@@ -139,6 +139,16 @@ def f1(cases: Sequence[Labelled], readings: Sequence[Reading], least: float) -> 
     return 2 * good / max(1, good + wrong + labelled)
 
 
+def _written(reader: Reader, views: Sequence[Seen]) -> list[Reading]:
+    """The readings of what was seen. Raises NotFiniteError."""
+    readings = []
+    for reading in reader.write(views):
+        if isinstance(reading, NotFiniteError):
+            raise reading
+        readings.append(reading)
+    return readings
+
+
 def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequence[str] = ()) -> Calibration:
     """Fits every part of the calibration on labelled cases; `reader` must have none.
 
@@ -152,7 +162,7 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
     for name, cases in sets.items():
         for each in cases:
             seen = reader.look(each.study, reference=each.reference)
-            reading = reader.write(seen)
+            reading = _written(reader, [seen])[0]
             for field, truth in each.case.fields.items():
                 if field in reading.fields:
                     pairs[field][0].append(reading.fields[field].probabilities)
@@ -161,7 +171,7 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
                 pooled[each.case.product_line or "ct"].append((each, seen))
     for line, rows in pooled.items():
         cases, views = [each for each, _ in rows], [seen for _, seen in rows]
-        readings = [reader.write(seen) for seen in views]
+        readings = _written(reader, views)
         if line == "ct":
             found = [
                 (finding.type in (each.case.finding_types or ()), finding.confidence)
@@ -176,7 +186,7 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
         scores: dict[tuple[float, float], float] = {}
         for threshold in POINTS:
             reader.calibration = Calibration(evidence={line: evidence[line]}, point={line: threshold})
-            written = [reader.write(seen) for seen in views]
+            written = _written(reader, views)
             scores |= {(threshold, least): f1(cases, written, least) for least in LEAST}
         reader.calibration = Calibration()
         point[line], report[line] = max(scores, key=lambda pair: scores[pair])

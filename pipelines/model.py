@@ -117,13 +117,6 @@ def field_log_probabilities(output: Glance) -> Tensor:
     return torch.cat([logits.float().log_softmax(-1) for logits in output.fields.values()], 1)
 
 
-def forbidden_tokens(scores_BK: Tensor) -> Tensor:
-    """Pointers at empty slots, `[B, V]` bool."""
-    forbidden = torch.zeros(len(scores_BK), len(TOKENS), dtype=torch.bool, device=scores_BK.device)
-    forbidden[:, POINTER_TOKENS.to(scores_BK.device)] = scores_BK <= 0
-    return forbidden
-
-
 def decode_tokens(ids: Sequence[int]) -> list[str]:
     """Token ids as text."""
     return [TOKENS[i] for i in ids]

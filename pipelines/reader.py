@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoder import generate
+from decoder.engine import Completion, Engine, Grammar, Request
 from encoders import Dense, Glance
 from encoders.flips import look_from_all_sides
 from encoders.select import Items, select_boxes, select_regions
@@ -43,21 +43,18 @@ from pipelines.model import (
     FIELDS,
     LINE_VALUES,
     MAP_TYPE_TOKENS,
-    POINTER_TOKENS,
     REGIONS,
     Evidence,
     ModelConfig,
     ScanScribeModel,
     decode_tokens,
     field_log_probabilities,
-    forbidden_tokens,
 )
-from pipelines.reading import OUT_OF_DOMAIN, FieldReading, FindingReading, ModelIdentity, Reading
+from pipelines.reading import OUT_OF_DOMAIN, FieldReading, FindingReading, ModelIdentity, NotFiniteError, Reading
 from pipelines.store import Calibration, ModelError, find
 from pipelines.study import ImageStudy
 from pipelines.weights import load_into
 from reports.grammar import (
-    END,
     ID,
     POINTERS,
     DraftFinding,
@@ -73,6 +70,7 @@ from reports.texts import summary
 SURE = 0.5  # confidence from which a finding is always reported
 MAX_SLICES = 24  # of a volume, spread evenly
 BATCH = 8  # views that go through the encoder together
+SLOTS = 32  # reports that are decoded together
 WINDOWS = {"soft tissue": SOFT_TISSUE, "lung": LUNG}
 
 
@@ -141,7 +139,8 @@ class Reader:
         domain: DomainModel | None = None,
     ):
         self.model, self.calibration, self.info, self.device, self.domain = model, calibration, info, device, domain
-        self._grammar = torch.from_numpy(compile_grammar()).to(device)
+        self._grammar = Grammar.from_table(compile_grammar())
+        self._engine: Engine | None = None  # made when it is first needed
 
     @classmethod
     def load(cls, model: str | Path = "default", device: str = "auto") -> Reader:
@@ -171,11 +170,16 @@ class Reader:
         return cls(network, stored.calibration, info, place, domain)
 
     def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
-        """Reads one study. `kind` is "auto", "ct" or "defect"; `reference` a golden sample of the same view."""
+        """Reads one study. `kind` is "auto", "ct" or "defect"; `reference` a golden sample of the same view.
+
+        Raises NotFiniteError.
+        """
         started = time.perf_counter()
         seen = self.look(study, kind=kind, reference=reference)
         encoded = time.perf_counter()
-        reading = self.write(seen)
+        reading = self.write([seen])[0]
+        if isinstance(reading, NotFiniteError):
+            raise reading
         timing = {"encode": round(encoded - started, 4), "decode": round(time.perf_counter() - encoded, 4)}
         return replace(reading, timing_s=timing)
 
@@ -360,58 +364,93 @@ class Reader:
         return LINES[int(p[: len(LINES)].argmax())], 1.0 if kind == "defect" else 1 - ct
 
     @torch.inference_mode()
-    def write(self, seen: Seen) -> Reading:
-        """The decoder's part of `read`: what was seen becomes a reading."""
+    def write(self, seen: Sequence[Seen]) -> list[Reading | NotFiniteError]:
+        """The decoder's part of `read`: what was seen becomes readings, all decoded together.
+
+        Where the decoder's scores are not finite, that one becomes an error, and the others are as without it.
+        """
+        if not seen:
+            return []
+        evidence = [self._evidence(each) for each in seen]
+        prompts_BPD = self.model.prompt(
+            torch.cat([each.visual for each in seen]).float(),
+            torch.cat([each.fields for each in seen]),
+            Evidence(
+                *(torch.cat(parts) for parts in zip(*((e.boxes, e.types, e.scores) for e in evidence), strict=True))
+            ),
+        )
+        fields = [self._fields(each.fields) if each.line == "ct" else {} for each in seen]
+        if self._engine is None:
+            self._engine = Engine(
+                self.model.decoder, slots=SLOTS, grammar=self._grammar, decide=point_or_pass, hints=1 + POINTERS
+            )
+        written = self._engine.generate(
+            self._request(each, prompt_PD, read)
+            for each, prompt_PD, read in zip(seen, prompts_BPD, fields, strict=True)
+        )
+        return [self._reading(*parts) for parts in zip(seen, fields, written, strict=True)]
+
+    def _evidence(self, seen: Seen) -> Evidence:
+        """What the decoder can point at, one row."""
         width, height = seen.size
         kept = seen.candidates[: REGIONS if seen.line == "ct" else POINTERS]
-        tokens = BOX_TYPE_TOKENS if seen.line != "ct" else MAP_TYPE_TOKENS
-        names = DEFECT_TYPES if seen.line != "ct" else CT_TYPES
+        tokens, names = (MAP_TYPE_TOKENS, CT_TYPES) if seen.line == "ct" else (BOX_TYPE_TOKENS, DEFECT_TYPES)
         evidence = Evidence(
             torch.tensor([[c.bbox for c in kept]], dtype=torch.float32).reshape(1, -1, 4)
             / torch.tensor([width, height, width, height]),
             tokens[torch.tensor([[names.index(c.type) for c in kept]], dtype=torch.long)],
             torch.tensor([[c.score for c in kept]], dtype=torch.float32),
         ).padded()
-        evidence = Evidence(*(t.to(self.device) for t in (evidence.boxes, evidence.types, evidence.scores)))
-        prompt = self.model.prompt(seen.visual.float(), seen.fields, evidence)
-        forbidden = forbidden_tokens(evidence.scores)
-        forbidden[:, [ID["kind:defect" if seen.line == "ct" else "kind:ct"]]] = True
-        forbidden[:, [ID[f"line:{name}"] for name in LINES if name != seen.line]] = True
+        return Evidence(*(t.to(self.device) for t in (evidence.boxes, evidence.types, evidence.scores)))
+
+    def _request(self, seen: Seen, prompt_PD: Tensor, fields: dict[str, FieldReading]) -> Request:
+        """What the decoder is left to decide: what to point at, and how to sum it up."""
+        ct = seen.line == "ct"
+        kept = seen.candidates[: REGIONS if ct else POINTERS]
+        forbidden = [f"evidence:{i}" for i in range(len(kept), POINTERS)]
+        forbidden += [f"evidence:{i}" for i, candidate in enumerate(kept) if candidate.score <= 0]
+        forbidden.append("kind:defect" if ct else "kind:ct")
+        forbidden += [f"line:{name}" for name in LINES if name != seen.line]
         # The field heads know the fields better than the decoder does: it is held to what they measured.
-        fields = self._fields(seen.fields) if seen.line == "ct" else {}
         for name, reading in fields.items():
             likeliest = max(reading.probabilities, key=lambda value: reading.probabilities[value])
-            forbidden[:, [ID[f"{name}:{value}"] for value in CT_FIELDS[name] if value != likeliest]] = True
-        threshold = self.calibration.point.get(seen.line, 0.5)
-        # The decoder decides about doubtful items; what is more likely right than wrong is always pointed at.
-        sure = torch.zeros(1, POINTERS, dtype=torch.bool, device=self.device)
-        sure[0, : len(kept)] = torch.tensor([self._confidence(c.score, seen.line) >= SURE for c in kept])
-        written = generate(
-            self.model.decoder,
-            prompt,
-            self._grammar,
-            end=END,
-            forbidden_BV=forbidden,
-            decide=lambda log_p: point_or_pass(log_p, threshold, sure),
-        )[0]
-        words = decode_tokens(written)
-        draft = from_tokens(words)
+            forbidden += [f"{name}:{value}" for value in CT_FIELDS[name] if value != likeliest]
+        # What it points at is described as the evidence has it (measured: types rewritten by the decoder cost half a
+        # point of mAP on boards).
+        head = ["<bos>", "kind:ct", *(f"{name}:{values[0]}" for name, values in CT_FIELDS.items())]
+        entry = self._grammar.walk(ID[word] for word in (head if ct else ["<bos>", "kind:defect", f"line:{seen.line}"]))
+        pins = {}
+        for i, candidate in enumerate(kept):
+            zone, extent = self._place(seen, candidate)
+            state = self._grammar.walk([ID[f"evidence:{i}"]], entry)
+            for word in (f"type:{candidate.type}", *([] if ct else [f"extent:{extent}"]), f"zone:{zone}"):
+                pins[state] = ID[word]
+                state = self._grammar.walk([ID[word]], state)
+        # It decides about doubtful items; what is more likely right than wrong is always pointed at.
+        sure = [self._confidence(candidate.score, seen.line) >= SURE for candidate in kept]
+        hints_H = torch.zeros(1 + POINTERS)
+        hints_H[0] = self.calibration.point.get(seen.line, 0.5)
+        hints_H[1 : 1 + len(sure)] = torch.tensor(sure)
+        return Request((), prompt_PD, forbidden=[ID[word] for word in forbidden], pins=pins, hints_H=hints_H)
 
-        # Words stand where they agree with what they point at; where they do not, the evidence is right (measured:
-        # types rewritten by the decoder cost half a point of mAP on boards).
-        corrections: set[str] = set()
-        pointed = {finding.pointer: finding for finding in draft.findings}
+    def _place(self, seen: Seen, candidate: Candidate) -> tuple[str, str]:
+        """Zone and extent of an item; CT items have no extent."""
+        return zone_of(candidate.bbox, *seen.size), "" if seen.line == "ct" else extent_of(candidate.bbox, *seen.size)
+
+    def _reading(self, seen: Seen, fields: dict[str, FieldReading], written: Completion) -> Reading | NotFiniteError:
+        """What was written, with the evidence behind it."""
+        if written.ended == "not-finite":
+            return NotFiniteError("the decoder's scores were not finite")
+        words = decode_tokens(written.ids)
+        draft = from_tokens(words)
+        pointed = {finding.pointer for finding in draft.findings}
         findings = []
         least = self.calibration.report.get(seen.line, 0.0)
         # What the picture as a whole shows is reported, even where no box of it is sure.
         shown = next((i for i, candidate in enumerate(seen.candidates) if candidate.type == seen.shows), None)
         for i, candidate in enumerate(seen.candidates):
             confidence = self._confidence(candidate.score, seen.line)
-            named = pointed.get(i)
-            zone = zone_of(candidate.bbox, width, height)
-            extent = extent_of(candidate.bbox, width, height) if seen.line != "ct" else ""
-            if named and (named.type, named.zone, named.extent) != (candidate.type, zone, extent):
-                corrections.add("wording")
+            zone, extent = self._place(seen, candidate)
             findings.append(
                 FindingReading(
                     candidate.type,
@@ -419,7 +458,7 @@ class Reader:
                     candidate.slice_index,
                     confidence,
                     # Sure items are reported also where there are more of them than the decoder has slots for.
-                    i == shown or confidence >= SURE or (named is not None and confidence >= least),
+                    i == shown or confidence >= SURE or (i in pointed and confidence >= least),
                     "weak" if seen.line == "ct" else "box",
                     zone,
                     extent,
@@ -431,8 +470,6 @@ class Reader:
         # The impression sums up what is reported; where the decoder's own contradicts its findings, that is noted.
         kind = "ct" if seen.line == "ct" else "defect"
         strange = seen.domain is not None and seen.domain < STRANGE
-        if draft.impression != summarise(draft.findings):
-            corrections.add("impression")
         return Reading(
             kind=kind,
             kind_confidence=seen.confidence,
@@ -443,7 +480,7 @@ class Reader:
             slices_read=seen.slices,
             windows=seen.windows,
             quality_flags=seen.flags + ((OUT_OF_DOMAIN,) if strange else ()),
-            corrections=tuple(sorted(corrections)),
+            corrections=() if draft.impression == summarise(draft.findings) else ("impression",),
             tokens=tuple(words),
             domain=seen.domain,
         )
@@ -466,23 +503,20 @@ class Reader:
         return readings
 
 
-def point_or_pass(log_p_BV: Tensor, threshold: float, sure_BK: Tensor | None = None) -> Tensor:
+def point_or_pass(log_p_BV: Tensor, hints_BH: Tensor) -> Tensor:
     """Points at the first evidence item that is sure, or likely enough given that the ones before it are passed over.
 
     Where the grammar lets the decoder point, its distribution over pointers and "no more" is read as one decision after
-    another; elsewhere the likeliest token is taken.
+    another; elsewhere the likeliest token is taken. `hints` are what is likely enough, and for each item whether it is
+    sure (1) or not (0).
     """
-    p = log_p_BV.exp()
-    pointers = p[:, POINTER_TOKENS.to(p.device)]
-    stop = p[:, [ID["<impression>"]]]
-    later = pointers.flip(1).cumsum(1).flip(1) + stop
-    likely = pointers / later.clamp(min=1e-9) >= threshold
-    if sure_BK is not None:
-        likely = likely | sure_BK
-    likely = likely & log_p_BV[:, POINTER_TOKENS.to(p.device)].isfinite()
-    first = torch.where(likely.any(1), POINTER_TOKENS.to(p.device)[likely.int().argmax(1)], ID["<impression>"])
-    deciding = log_p_BV[:, ID["<impression>"]].isfinite()
-    return torch.where(deciding, first, log_p_BV.argmax(-1))
+    first, stop = ID["evidence:0"], ID["<impression>"]
+    pointers = log_p_BV[:, first : first + POINTERS].exp()
+    later = pointers.flip(1).cumsum(1).flip(1) + log_p_BV[:, stop : stop + 1].exp()
+    likely = (pointers / later.clamp(min=1e-9) >= hints_BH[:, :1]) | (hints_BH[:, 1:] > 0)
+    likely = likely & log_p_BV[:, first : first + POINTERS].isfinite()
+    chosen = torch.where(likely.any(1), first + likely.int().argmax(1), stop)
+    return torch.where(log_p_BV[:, stop].isfinite(), chosen, log_p_BV.argmax(-1))
 
 
 def _candidates(items: Items, row: int, seen: View, types: Sequence[str], slice_index: int = 0) -> list[Candidate]:

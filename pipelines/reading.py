@@ -58,9 +58,13 @@ class Reading:
     slices_read: tuple[int, ...] = (0,)  # which slices of a volume the model looked at
     windows: tuple[str, ...] = ()  # CT display windows that the model looked through
     quality_flags: tuple[str, ...] = ()
-    corrections: tuple[
-        str, ...
-    ] = ()  # where the decoder's words did not agree with the evidence: "wording", "impression"
+    corrections: tuple[str, ...] = ()  # "impression": the decoder's own contradicts what it pointed at
     timing_s: dict[str, float] = field(default_factory=dict)  # "encode", "decode"
     tokens: tuple[str, ...] = ()  # the decoder's output, for the audit trail
     domain: float | None = None  # how likely the study is of a kind that the model was trained on; None: not judged
+
+
+class NotFiniteError(ArithmeticError):
+    """A study of which the decoder can write nothing: its scores had NaN or infinity."""
+
+    code = "not-finite"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pipelines import ingest
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS, load_patterns
 from pipelines.measures import NOT_MEASURED, measure_study
+from pipelines.reading import NotFiniteError
 from pipelines.reporting import build_report, report_images
 from pipelines.run_folder import IndexEntry, OutdatedVersionError, OutputError, RunFolder, cannot_write
 from pipelines.store import find
@@ -646,6 +647,13 @@ def _failed(unit: ingest.Unit, error: Exception) -> Rejection:
             code="out-of-memory",
             reason="There was not enough memory to read it.",
             remedy="Close other programs and run again; with a small GPU, add --device cpu.",
+        )
+    if isinstance(error, NotFiniteError):
+        return Rejection(
+            path=unit.path,
+            code=error.code,
+            reason="The model's numbers for it were not finite.",
+            remedy="Look at the picture: if it is as it should be, this is a fault of the model: report it.",
         )
     return Rejection(
         path=unit.path,

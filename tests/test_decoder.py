@@ -1,4 +1,4 @@
-"""The decoder, its experts and its engine: fast paths against plain arithmetic, and output that follows the grammar."""
+"""The decoder and its experts: fast paths against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from decoder import (
     FullAttentionConfig,
     LatentAttentionConfig,
     PromptError,
-    generate,
 )
 from decoder.moe import MixtureOfExperts, Router
-from reports.grammar import END, ID, POINTERS, TOKENS, compile_grammar, from_tokens
+from reports.grammar import TOKENS
 
 ATTENTIONS: dict[str, AttentionConfig] = {
     "full": FullAttentionConfig(heads=3, kv_heads=3, head_dim=16),
@@ -197,36 +196,3 @@ def test_a_prompt_longer_than_the_decoder_is_refused(decoder: Decoder) -> None:
 
 
 # Generation
-
-
-def test_whatever_the_weights_the_output_parses(decoder: Decoder) -> None:
-    grammar = torch.from_numpy(compile_grammar())
-    for seed in range(4):
-        torch.manual_seed(seed)
-        for written in generate(decoder, torch.randn(3, 20, 48) * 3, grammar, end=END):
-            from_tokens([TOKENS[i] for i in written])
-
-
-def test_a_sequence_does_not_depend_on_its_batch(decoder: Decoder) -> None:
-    grammar = torch.from_numpy(compile_grammar())
-    prompts = torch.randn(4, 20, 48)
-    together = generate(decoder, prompts, grammar, end=END)
-    alone = [generate(decoder, prompts[b : b + 1], grammar, end=END)[0] for b in range(4)]
-    assert together == alone
-
-
-def test_forbidden_tokens_are_never_written(decoder: Decoder) -> None:
-    grammar = torch.from_numpy(compile_grammar())
-    forbidden = torch.zeros(2, len(TOKENS), dtype=torch.bool)
-    forbidden[:, ID["kind:ct"]] = True
-    forbidden[:, [ID[f"evidence:{i}"] for i in range(2, POINTERS)]] = True
-    for written in generate(decoder, torch.randn(2, 20, 48), grammar, end=END, forbidden_BV=forbidden):
-        draft = from_tokens([TOKENS[i] for i in written])
-        assert draft.kind == "defect"
-        assert all(finding.pointer < 2 for finding in draft.findings)
-
-
-def test_nothing_left_to_write_is_an_error(decoder: Decoder) -> None:
-    forbidden = torch.ones(1, len(TOKENS), dtype=torch.bool)
-    with pytest.raises(ValueError, match="nothing to write"):
-        generate(decoder, torch.randn(1, 4, 48), torch.from_numpy(compile_grammar()), end=END, forbidden_BV=forbidden)

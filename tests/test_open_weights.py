@@ -415,7 +415,7 @@ def test_prompts_that_cannot_be_run_are_refused_before_any_runs(decoders: dict[s
         return caught.value
 
     assert refusal([5] * 256).code == "prompt-too-long"
-    assert "prompt 1 has 250 tokens, and 7 positions more" in str(refusal([5] * 250, 7))
+    assert "prompt 1 has 250 positions, and 7 more" in str(refusal([5] * 250, 7))
     assert refusal([]).code == "prompt-empty"
     assert refusal([96]).code == refusal([-1]).code == "token-out-of-vocabulary"
     with pytest.raises(PromptError, match="there is room for 256"):
@@ -436,7 +436,7 @@ def test_a_prefix_of_embeddings_is_read_as_the_tokens_would_be(decoders: dict[st
     prefix = decoder.embed(torch.tensor([each[:8] for each in ids]))
     done = decoder.generate([each[8:] for each in ids], NEW_TOKENS, eos=(), prefix_BPD=prefix)
     assert [each.ids for each in done] == RECORDED[V3]["tokens"]
-    with pytest.raises(PromptError, match="240 tokens, and 18 positions more"):
+    with pytest.raises(PromptError, match="248 positions, and 10 more"):
         decoder.generate([[5], [6] * 240], 10, prefix_BPD=prefix)
     with pytest.raises(ValueError, match="for 2 prompts; there are 1"):
         decoder.generate([[5]], 10, prefix_BPD=prefix)

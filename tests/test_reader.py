@@ -15,7 +15,8 @@ import torch
 
 from pipelines import ingest
 from pipelines.inputs import channels, grey8, pad, resize, window
-from pipelines.reader import Candidate, Reader, point_or_pass, view
+from pipelines.reader import Candidate, Reader, Seen, point_or_pass, view
+from pipelines.reading import NotFiniteError, Reading
 from pipelines.store import ModelError, find
 from pipelines.study import ImageStudy
 from reports.grammar import ID, POINTERS, TOKENS, from_tokens
@@ -39,6 +40,12 @@ def load(path: str) -> ImageStudy:
     study = ingest.load(ingest.plan([EXAMPLES / path]).units[0])
     assert isinstance(study, ImageStudy)
     return study
+
+
+def write(reader: Reader, *seen: Seen) -> Reading:
+    reading = reader.write(seen)[0]
+    assert isinstance(reading, Reading)
+    return reading
 
 
 def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -92,10 +99,10 @@ def test_what_the_picture_as_a_whole_shows_is_reported_where_no_box_is_sure(read
     seen = reader.look(load("steel/scratches.png"))
     assert seen.shows == "scratches"
     doubtful = [dataclasses.replace(candidate, score=0.05) for candidate in seen.candidates]
-    said = [f for f in reader.write(dataclasses.replace(seen, candidates=doubtful)).findings if f.reported]
+    said = [f for f in write(reader, dataclasses.replace(seen, candidates=doubtful)).findings if f.reported]
     assert [f.type for f in said] == ["scratches"]
     nothing = dataclasses.replace(seen, candidates=doubtful, shows=None)
-    assert not [f for f in reader.write(nothing).findings if f.reported]
+    assert not [f for f in write(reader, nothing).findings if f.reported]
 
 
 def test_a_volume_names_its_slices_and_windows(reader: Reader) -> None:
@@ -130,7 +137,7 @@ def test_no_sure_item_is_lost_for_want_of_slots(reader: Reader) -> None:
     board = load("board/board.png")
     seen = reader.look(board, reference=load("golden/board.png"))
     many = [Candidate("open", (8.0 * i, 8.0, 8.0 * i + 6, 30.0), 0.99) for i in range(POINTERS + 8)]
-    reading = reader.write(dataclasses.replace(seen, candidates=many))
+    reading = write(reader, dataclasses.replace(seen, candidates=many))
     assert sum(f.reported for f in reading.findings) == len(many)
 
 
@@ -138,6 +145,21 @@ def test_reading_twice_says_the_same(reader: Reader) -> None:
     strip = load("steel/inclusion.png")
     first, second = (dataclasses.replace(reader.read(strip), timing_s={}) for _ in range(2))
     assert first == second
+
+
+def test_what_was_seen_is_written_alike_alone_and_together(reader: Reader) -> None:
+    seen = [reader.look(load(path)) for path in ("steel/patches.png", "ct/phantom-series", "tile/crack.png")]
+    seen += [dataclasses.replace(seen[0], candidates=[])]
+    assert reader.write(seen) == [write(reader, each) for each in seen]
+    assert reader.write([]) == []
+
+
+def test_a_study_whose_scores_are_not_finite_fails_alone(reader: Reader) -> None:
+    good = reader.look(load("steel/inclusion.png"))
+    bad = dataclasses.replace(good, visual=torch.full_like(good.visual, float("nan")))
+    first, failed, last = reader.write([good, bad, good])
+    assert isinstance(failed, NotFiniteError) and failed.code == "not-finite"
+    assert first == last == write(reader, good)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (17, 900), (700, 20), (64, 64, 3)])
@@ -175,10 +197,18 @@ def test_windows_and_grey_levels() -> None:
 def test_pointing_takes_items_one_after_another() -> None:
     p = torch.full((1, len(TOKENS)), 1e-12)
     p[0, ID["evidence:0"]], p[0, ID["evidence:1"]], p[0, ID["<impression>"]] = 0.3, 0.6, 0.1
+
+    def pointed(threshold: float, *sure: int) -> str:
+        hints = torch.zeros(1, 1 + POINTERS)
+        hints[0, 0] = threshold
+        hints[0, [1 + i for i in sure]] = 1
+        return TOKENS[int(point_or_pass(p.log(), hints))]
+
     # Given that item 0 is passed over, item 1 has 0.6 of 0.7.
-    assert TOKENS[int(point_or_pass(p.log(), 0.5))] == "evidence:1"
-    assert TOKENS[int(point_or_pass(p.log(), 0.2))] == "evidence:0"
-    assert TOKENS[int(point_or_pass(p.log(), 0.9))] == "<impression>"
+    assert pointed(0.5) == "evidence:1"
+    assert pointed(0.2) == "evidence:0"
+    assert pointed(0.9) == "<impression>"
+    assert pointed(0.9, 2) == "evidence:2"
 
 
 def test_the_reading_path_loads_neither_timm_nor_torchvision() -> None:

@@ -3,10 +3,10 @@
 `docs/open-weights.md` says what is supported. Nothing is fetched and no code of a checkpoint is run.
 """
 
+from decoder.engine import Completion
 from decoder.errors import PromptError
 from decoder.open.configs import OpenConfig, read_config
 from decoder.open.errors import CheckpointError
-from decoder.open.generation import Completion
 from decoder.open.model import OpenDecoder
 from decoder.open.tokenizer import Tokenizer
 

@@ -1,0 +1,163 @@
+"""Tokens a second on a GPU against Hugging Face transformers, on the same weights: batch 1, 32 and 256, in bfloat16.
+
+    .venv/bin/python benchmarks/decode_gpu.py
+    .venv/bin/python benchmarks/decode_gpu.py --quick             # one small model, fewer repeats; without a GPU: tiny
+    .venv/bin/python benchmarks/decode_gpu.py --models 400M --batches 1 --peers none
+
+Peers: `generate` as it comes; with a static cache, which transformers then compiles; with its grouped matrix product
+pinned; both together; and `generate_batch`. The best of them is "the best of transformers". All sides get the same
+prompts and write the same number of tokens; they take turns. Greedy tokens are compared by what transformers itself
+would have written next at each place.
+The last line of the output is one JSON object with each figure beside its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.decoding import (
+    EXPERTS_PINNED,
+    Side,
+    agreement,
+    batching_side,
+    claim,
+    engine_side,
+    generate_side,
+    machine,
+    make_model,
+    measure,
+)
+from decoder import Decoder
+
+PROMPT, NEW = 256, 96
+TARGETS = {1: (15, 2), 256: (10, 1.5)}  # times the default, times the best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the 30M model alone, two repeats, no compiled peers")
+    parser.add_argument("--models", nargs="+", default=None, help="30M, 400M")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
+    parser.add_argument("--peers", choices=("all", "fast", "none"), default="all", help="fast: none that compiles")
+    parser.add_argument("--compile", action="store_true", help="our engine with compile=True, too")
+    asked = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    names = asked.models or (["30M"] if asked.quick else ["30M", "400M"]) if gpu else ["tiny"]
+    peers = "fast" if asked.quick and asked.peers == "all" else asked.peers
+    bandwidth = measured_bandwidth() if gpu else float("nan")
+    print(f"{machine()}; copies {bandwidth / 1e12:.2f} TB/s", flush=True)
+    claims, started = [], time.perf_counter()
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs, ours = make_model(name, Path(folder), torch.bfloat16, "cuda" if gpu else "cpu")
+        config = ours.config
+        print(f"{name}: {config.parameters / 1e6:.0f}M parameters, {config.active_parameters / 1e6:.0f}M active")
+        for batch in asked.batches if gpu else [1, 2]:
+            torch.manual_seed(batch)
+            prompts_BT = torch.randint(2, config.vocabulary, (batch, PROMPT if gpu else 8))
+            new = NEW if gpu else 4
+            sides = [engine_side("engine", ours, prompts_BT, new)]
+            if asked.compile:
+                sides.append(engine_side("engine, compiled", ours, prompts_BT, new, compile=True))
+            sides += peer_sides(theirs, batch, peers)
+            print(f"batch {batch}", flush=True)
+            timings = measure(sides, prompts_BT, new, 2 if asked.quick else 5)
+            best = max((t.rate for n, t in timings.items() if not n.startswith("engine")), default=float("nan"))
+            context = prompts_BT.shape[1] + new / 2
+            for side in sides:
+                if side.failed:
+                    continue
+                timing = timings[side.name]
+                share = batch_bytes(ours, batch, context) * timing.rate / batch / bandwidth
+                print(
+                    f"  {side.name:34} {timing.rate:11,.0f} tokens/s ({timing.least:,.0f} to {timing.most:,.0f})"
+                    f"  {1e3 * batch / timing.rate:7.3f} ms a step  {share:6.1%} of bandwidth"
+                    f"  first token {1e3 * timing.first:.1f} ms",
+                    flush=True,
+                )
+            mine = max(t.rate for n, t in timings.items() if n.startswith("engine"))
+            equal, behind = agreement(theirs, prompts_BT, sides[0].run(prompts_BT, new))
+            print(
+                f"  tokens that transformers writes there too: {equal:.2%}; others are behind by {behind:.3f} at most"
+            )
+            for times, whose, rate in zip(
+                TARGETS.get(batch, (None, None)),
+                ("generate", "the best of transformers"),
+                (timings["generate"].rate if "generate" in timings else float("nan"), best),
+                strict=True,
+            ):
+                if rate == rate and times is not None:
+                    claims.append(claim(f"{name}, batch {batch}: times {whose}", mine / rate, "x", times))
+            claims.append(claim(f"{name}, batch {batch}: greedy tokens as transformers", equal, "share", 0.97))
+            del sides
+            if peers != "none":
+                theirs.destroy_cached_continuous_batching_manager()
+            reset()
+        del theirs, ours
+        reset()
+    print(f"{time.perf_counter() - started:.0f} s in all")
+    print(json.dumps({"benchmark": "decode_gpu", "machine": machine(), "claims": claims}))
+
+
+def peer_sides(model: Any, batch: int, peers: str) -> list[Side]:
+    """The ways that transformers offers."""
+    if peers == "none":
+        return []
+    sides = [
+        generate_side("generate", model),
+        generate_side("generate, grouped", model, experts=EXPERTS_PINNED),
+        batching_side("generate_batch", model, experts=EXPERTS_PINNED if batch > 32 else None),
+    ]
+    if peers == "all":
+        experts = EXPERTS_PINNED if batch > 32 else None
+        name = "generate, static, compiled" + (", grouped" if experts else "")
+        sides.append(generate_side(name, model, experts=experts, cache_implementation="static"))
+    return sides
+
+
+def batch_bytes(decoder: Decoder, batch: int, context: float) -> float:
+    """Bytes that a step has to read: weights, experts only where some token of the batch goes to them, and cache."""
+    config = decoder.config
+    assert config.experts is not None
+    idle = config.parameters - config.active_parameters
+    share = config.experts.active / config.experts.count
+    routed = idle / (1 - share)
+    used = routed * (1 - (1 - share) ** batch)
+    embedding = config.vocabulary * config.width * (not config.tied)
+    weights = config.parameters - routed - embedding + used
+    return 2.0 * weights + batch * config.cache_bytes(int(context), torch.bfloat16)
+
+
+def measured_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return 2 * source.numel() / best
+
+
+def reset() -> None:
+    """Frees what a batch size took."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,530 @@
+"""A step of the decoder in six Triton kernels a layer, for few new positions on a GPU.
+
+At a batch of one a step is bound by the number of kernels, not by what they do: PyTorch takes about fifty a layer.
+These read each weight once and the cache up to where it is used. For grouped-query attention and a mixture of experts:
+`fits` says which decoders that is. All accumulate in fp32 as PyTorch's do, but not in the same order.
+Shapes: R rows (slots times new positions), D width, H query heads, J key/value heads, d width of a head, E experts, K
+experts of a token, I hidden width of an expert, N splits of a cache row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from decoder.attention import FullAttention, FullAttentionConfig
+from decoder.cache import Cache
+from decoder.model import Decoder
+from decoder.moe import MixtureOfExperts
+
+PROGRAMS = 264  # enough to keep a large GPU busy
+POSITIONS = 64  # of the cache that are looked at together
+
+
+def fits(decoder: Decoder) -> bool:
+    """Whether `Fused` can run the decoder."""
+    config = decoder.config
+    attention, experts = config.attention, config.experts
+    return (
+        isinstance(attention, FullAttentionConfig)
+        and attention.qk_norm != "width"
+        and attention.clip_qkv is None
+        and not attention.bias
+        and not attention.rope.interleaved
+        and attention.head_dim in (32, 64, 128)
+        and config.width % 64 == 0
+        and all(type(layer.attention) is FullAttention for layer in decoder.layers)
+        and all(type(layer.feed_forward) is MixtureOfExperts for layer in decoder.layers)
+        and experts is not None
+        and experts.groups == 1
+        and experts.hidden % 16 == 0
+    )
+
+
+class Fused:
+    """`hidden` of a decoder that `fits`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def hidden(self, x_BTD: Tensor, cache: Cache, counts_B: Tensor | None = None) -> Tensor:
+        """As `Decoder.hidden` into a cache, for few positions: never waits for the device, and can be captured."""
+        decoder = self.decoder
+        batch, count, width = x_BTD.shape
+        counts_B = torch.ones_like(cache.used_B) if counts_B is None else counts_B
+        x_RD = x_BTD.reshape(-1, width).clone()
+        for layer, stored in zip(decoder.layers, cache.layers, strict=True):
+            self._attention(layer, x_RD, cache, stored, counts_B, count)
+            self._experts(layer, x_RD)
+        cache.used_B.add_(counts_B)
+        return decoder.norm(x_RD).view(batch, count, width)
+
+    def _attention(self, layer: Any, x_RD: Tensor, cache: Cache, stored: Any, counts_B: Tensor, count: int) -> None:
+        attention, config = layer.attention, layer.attention.config
+        rows, width = x_RD.shape
+        keys, values = stored
+        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+        block = 16 if rows <= 16 else 32 if rows <= 64 else 64
+        q_RHd = x_RD.new_empty(rows, heads, dim)
+        norm = config.qk_norm == "head"
+        _qkv[(triton.cdiv(rows, block), heads + 2 * kv_heads)](
+            x_RD,
+            layer.attention_norm.weight,
+            attention.qkv.weight,
+            attention.q_norm.weight if norm else x_RD,
+            attention.k_norm.weight if norm else x_RD,
+            self.decoder.rotary.inv_freq,
+            cache.used_B,
+            counts_B,
+            q_RHd,
+            keys,
+            values,
+            keys.stride(0),
+            keys.stride(1),
+            cache.length,
+            rows,
+            count,
+            layer.attention_norm.eps,
+            self.decoder.rotary.amplitude,
+            WIDTH=width,
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HALF=dim // 2,
+            NORM=norm,
+            ROWS=block,
+            DEPTH=64,
+        )
+        # Few rows leave most of the GPU idle: then each row of the cache is looked at in parts.
+        splits = max(1, min(16, PROGRAMS // (rows * kv_heads), cache.places // POSITIONS))
+        splits = 1 << (splits.bit_length() - 1)
+        part = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=x_RD.device)
+        peak, total = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=x_RD.device)
+        _attend[(rows, kv_heads, splits)](
+            q_RHd,
+            keys,
+            values,
+            keys.stride(0),
+            keys.stride(1),
+            cache.used_B,
+            counts_B,
+            part,
+            peak,
+            total,
+            cache.length,
+            count,
+            dim**-0.5,
+            HEADS=heads,
+            GROUP=heads // kv_heads,
+            DIM=dim,
+            SPLITS=splits,
+            POSITIONS=POSITIONS,
+        )
+        out = 16 if rows <= 32 else 64
+        _out[(triton.cdiv(rows, block), triton.cdiv(width, out))](
+            part, peak, total, attention.out.weight, x_RD, rows, width,
+            HEADS=heads, DIM=dim, SPLITS=splits, ROWS=block, OUT=out,
+        )  # fmt: skip
+
+    def _experts(self, layer: Any, x_RD: Tensor) -> None:
+        mixture = layer.feed_forward
+        config, router, experts = mixture.router.config, mixture.router, mixture.experts
+        rows, width = x_RD.shape
+        pairs, hidden = rows * config.active, config.hidden
+        normed_RD = torch.empty_like(x_RD)
+        chosen_RK = torch.empty(rows, config.active, dtype=torch.int32, device=x_RD.device)
+        share_RK = torch.empty(rows, config.active, dtype=torch.float32, device=x_RD.device)
+        _route[(rows,)](
+            x_RD,
+            layer.feed_forward_norm.weight,
+            router.weight,
+            router.balance_E if config.balanced else router.weight,
+            normed_RD,
+            chosen_RK,
+            share_RK,
+            layer.feed_forward_norm.eps,
+            config.scale,
+            WIDTH=width,
+            EXPERTS=config.count,
+            PADDED=triton.next_power_of_2(config.count),
+            ACTIVE=config.active,
+            ACTIVE_PADDED=triton.next_power_of_2(config.active),
+            SIGMOID=config.score == "sigmoid",
+            BALANCED=config.balanced,
+            NORMALISED=config.normalised,
+            DEPTH=64,
+        )
+        h = x_RD.new_empty(pairs, hidden)
+        block = 16 if pairs <= 8 * config.count else 32
+        blocks, padded = triton.cdiv(rows, block), max(16, triton.next_power_of_2(pairs))
+        sizes = {"ROWS": block, "PAIRS": padded, "ACTIVE": config.active}
+        tile = 16 if rows <= 32 else 64
+        _up[(config.count, triton.cdiv(hidden, tile), blocks)](
+            normed_RD, chosen_RK, experts.w13_E2ID, h, pairs, WIDTH=width, HIDDEN=hidden, TILE=tile, DEPTH=64, **sizes
+        )
+        if rows <= 8:
+            depth = triton.next_power_of_2(min(hidden, 256))
+            _down_rows[(rows, triton.cdiv(width, 16))](
+                h, chosen_RK, share_RK, experts.w2_EDI, x_RD,
+                WIDTH=width, HIDDEN=hidden, ACTIVE=config.active, TILE=16, DEPTH=depth,
+            )  # fmt: skip
+        else:
+            y = x_RD.new_empty(pairs, width)
+            _down[(config.count, triton.cdiv(width, tile), blocks)](
+                h, chosen_RK, experts.w2_EDI, y, pairs, WIDTH=width, HIDDEN=hidden, TILE=tile, DEPTH=16, **sizes
+            )
+            _sum[(rows,)](y, share_RK, x_RD, WIDTH=width, ACTIVE=config.active, PADDED=triton.next_power_of_2(width))
+        if mixture.shared is not None:
+            x_RD.add_(mixture.shared(normed_RD))
+
+
+@triton.jit
+def _qkv(  # type: ignore[no-untyped-def]
+    x,
+    gain,
+    weight,
+    q_gain,
+    k_gain,
+    inv_freq,
+    used,
+    counts,
+    q_out,
+    keys,
+    values,
+    slot_stride,
+    head_stride,
+    length,
+    rows,
+    count,
+    eps,
+    amplitude,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Norm, projection, norm of the head, rotation, into the cache: one head of a block of rows."""
+    head = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    i = tl.arange(0, HALF)
+    first = tl.zeros([ROWS, HALF], tl.float32)
+    second = tl.zeros([ROWS, HALF], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        each = tl.load(x + row[:, None] * WIDTH + at[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        squares += tl.sum(each * each, axis=1)
+        each = (each * tl.load(gain + at).to(tl.float32)[None, :]).to(weight.dtype.element_ty)
+        from_ = weight + (head * 2 * HALF + i)[None, :] * WIDTH + at[:, None]
+        first = tl.dot(each, tl.load(from_), first, input_precision="ieee")
+        second = tl.dot(each, tl.load(from_ + HALF * WIDTH), second, input_precision="ieee")
+    scale = tl.rsqrt(squares / WIDTH + eps)[:, None]
+    first, second = first * scale, second * scale
+    slot, nth = row // count, row % count
+    position = tl.load(used + slot, mask=inside, other=0) + nth
+    new = (nth < tl.load(counts + slot, mask=inside, other=1)) & (position < length)
+    if head < HEADS + KV_HEADS:
+        if NORM:
+            own = q_gain if head < HEADS else k_gain
+            mean = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF)
+            scale = tl.rsqrt(mean + eps)[:, None]
+            first = first * scale * tl.load(own + i).to(tl.float32)[None, :]
+            second = second * scale * tl.load(own + HALF + i).to(tl.float32)[None, :]
+        angle = position.to(tl.float32)[:, None] * tl.load(inv_freq + i)[None, :]
+        cos, sin = tl.cos(angle) * amplitude, tl.sin(angle) * amplitude
+        first, second = first * cos - second * sin, second * cos + first * sin
+    if head < HEADS:
+        to = q_out + (row * HEADS + head) * 2 * HALF
+    else:
+        # What does not count goes to the place behind the last position, where nobody looks.
+        cache = keys if head < HEADS + KV_HEADS else values
+        own_head = (head - HEADS) % KV_HEADS
+        to = cache + slot * slot_stride + own_head * head_stride + tl.where(new, position, length) * 2 * HALF
+    to = to[:, None] + i[None, :]
+    tl.store(to, first.to(to.dtype.element_ty), mask=inside[:, None])
+    tl.store(to + HALF, second.to(to.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q,
+    keys,
+    values,
+    slot_stride,
+    head_stride,
+    used,
+    counts,
+    part,
+    peak,
+    total,
+    length,
+    count,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Attention of the query heads of one key/value head over a part of one row of the cache."""
+    PADDED: tl.constexpr = 16 if GROUP < 16 else GROUP
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    slot, nth = row // count, row % count
+    position = tl.load(used + slot) + nth
+    # Padding looks at one position, so that it stays finite.
+    last = tl.where((nth < tl.load(counts + slot)) & (position < length), position, 0)
+    span = tl.cdiv(tl.cdiv(last + 1, SPLITS), POSITIONS) * POSITIONS
+    start = split * span
+    end = tl.minimum(start + span, last + 1)
+    g, c, s = tl.arange(0, PADDED), tl.arange(0, DIM), tl.arange(0, POSITIONS)
+    head = row * HEADS + kv_head * GROUP + g
+    query = tl.load(q + head[:, None] * DIM + c[None, :], mask=(g < GROUP)[:, None], other=0.0)
+    keys += slot * slot_stride + kv_head * head_stride
+    values += slot * slot_stride + kv_head * head_stride
+    top = tl.full([PADDED], float("-inf"), tl.float32)
+    weight = tl.zeros([PADDED], tl.float32)
+    mixed = tl.zeros([PADDED, DIM], tl.float32)
+    for first in range(start, end, POSITIONS):
+        at = first + s
+        seen = at < end
+        key = tl.load(keys + at[None, :] * DIM + c[:, None], mask=seen[None, :], other=0.0)
+        score = tl.where(seen[None, :], tl.dot(query, key, input_precision="ieee") * scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(score, axis=1))
+        fade, p = tl.exp(top - higher), tl.exp(score - higher[:, None])
+        value = tl.load(values + at[:, None] * DIM + c[None, :], mask=seen[:, None], other=0.0)
+        mixed = mixed * fade[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+        weight = weight * fade + tl.sum(p, axis=1)
+        top = higher
+    to = head * SPLITS + split
+    tl.store(part + to[:, None] * DIM + c[None, :], mixed, mask=(g < GROUP)[:, None])
+    tl.store(peak + to, top, mask=g < GROUP)
+    tl.store(total + to, weight, mask=g < GROUP)
+
+
+@triton.jit
+def _out(  # type: ignore[no-untyped-def]
+    part,
+    peak,
+    total,
+    weight,
+    x,
+    rows,
+    width,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUT: tl.constexpr,
+):
+    """Joins the parts of each head, projects, and adds to the residual stream."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    out, c = tl.program_id(1) * OUT + tl.arange(0, OUT), tl.arange(0, DIM)
+    result = tl.zeros([ROWS, OUT], tl.float32)
+    for head in range(HEADS):
+        at = (row * HEADS + head) * SPLITS
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        for split in tl.static_range(SPLITS):
+            top = tl.maximum(top, tl.load(peak + at + split, mask=inside, other=0.0))
+        mixed = tl.zeros([ROWS, DIM], tl.float32)
+        sum_ = tl.zeros([ROWS], tl.float32)
+        for split in tl.static_range(SPLITS):
+            share = tl.exp(tl.load(peak + at + split, mask=inside, other=0.0) - top)
+            sum_ += share * tl.load(total + at + split, mask=inside, other=1.0)
+            each = tl.load(part + (at + split)[:, None] * DIM + c[None, :], mask=inside[:, None], other=0.0)
+            mixed += share[:, None] * each
+        mixed = (mixed / sum_[:, None]).to(weight.dtype.element_ty)
+        from_ = weight + out[None, :] * (HEADS * DIM) + head * DIM + c[:, None]
+        result = tl.dot(mixed, tl.load(from_, mask=(out < width)[None, :], other=0.0), result, input_precision="ieee")
+    to = x + row[:, None] * width + out[None, :]
+    mask = inside[:, None] & (out < width)[None, :]
+    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + result).to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _route(  # type: ignore[no-untyped-def]
+    x,
+    gain,
+    weight,
+    balance,
+    normed,
+    chosen,
+    share,
+    eps,
+    scale,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    ACTIVE_PADDED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BALANCED: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Norm, gate in fp32 and choice of experts of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, PADDED)
+    squares = tl.zeros([DEPTH], tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        each = tl.load(x + row * WIDTH + start + tl.arange(0, DEPTH)).to(tl.float32)
+        squares += each * each
+    root = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
+    logit = tl.zeros([PADDED], tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        each = tl.load(x + row * WIDTH + at).to(tl.float32) * root * tl.load(gain + at).to(tl.float32)
+        rounded = each.to(normed.dtype.element_ty)
+        tl.store(normed + row * WIDTH + at, rounded)
+        gate = tl.load(weight + e[:, None] * WIDTH + at[None, :], mask=(e < EXPERTS)[:, None], other=0.0)
+        logit += tl.sum(gate * rounded.to(tl.float32)[None, :], axis=1)
+    logit = tl.where(e < EXPERTS, logit, float("-inf"))
+    if SIGMOID:
+        score = 1.0 / (1.0 + tl.exp(-logit))
+    else:
+        score = tl.exp(logit - tl.max(logit, axis=0))
+        score = score / tl.sum(score, axis=0)
+    choice = tl.where(e < EXPERTS, score, float("-inf"))
+    if BALANCED:
+        choice += tl.load(balance + e, mask=e < EXPERTS, other=0.0)
+    k = tl.arange(0, ACTIVE_PADDED)
+    experts = tl.zeros([ACTIVE_PADDED], tl.int32)
+    shares = tl.zeros([ACTIVE_PADDED], tl.float32)
+    for nth in tl.static_range(ACTIVE):
+        best = tl.minimum(tl.argmax(choice, axis=0), EXPERTS - 1)  # also where all is NaN
+        experts = tl.where(k == nth, best, experts)
+        shares = tl.where(k == nth, tl.sum(tl.where(e == best, score, 0.0), axis=0), shares)
+        choice = tl.where(e == best, float("-inf"), choice)
+    if NORMALISED:
+        shares = shares / (tl.sum(shares, axis=0) + 1e-20)
+    tl.store(chosen + row * ACTIVE + k, experts, mask=k < ACTIVE)
+    tl.store(share + row * ACTIVE + k, shares * scale, mask=k < ACTIVE)
+
+
+@triton.jit
+def _mine(chosen, expert, block, pairs, ROWS: tl.constexpr, PAIRS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The pairs (row times ACTIVE plus place) of one block of those that chose an expert, and which are any."""
+    p = tl.arange(0, PAIRS)
+    mine = (tl.load(chosen + p, mask=p < pairs, other=-1) == expert).to(tl.int32)
+    rank = tl.cumsum(mine, axis=0) - 1
+    nth = block * ROWS + tl.arange(0, ROWS)
+    match = (rank[None, :] == nth[:, None]) & (mine[None, :] == 1)
+    return tl.sum(tl.where(match, p[None, :], 0), axis=1), nth < tl.sum(mine, axis=0)
+
+
+@triton.jit
+def _up(  # type: ignore[no-untyped-def]
+    x,
+    chosen,
+    w13,
+    h,
+    pairs,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+):
+    """Gate and up projection and SwiGLU of one expert, for the rows that chose it."""
+    expert = tl.program_id(0)
+    pair, any_ = _mine(chosen, expert, tl.program_id(2), pairs, ROWS, PAIRS)
+    if tl.max(any_.to(tl.int32), axis=0) > 0:
+        i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        own = w13 + expert.to(tl.int64) * 2 * HIDDEN * WIDTH
+        gate = tl.zeros([ROWS, TILE], tl.float32)
+        up = tl.zeros([ROWS, TILE], tl.float32)
+        for start in range(0, WIDTH, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            each = tl.load(x + (pair // ACTIVE)[:, None] * WIDTH + at[None, :], mask=any_[:, None], other=0.0)
+            from_ = own + i[None, :] * WIDTH + at[:, None]
+            real = (i < HIDDEN)[None, :]
+            gate = tl.dot(each, tl.load(from_, mask=real, other=0.0), gate, input_precision="ieee")
+            up = tl.dot(each, tl.load(from_ + HIDDEN * WIDTH, mask=real, other=0.0), up, input_precision="ieee")
+        to = h + pair[:, None] * HIDDEN + i[None, :]
+        result = gate / (1.0 + tl.exp(-gate)) * up
+        tl.store(to, result.to(h.dtype.element_ty), mask=any_[:, None] & (i < HIDDEN)[None, :])
+
+
+@triton.jit
+def _down(  # type: ignore[no-untyped-def]
+    h,
+    chosen,
+    w2,
+    y,
+    pairs,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+):
+    """Down projection of one expert, for the rows that chose it."""
+    expert = tl.program_id(0)
+    pair, any_ = _mine(chosen, expert, tl.program_id(2), pairs, ROWS, PAIRS)
+    if tl.max(any_.to(tl.int32), axis=0) > 0:
+        o = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        own = w2 + expert.to(tl.int64) * WIDTH * HIDDEN
+        result = tl.zeros([ROWS, TILE], tl.float32)
+        for start in range(0, HIDDEN, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            each = tl.load(h + pair[:, None] * HIDDEN + at[None, :], mask=any_[:, None], other=0.0)
+            result = tl.dot(each, tl.load(own + o[None, :] * HIDDEN + at[:, None]), result, input_precision="ieee")
+        to = y + pair[:, None] * WIDTH + o[None, :]
+        tl.store(to, result.to(y.dtype.element_ty), mask=any_[:, None])
+
+
+@triton.jit
+def _sum(  # type: ignore[no-untyped-def]
+    y, share, x, WIDTH: tl.constexpr, ACTIVE: tl.constexpr, PADDED: tl.constexpr
+):
+    """Adds the weighted outputs of a row's experts to the residual stream."""
+    row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, PADDED)
+    result = tl.load(x + row * WIDTH + o, mask=o < WIDTH, other=0.0).to(tl.float32)
+    for nth in tl.static_range(ACTIVE):
+        pair = row * ACTIVE + nth
+        result += tl.load(share + pair) * tl.load(y + pair * WIDTH + o, mask=o < WIDTH, other=0.0).to(tl.float32)
+    tl.store(x + row * WIDTH + o, result.to(x.dtype.element_ty), mask=o < WIDTH)
+
+
+@triton.jit
+def _down_rows(  # type: ignore[no-untyped-def]
+    h,
+    chosen,
+    share,
+    w2,
+    x,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Both of the above for one row, where few share an expert."""
+    row = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    result = tl.zeros([TILE], tl.float32)
+    for nth in tl.static_range(ACTIVE):
+        pair = row * ACTIVE + nth
+        own = w2 + tl.load(chosen + pair).to(tl.int64) * WIDTH * HIDDEN
+        each = tl.zeros([TILE, DEPTH], tl.float32)
+        for start in range(0, HIDDEN, DEPTH):
+            at = start + tl.arange(0, DEPTH)
+            real = at < HIDDEN
+            value = tl.load(h + pair * HIDDEN + at, mask=real, other=0.0).to(tl.float32)
+            weight = tl.load(own + o[:, None] * HIDDEN + at[None, :], mask=real[None, :], other=0.0).to(tl.float32)
+            each += weight * value[None, :]
+        result += tl.load(share + pair) * tl.sum(each, axis=1)
+    to = x + row * WIDTH + o
+    tl.store(to, (tl.load(to).to(tl.float32) + result).to(x.dtype.element_ty))

@@ -1,0 +1,288 @@
+"""The engine on a CPU: whatever shares a batch with whatever, each request gets what the plain loop gives it alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from decoder import Decoder, PromptError
+from decoder.engine import Completion, Engine, Request
+from decoder.engine.grammar import Rules
+from decoder.engine.requests import Plan
+from decoder.engine.runner import RUN
+from decoder.engine.scheduler import Entry, Scheduler
+from decoder.engine.threads import TRIES, Threads
+from reports.grammar import ID, POINTERS, TOKENS, from_tokens
+from tests.engine_cases import ATTENTIONS, make_decoder, make_requests, plain_loop, report_grammar
+
+GRAMMAR = report_grammar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return make_decoder("full")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_requests_through_few_slots_are_as_each_alone(attention: str) -> None:
+    decoder = make_decoder(attention)
+    requests = make_requests(11)
+    done = Engine(decoder, slots=3).generate(requests)
+    assert [each.ids for each in done] == [plain_loop(decoder, each) for each in requests]
+    assert {each.ended for each in done} == {"length"}
+
+
+def test_a_slot_is_refilled_as_soon_as_it_is_free(decoder: Decoder) -> None:
+    requests = [Request([5, 6], max_new_tokens=n) for n in (30, 2, 2, 2, 2, 2)]
+    engine = Engine(decoder, slots=2)
+    completions = [engine.submit(each) for each in requests]
+    steps = 0
+    while not engine.idle:
+        engine.step()
+        steps += 1
+        if steps == 12:
+            assert all(each.ended for each in completions[1:])  # they went through one slot while the long one ran
+    assert steps <= 30
+
+
+def test_an_end_token_ends_a_completion(decoder: Decoder) -> None:
+    request = Request([7, 8, 9], max_new_tokens=20)
+    written = plain_loop(decoder, request)
+    end = written[5]
+    done = Engine(decoder, slots=2).generate([replace(request, eos=(end,)), request])
+    assert (done[0].ids, done[0].ended) == (written[: written.index(end) + 1], "eos")
+    assert (done[1].ids, done[1].ended) == (written, "length")
+
+
+def test_tokens_are_told_as_they_come(decoder: Decoder) -> None:
+    told: list[int] = []
+    requests = [*make_requests(4), Request([3, 4], max_new_tokens=9, on_token=told.append)]
+    engine = Engine(decoder, slots=2)
+    streamed: dict[Completion, list[int]] = {}
+    for completion, token in engine.stream(requests):
+        streamed.setdefault(completion, []).append(token)
+        assert completion.ids[-1:] == [token] or token in completion.ids
+    assert [each.ids for each in streamed] and all(each.ids == tokens for each, tokens in streamed.items())
+    assert {each.request: each.ids for each in streamed}[requests[-1]] == told == plain_loop(decoder, requests[-1])
+
+
+def test_a_request_can_be_cancelled_while_it_runs_and_while_it_waits(decoder: Decoder) -> None:
+    requests = make_requests(5, most=30, seed=3)
+    long = Request([1, 2], max_new_tokens=200)
+    engine = Engine(decoder, slots=2)
+    running, *others, waiting = [engine.submit(each) for each in (long, *requests, long)]
+    for _ in range(4):
+        engine.step()
+    before = len(running.ids)
+    engine.cancel(running)
+    engine.cancel(waiting)
+    while not engine.idle:
+        engine.step()
+    assert (running.ended, waiting.ended, waiting.ids) == ("cancelled", "cancelled", [])
+    assert len(running.ids) == before
+    assert [each.ids for each in others] == [plain_loop(decoder, each) for each in requests]
+
+
+def test_what_a_listener_raises_comes_out_and_the_engine_goes_on(decoder: Decoder) -> None:
+    engine = Engine(decoder, slots=2)
+
+    def fail(token: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        engine.generate([*make_requests(3), Request([1], max_new_tokens=50, on_token=fail)])
+    assert engine.idle
+    requests = make_requests(3, seed=5)
+    assert [each.ids for each in engine.generate(requests)] == [plain_loop(decoder, each) for each in requests]
+
+
+def test_sampling_follows_its_seed_whatever_else_is_in_the_batch(decoder: Decoder) -> None:
+    drawn = Request([9, 8, 7], max_new_tokens=20, temperature=1.0, seed=11)
+    alone = Engine(decoder, slots=1).generate([drawn])[0].ids
+    among = Engine(decoder, slots=4).generate([*make_requests(6), drawn, *make_requests(6, seed=1)])[6].ids
+    assert alone == among != plain_loop(decoder, drawn)
+    shorter = Engine(decoder, slots=2).generate([replace(drawn, max_new_tokens=8), replace(drawn, seed=12)])
+    assert shorter[0].ids == alone[:8] != shorter[1].ids[:8]
+
+
+def test_sampling_follows_the_distribution(decoder: Decoder) -> None:
+    ids = [4, 5, 6]
+    p_V = (decoder(torch.tensor([ids]))[0, -1] / 0.5).softmax(-1)
+    requests = [Request(ids, max_new_tokens=1, temperature=0.5, seed=seed) for seed in range(2000)]
+    drawn = [each.ids[0] for each in Engine(decoder, slots=500).generate(requests)]
+    seen_V = torch.bincount(torch.tensor(drawn), minlength=len(TOKENS)) / len(drawn)
+    assert float((seen_V - p_V).abs().sum()) < 0.25
+    assert float((seen_V - p_V).abs().max()) < 0.04
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_request_that_is_not_finite_ends_and_leaves_no_trace(attention: str) -> None:
+    decoder = make_decoder(attention)
+    poison = torch.zeros(6, 64)
+    poison[2, 3] = float("nan")
+    requests = make_requests(7, seed=2)
+    for prompt in (Request([5], poison, max_new_tokens=5), Request((), poison, max_new_tokens=5)):
+        done = Engine(decoder, slots=2).generate([*requests[:2], prompt, *requests[2:]])
+        assert (done[2].ids, done[2].ended) == ([], "not-finite")
+        assert [each.ids for each in done if each is not done[2]] == [plain_loop(decoder, each) for each in requests]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_embeddings_and_what_is_shared_are_read_as_their_tokens_would_be(attention: str) -> None:
+    decoder = make_decoder(attention)
+    beginning, requests = [3, 1, 4, 1, 5, 9, 2, 6], make_requests(6, seed=4)
+    expected = [plain_loop(decoder, replace(each, ids=[*beginning, *each.ids])) for each in requests]
+    embedded = decoder.embed(torch.tensor(beginning))
+    engine = Engine(decoder, slots=3)
+    shared, half = engine.share(beginning), engine.share(beginning[:3], embeddings_PD=None)
+    ways = [
+        [replace(each, embeddings_PD=embedded) for each in requests],
+        [replace(each, shared=shared) for each in requests],
+        [replace(each, shared=half, embeddings_PD=embedded[3:]) for each in requests],
+    ]
+    for way in ways:
+        assert [each.ids for each in engine.generate(way)] == expected
+
+
+def test_prompts_that_cannot_run_are_refused_before_any_runs(decoder: Decoder) -> None:
+    told: list[int] = []
+    engine = Engine(decoder, slots=2, length=64, grammar=GRAMMAR)
+
+    def refusal(bad: Request) -> PromptError:
+        with pytest.raises(PromptError) as caught:
+            engine.generate([Request([5, 6], max_new_tokens=9, on_token=told.append), bad])
+        assert not told and engine.idle
+        return caught.value
+
+    assert refusal(Request([5] * 65)).code == "prompt-too-long"
+    assert "prompt 1 has 60 positions, and 9 more" in str(refusal(Request([5] * 60, max_new_tokens=9)))
+    assert refusal(Request()).code == "prompt-empty"
+    assert refusal(Request([len(TOKENS)])).code == refusal(Request([-1])).code == "token-out-of-vocabulary"
+    assert refusal(Request((), torch.zeros(3, 5))).code == "embeddings-shape"
+    assert refusal(Request([5], max_new_tokens=3)).code == "prompt-too-long"
+    assert refusal(Request([5], forbidden=[ID["<end>"]])).code == "nothing-to-write"
+    with pytest.raises(ValueError, match="pinned to state 0"):
+        engine.generate([Request([5], pins={0: ID["<end>"]})])
+    with pytest.raises(PromptError, match="there is room for 64"):
+        engine.share([5] * 65)
+
+
+# Grammar
+
+
+def test_what_is_written_is_what_the_plain_loop_writes_and_parses(decoder: Decoder) -> None:
+    for seed in range(3):
+        requests = [
+            replace(each, forbidden=[ID[f"evidence:{i}"] for i in range(n, POINTERS)], max_new_tokens=7 + 9 * n)
+            for n, each in enumerate(make_requests(6, seed=seed))
+        ]
+        for request, done in zip(requests, Engine(decoder, slots=3, grammar=GRAMMAR).generate(requests), strict=True):
+            assert done.ids == plain_loop(decoder, request, GRAMMAR)
+            assert done.ended == "eos" and len(done.ids) <= (request.max_new_tokens or 0)
+            from_tokens([TOKENS[i] for i in done.ids])
+
+
+def test_forced_tokens_take_no_decision(decoder: Decoder) -> None:
+    forbidden = [ID["kind:ct"], *(ID[f"line:{name}"] for name in ("steel", "tile"))]
+    pins = {}
+    for i in range(POINTERS):
+        words = ["<bos>", "kind:defect", "line:board", f"evidence:{i}"]
+        for word in ("type:open", "extent:small", "zone:centre"):
+            pins[GRAMMAR.walk(ID[each] for each in words)] = ID[word]
+            words.append(word)
+    requests = [replace(each, forbidden=forbidden, pins=pins, max_new_tokens=150) for each in make_requests(8)]
+    for request, done in zip(requests, Engine(decoder, slots=3, grammar=GRAMMAR).generate(requests), strict=True):
+        assert done.ids == plain_loop(decoder, request, GRAMMAR)
+        draft = from_tokens([TOKENS[i] for i in done.ids])
+        assert {(each.type, each.extent, each.zone) for each in draft.findings} <= {("open", "small", "centre")}
+        assert done.decisions == choices(done.ids, GRAMMAR.rules_of(forbidden, pins)) <= 0.6 * len(done.ids)
+
+
+def choices(ids: list[int], rules: Rules) -> int:
+    """Forwards that the tokens take: what the grammar forces needs none of its own, up to RUN tokens together."""
+    states = [0, *(GRAMMAR.walk(ids[:i]) for i in range(1, len(ids)))]
+    forced = [rules.only_S[state] >= 0 for state in states]
+    at = forced.index(False)
+    count = 0
+    while at < len(ids):
+        count += 1
+        run = 1
+        while run < RUN and at + run < len(ids) and forced[at + run]:
+            run += 1
+        at += run
+    return count
+
+
+def test_a_grammar_without_choice_needs_no_decoder(decoder: Decoder) -> None:
+    pointers = [ID[f"evidence:{i}"] for i in range(POINTERS)]
+    nothing = Request(
+        [5],
+        forbidden=[ID["kind:ct"], ID["line:tile"], ID["line:board"], *pointers]
+        + [ID[each] for each in TOKENS if each.startswith("count:")],
+    )
+    done = Engine(decoder, slots=1, grammar=GRAMMAR).generate([nothing])[0]
+    assert [TOKENS[i] for i in done.ids] == ["<bos>", "kind:defect", "line:steel", "<impression>", "<clear>", "<end>"]
+    assert (done.decisions, done.ended) == (0, "eos")
+
+
+def test_decide_takes_the_place_of_the_likeliest(decoder: Decoder) -> None:
+    def nth(log_p_BV: Tensor, hints_BH: Tensor) -> Tensor:
+        return log_p_BV.argsort(-1, descending=True).gather(1, hints_BH.long())[:, 0]
+
+    engine = Engine(decoder, slots=2, decide=nth, hints=1)
+    requests = [Request([5, 6], max_new_tokens=1, hints_H=torch.tensor([float(n)])) for n in range(5)]
+    best = decoder(torch.tensor([[5, 6]]))[0, -1].argsort(descending=True)[:5].tolist()
+    assert [each.ids for each in engine.generate(requests)] == [[token] for token in best]
+    with pytest.raises(ValueError, match="told 1 numbers"):
+        engine.generate([Request([5])])
+
+
+# Threads
+
+
+def test_threads_are_chosen_by_time_and_put_back() -> None:
+    before = torch.get_num_threads()
+    threads = Threads((1, 2, 4))
+    seen = []
+    for _ in range(3 * TRIES + 4):
+        with threads.of(1):
+            seen.append(torch.get_num_threads())
+            time.sleep({1: 0.02, 2: 0.01, 4: 0.04}[seen[-1]])
+        assert torch.get_num_threads() == before
+    assert seen[: 3 * TRIES] == [1, 2, 4] * TRIES
+    assert seen[3 * TRIES :] == [2] * 4
+
+
+# Slots
+
+
+def test_slots_are_given_lowest_first_and_those_that_are_left_move_together() -> None:
+    def entry() -> Entry:
+        request = Request([1])
+        return Entry(Completion(request), Plan(request, None, [], 0, 9))
+
+    scheduler = Scheduler(8)
+    entries = [entry() for _ in range(9)]
+    for each in entries:
+        scheduler.add(each)
+    assert [each.slot for each in scheduler.admit()] == list(range(8))
+    scheduler.release(entries[2])
+    assert [each.slot for each in scheduler.admit()] == [2]
+    for each in (entries[8], *entries[3:7]):
+        scheduler.release(each)
+    assert scheduler.reach == 8 and scheduler.moves() == [(7, 2)]
+    assert scheduler.reach == 3 and scheduler.moves() == []
+    assert entries[7].slot == 2 and set(scheduler.running) == {0, 1, 2}
