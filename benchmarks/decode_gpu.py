@@ -1,8 +1,8 @@
 """Tokens a second on a GPU against Hugging Face transformers, on the same weights: batch 1, 32 and 256, in bfloat16.
 
-    .venv/bin/python benchmarks/decode_gpu.py
-    .venv/bin/python benchmarks/decode_gpu.py --quick             # one small model, fewer repeats; without a GPU: tiny
-    .venv/bin/python benchmarks/decode_gpu.py --models 400M --batches 1 --peers none
+    .venv/bin/python -m benchmarks.decode_gpu
+    .venv/bin/python -m benchmarks.decode_gpu --quick             # one small model, fewer repeats; without a GPU: tiny
+    .venv/bin/python -m benchmarks.decode_gpu --models 400M --batches 1 --peers none
 
 Peers: `generate` as it comes; with a static cache, which transformers then compiles; with its grouped matrix product
 pinned; both together; and `generate_batch`. The best of them is "the best of transformers". All sides get the same
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.decoding import (
     EXPERTS_PINNED,
@@ -47,7 +48,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=None, help="30M, 400M")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
     parser.add_argument("--peers", choices=("all", "fast", "none"), default="all", help="fast: none that compiles")
-    parser.add_argument("--compile", action="store_true", help="our engine with compile=True, too")
+    parser.add_argument("--variants", action="store_true", help="our engine in other ways, too: what each part gains")
+    parser.add_argument("--profile", action="store_true", help="which kernels a step of ours spends its time in")
     asked = parser.parse_args()
     gpu = torch.cuda.is_available()
     names = asked.models or (["30M"] if asked.quick else ["30M", "400M"]) if gpu else ["tiny"]
@@ -65,8 +67,8 @@ def main() -> None:
             prompts_BT = torch.randint(2, config.vocabulary, (batch, PROMPT if gpu else 8))
             new = NEW if gpu else 4
             sides = [engine_side("engine", ours, prompts_BT, new)]
-            if asked.compile:
-                sides.append(engine_side("engine, compiled", ours, prompts_BT, new, compile=True))
+            if asked.variants:
+                sides += variant_sides(ours, prompts_BT, new)
             sides += peer_sides(theirs, batch, peers)
             print(f"batch {batch}", flush=True)
             timings = measure(sides, prompts_BT, new, 2 if asked.quick else 5)
@@ -83,7 +85,9 @@ def main() -> None:
                     f"  first token {1e3 * timing.first:.1f} ms",
                     flush=True,
                 )
-            mine = max(t.rate for n, t in timings.items() if n.startswith("engine"))
+            mine = timings["engine"].rate
+            if asked.profile:
+                profile(sides[0], prompts_BT, new)
             equal, behind = agreement(theirs, prompts_BT, sides[0].run(prompts_BT, new))
             print(
                 f"  tokens that transformers writes there too: {equal:.2%}; others are behind by {behind:.3f} at most"
@@ -105,6 +109,26 @@ def main() -> None:
         reset()
     print(f"{time.perf_counter() - started:.0f} s in all")
     print(json.dumps({"benchmark": "decode_gpu", "machine": machine(), "claims": claims}))
+
+
+def variant_sides(decoder: Decoder, prompts_BT: Tensor, new: int) -> list[Side]:
+    """Our engine without graphs, with PyTorch's kernels, and with those that its compiler makes."""
+    sides = [engine_side("engine, no graphs", decoder, prompts_BT, new, graphs=False)]
+    plain = engine_side("engine, PyTorch's kernels", decoder, prompts_BT, new)
+    assert plain.engine is not None
+    plain.engine._runner.hidden = decoder.hidden
+    return [*sides, plain, engine_side("engine, compiled", decoder, prompts_BT, new, compile=True)]
+
+
+def profile(side: Side, prompts_BT: Tensor, new: int) -> None:
+    """Prints the kernels that decoding takes most time in."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        side.run(prompts_BT, new)
+    rows = sorted(seen.key_averages(), key=lambda row: -row.device_time_total)
+    total = sum(row.device_time_total for row in rows)
+    print(f"  kernels, {total / 1e3:.1f} ms in all:")
+    for row in rows[:16]:
+        print(f"    {row.device_time_total / total:6.1%} {row.device_time:9.2f} us x {row.count:6}  {row.key[:80]}")
 
 
 def peer_sides(model: Any, batch: int, peers: str) -> list[Side]:

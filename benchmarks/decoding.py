@@ -70,6 +70,7 @@ class Side:
     run: Callable[[Tensor, int], Tensor]
     failed: str = ""
     rate: float | None = None  # tokens a second of the last run, of a side that tells itself
+    engine: Engine | None = None  # ours
 
 
 def engine_side(name: str, decoder: Decoder, prompts_BT: Tensor, new: int, **options: Any) -> Side:
@@ -80,7 +81,7 @@ def engine_side(name: str, decoder: Decoder, prompts_BT: Tensor, new: int, **opt
         done = engine.generate([Request(ids, max_new_tokens=new) for ids in prompts_BT.tolist()])
         return torch.tensor([each.ids for each in done])
 
-    return Side(name, run)
+    return Side(name, run, engine=engine)
 
 
 def generate_side(name: str, model: Any, *, experts: str | None = None, **options: Any) -> Side:

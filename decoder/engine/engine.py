@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from secrets import randbits
 from typing import Final
@@ -29,6 +30,23 @@ from decoder.model import Decoder
 
 MOST_SLOTS: Final = 256  # of one call of `generate`; more prompts wait for a slot
 SEEDS_APART: Final = 0x9E3779B1  # prompts of one call draw different tokens
+
+
+@dataclass(slots=True)
+class Team:
+    """Who runs, as long as nobody comes, goes or moves."""
+
+    entries: list[tuple[int, Entry]]  # by slot
+    slots: int
+    changes: int
+    longest: int = 0  # positions that the longest needs by the next step, at most
+    room: int = -1  # up to where a step costs the same
+    sampling: bool = field(init=False)
+    forbidding: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampling = any(entry.plan.request.temperature > 0 for _, entry in self.entries)
+        self.forbidding = any(entry.plan.request.forbidden for _, entry in self.entries)
 
 
 class Engine:
@@ -63,6 +81,8 @@ class Engine:
         self._threads = Threads() if self._runner.device.type == "cpu" else None
         self._entries: dict[Completion, Entry] = {}
         self._flying: deque[tuple[list[tuple[int, Entry]], Record]] = deque()  # rows of a record, and whose they are
+        self._team = Team([], 0, 0)
+        self._listeners = 0  # requests that want to hear of their tokens
 
     # Doors
 
@@ -80,9 +100,10 @@ class Engine:
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Completion, int]]:
         """Each token as it arrives, with the completion that it belongs to; else as `generate`."""
         completions = self._enter(requests)
+        mine = set(completions)
         try:
             while not all(each.ended for each in completions):
-                yield from ((completion, token) for completion, token in self.step() if completion in completions)
+                yield from ((completion, token) for completion, token in self.step() if completion in mine)
         finally:
             for each in completions:
                 self.cancel(each)
@@ -104,14 +125,12 @@ class Engine:
 
     def step(self) -> list[tuple[Completion, int]]:
         """Goes on by one step; returns the tokens that arrived, which on a GPU are those of the step before."""
-        arrived = self._admit()
+        listened, arrived = self._listeners > 0, self._admit()
         if self._threads is not None:  # nothing to wait for: what is known makes the step smaller
-            arrived += self._collect(0)
-        wanting = self._scheduler.wanting()
-        if wanting:
-            self._launch(wanting)
-        arrived += self._collect(1 if wanting and self._threads is None else 0)
-        for completion, token in arrived:
+            self._collect(0, arrived)
+        launched = self._launch()
+        self._collect(1 if launched and self._threads is None else 0, arrived)
+        for completion, token in arrived if listened else ():
             if completion.request.on_token is not None:
                 completion.request.on_token(token)
         return arrived
@@ -133,6 +152,7 @@ class Engine:
                 completion.ids, completion.ended = plan.head, "eos"
                 continue
             self._entries[completion] = entry = Entry(completion, plan)
+            self._listeners += plan.request.on_token is not None
             self._scheduler.add(entry)
         return completions
 
@@ -148,7 +168,7 @@ class Engine:
         if self.grammar is None:
             if request.pins:
                 raise ValueError("pins are for an engine with a grammar")
-            return Plan(request, None, [], 0, room)
+            return Plan(request, None, [], 0, room, frozenset(request.eos))
         rules = self.grammar.rules_of(request.forbidden, request.pins)
         if rules.ways_S[0] > room:
             raise PromptError(
@@ -158,7 +178,7 @@ class Engine:
         while (token := int(rules.only_S[state])) >= 0:
             head.append(token)
             state = self.grammar.walk([token], state)
-        return Plan(request, rules, head, state, room)
+        return Plan(request, rules, head, state, room, frozenset(request.eos))
 
     def _check_prompt(self, name: str, request: Request, count: int, left: int) -> None:
         vocabulary, width = self.decoder.config.vocabulary, self.decoder.config.width
@@ -180,6 +200,7 @@ class Engine:
     def _leave(self, entry: Entry) -> None:
         """Lets go of an entry that has ended."""
         del self._entries[entry.completion]
+        self._listeners -= entry.plan.request.on_token is not None
         if entry.slot >= 0:
             self._scheduler.release(entry)
             self._runner.clear(entry.slot)
@@ -194,65 +215,61 @@ class Engine:
         for group, record in self._runner.prefill([e.slot for e in entries], [e.plan for e in entries]):
             self._flying.append(([(row, entries[i]) for row, i in enumerate(group)], record))
         for entry in entries:
-            entry.flying = 1
             entry.completion.ids.extend(entry.plan.head)
         return [(entry.completion, token) for entry in entries for token in entry.plan.head]
 
-    def _launch(self, wanting: list[Entry]) -> None:
-        """One more choice for all that want one."""
-        if moves := self._scheduler.moves():
-            self._runner.move(moves)
-        run = max(entry.pending for entry in wanting) if self._threads else self._runner.width
-        slots = self._scheduler.reach
+    def _launch(self) -> bool:
+        """One more choice for all that run; whether any of them wants one."""
+        running, ahead, width = self._scheduler.running, len(self._flying), self._runner.width
+        if not any(len(e.completion.ids) + ahead < e.plan.room for e in running.values()):
+            return False
+        if self._team.changes != self._scheduler.changes:
+            if moves := self._scheduler.moves():
+                self._runner.move(moves)
+            self._team = Team(list(running.items()), self._scheduler.reach, self._scheduler.changes)
+        team = self._team
         # What was written goes through the decoder now, also what has not arrived yet.
-        length = max(
-            entry.plan.total + len(entry.completion.ids) - len(entry.plan.head) + entry.flying * self._runner.width
-            for entry in wanting
-        )
-        with self._threads.of(slots * run) if self._threads else nullcontext():
+        team.longest += width
+        if team.longest > team.room:
+            written = max(e.plan.total + len(e.completion.ids) - len(e.plan.head) for e in running.values())
+            team.longest = min(self.length, written + (ahead + 1) * width)
+            team.room = self._runner.bucket(team.slots, team.longest)[1]
+        run = max(entry.pending for entry in running.values()) if self._threads else width
+        with self._threads.of(team.slots * run) if self._threads else nullcontext():
             record = self._runner.step(
-                slots,
-                min(length, self.length),
-                run=run,
-                sampling=any(entry.plan.request.temperature > 0 for entry in wanting),
-                forbidding=any(entry.plan.request.forbidden for entry in wanting),
+                team.slots, team.longest, run=run, sampling=team.sampling, forbidding=team.forbidding
             )
-        for entry in wanting:
-            entry.flying += 1
-        self._flying.append(([(entry.slot, entry) for entry in wanting], record))
+        self._flying.append((team.entries, record))
+        return True
 
-    def _collect(self, ahead: int) -> list[tuple[Completion, int]]:
-        """The tokens of all records but the last `ahead`, of completions that go on."""
-        arrived = []
+    def _collect(self, ahead: int, arrived: list[tuple[Completion, int]]) -> None:
+        """Adds the tokens of all records but the last `ahead` to their completions, and to `arrived`."""
         while len(self._flying) > ahead:
             entries, record = self._flying.popleft()
             told = record.read()
             for row, entry in entries:
-                entry.flying -= 1
-                if entry.completion.ended is None:
-                    arrived += self._write(entry, *told[row])
-        return arrived
+                completion = entry.completion
+                if completion.ended is not None:
+                    continue
+                flags = told[row][0]
+                count = flags & (NOT_FINITE - 1)
+                if count:
+                    entry.pending = count
+                    completion.decisions += 1
+                    for token in told[row][1 : count + 1]:
+                        completion.ids.append(token)
+                        arrived.append((completion, token))
+                        if token in entry.plan.eos:
+                            completion.ended = "eos"
+                            break
+                if flags >= NOT_FINITE or len(completion.ids) >= entry.plan.room or completion.ended is not None:
+                    self._end(entry, flags)
 
-    def _write(self, entry: Entry, flags: int, *tokens: int) -> list[tuple[Completion, int]]:
-        """Adds what was chosen to a completion, and ends it where that is its end; returns what was added."""
-        completion, before = entry.completion, len(entry.completion.ids)
-        entry.pending = flags & (NOT_FINITE - 1)
-        completion.decisions += entry.pending > 0
-        for token in tokens[: entry.pending]:
-            completion.ids.append(token)
-            if token in completion.request.eos:
-                completion.ended = "eos"
-                break
-        if completion.ended is None:
-            if flags & NOT_FINITE:
-                completion.ended = "not-finite"
-            elif flags & AT_END:
-                completion.ended = "eos"
-            elif len(completion.ids) >= entry.plan.room:
-                completion.ended = "length"
-        if completion.ended is not None:
-            self._leave(entry)
-        return [(completion, token) for token in completion.ids[before:]]
+    def _end(self, entry: Entry, flags: int) -> None:
+        """Ends a completion for the reason that is there."""
+        if entry.completion.ended is None:
+            entry.completion.ended = "not-finite" if flags & NOT_FINITE else "eos" if flags & AT_END else "length"
+        self._leave(entry)
 
 
 def generate(

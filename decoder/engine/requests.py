@@ -66,6 +66,7 @@ class Plan:
     head: list[int]  # tokens that the grammar forces at the start
     state: int  # of the grammar behind them
     room: int  # tokens that may be written in all
+    eos: frozenset[int] = frozenset()
 
     @property
     def ids(self) -> list[int]:

@@ -185,7 +185,7 @@ class Runner:
 
         `run` says how many tokens at most await a forward in one slot, where the host knows.
         """
-        slots, length = self._bucket(slots, length)
+        slots, length = self.bucket(slots, length)
         key = slots, length
         if key not in self._views:
             self._views[key] = self.rows.first(slots), self.cache.view(slots, length)
@@ -205,7 +205,7 @@ class Runner:
             graph.replay()
         return self._record(rows)
 
-    def _bucket(self, slots: int, length: int) -> tuple[int, int]:
+    def bucket(self, slots: int, length: int) -> tuple[int, int]:
         """The smallest part of the cache with a graph of its own that has so many slots and positions."""
         if self.device.type == "cpu":
             return slots, self.cache.length

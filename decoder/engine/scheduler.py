@@ -16,8 +16,7 @@ class Entry:
     completion: Completion
     plan: Plan
     slot: int = -1
-    flying: int = 0  # choices that were launched and have not arrived, each of a token or more
-    pending: int = 1  # tokens of the last one that arrived
+    pending: int = 1  # tokens that the next step feeds, as far as is known
 
 
 class Scheduler:
@@ -26,6 +25,7 @@ class Scheduler:
     def __init__(self, slots: int) -> None:
         self.waiting: deque[Entry] = deque()
         self.running: dict[int, Entry] = {}  # by slot
+        self.changes = 0  # of who runs where
         self._free = list(range(slots))
 
     @property
@@ -46,17 +46,15 @@ class Scheduler:
                 continue
             entry.slot = heapq.heappop(self._free)
             self.running[entry.slot] = entry
+            self.changes += 1
             admitted.append(entry)
         return admitted
 
     def release(self, entry: Entry) -> None:
         """Frees the entry's slot."""
         del self.running[entry.slot]
+        self.changes += 1
         heapq.heappush(self._free, entry.slot)
-
-    def wanting(self) -> list[Entry]:
-        """The running entries that a further step may bring a token."""
-        return [e for e in self.running.values() if len(e.completion.ids) + e.flying < e.plan.room]
 
     @property
     def reach(self) -> int:
@@ -75,5 +73,6 @@ class Scheduler:
             entry.slot = heapq.heappop(self._free)
             heapq.heappush(self._free, source)
             self.running[entry.slot] = entry
+            self.changes += 1
             moves.append((source, entry.slot))
         return moves
