@@ -1,5 +1,6 @@
 """The mixture-of-experts language decoder and its generation engine."""
 
+from decoder.adaptive import AdaptiveAttentionConfig
 from decoder.attention import AttentionConfig, FullAttentionConfig
 from decoder.cache import Cache
 from decoder.config import DecoderConfig
@@ -9,6 +10,7 @@ from decoder.model import Decoder
 from decoder.moe import ExpertsConfig
 
 __all__ = [
+    "AdaptiveAttentionConfig",
     "AttentionConfig",
     "Cache",
     "Decoder",

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from decoder.adaptive import AdaptiveAttentionConfig
 from decoder.attention import AttentionConfig, FullAttentionConfig
 from decoder.latent import LatentAttentionConfig
 from decoder.moe import ExpertsConfig, swiglu_parameters
@@ -16,6 +17,7 @@ from decoder.rotary import Rope, Yarn
 ATTENTIONS: Final[dict[str, type[AttentionConfig]]] = {
     "full": FullAttentionConfig,
     "latent": LatentAttentionConfig,
+    "adaptive": AdaptiveAttentionConfig,
 }
 
 

@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from decoder import (
+    AdaptiveAttentionConfig,
     AttentionConfig,
     Decoder,
     DecoderConfig,
@@ -19,12 +22,15 @@ from decoder import (
     LatentAttentionConfig,
     PromptError,
 )
+from decoder.adaptive import AdaptiveAttention
+from decoder.attention import Places
 from decoder.moe import MixtureOfExperts, Router
 from reports.grammar import TOKENS
 
 ATTENTIONS: dict[str, AttentionConfig] = {
     "full": FullAttentionConfig(heads=3, kv_heads=3, head_dim=16),
     "grouped": FullAttentionConfig(heads=4, kv_heads=2, head_dim=16, qk_norm="head"),
+    "adaptive": AdaptiveAttentionConfig(heads=4, kv_heads=2, head_dim=16, window=8, stride=4),
     "latent": LatentAttentionConfig(heads=3, latent=24, rotary=8, plain=16, value=16),
 }
 SMALL = DecoderConfig(
@@ -123,7 +129,10 @@ def test_a_configuration_survives_json() -> None:
 
 def of_kind(name: str) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(replace(SMALL, attention=ATTENTIONS[name])).eval().requires_grad_(False)
+    decoder = Decoder(replace(SMALL, attention=ATTENTIONS[name])).eval().requires_grad_(False)
+    for weight in (w for n, w in decoder.named_parameters() if "salience" in n):
+        weight.normal_()  # it starts as zeros, and the test would pass without it
+    return decoder
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -181,6 +190,73 @@ def test_a_slot_goes_on_with_what_was_put_into_it_and_nothing_else(name: str) ->
     shared = decoder.hidden(x[:, 20:25], cache)
     expected = decoder.hidden(torch.cat((x[2:, :20].expand(3, -1, -1), x[:, 20:25]), 1))[:, 20:]
     torch.testing.assert_close(shared, expected, atol=1e-4, rtol=1e-4)
+
+
+@given(
+    window=st.integers(1, 6),
+    stride=st.sampled_from([1, 2, 3, 5]),
+    splits=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    padded=st.lists(st.integers(0, 9), min_size=2, max_size=2),
+    grouped=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None)
+def test_adaptive_attention_gives_in_parts_what_it_gives_at_once(
+    window: int, stride: int, splits: list[int], padded: list[int], grouped: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    attention = AdaptiveAttentionConfig(
+        heads=4, kv_heads=2 if grouped else 4, head_dim=8, window=window * stride, stride=stride
+    )
+    config = DecoderConfig(
+        vocabulary=8, width=16, layers=2, length=256, attention=attention, experts=None, dense_hidden=16
+    )
+    decoder = Decoder(config).requires_grad_(False)
+    for layer in decoder.layers:
+        layer.attention.salience_Jd.normal_(std=3.0)  # type: ignore[union-attr,operator]
+    x, cache = torch.randn(2, sum(splits) + 1, 16), decoder.new_cache(2)
+    parts: list[list[torch.Tensor]] = [[], []]
+    kept: list[list[torch.Tensor]] = [[], []]
+    for part in x.split([*splits, 1], 1):
+        counts = [max(part.shape[1] - gone, 1) for gone in padded]
+        out = decoder.hidden(part, cache, torch.tensor(counts))
+        for row, count in enumerate(counts):
+            parts[row].append(part[row, :count])
+            kept[row].append(out[row, :count])
+    for row in range(2):
+        at_once = decoder.hidden(torch.cat(parts[row])[None])[0]
+        torch.testing.assert_close(torch.cat(kept[row]), at_once, atol=1e-4, rtol=1e-4)
+
+
+def test_adaptive_attention_is_what_it_says() -> None:
+    """Against one softmax over raw keys and one over blocks, position by position."""
+    torch.manual_seed(0)
+    config = AdaptiveAttentionConfig(heads=2, kv_heads=2, head_dim=8, window=12, stride=4)
+    decoder = Decoder(DecoderConfig(vocabulary=8, width=16, attention=config, experts=None, dense_hidden=16))
+    attention = decoder.layers[0].attention.requires_grad_(False)
+    assert isinstance(attention, AdaptiveAttention)
+    attention.salience_Jd.normal_()
+    x = torch.randn(1, 50, 16)
+    positions = torch.arange(50)[None]
+    at = Places(positions, positions[:, :1], None, *decoder.rotary(positions))
+    q, k, v = (each[0].transpose(0, 1) for each in attention.project(x, at))
+    expected = []
+    for t in range(50):
+        start = t // 12 * 12
+        raw = slice(max(0, start - 12), t + 1)
+        near = (q[:, t, None] @ k[:, raw].mT * 8**-0.5).softmax(-1) @ v[:, raw]
+        weights = (k[:, :start] @ attention.salience_Jd[..., None]).unflatten(1, (-1, 4)).softmax(2)
+        blocks = [(each[:, :start].unflatten(1, (-1, 4)) * weights).sum(2) for each in (k, v)]
+        keys, values = (torch.cat((torch.zeros(2, 1, 8), each), 1) for each in blocks)
+        far = (q[:, t, None] @ keys.mT * 8**-0.5).softmax(-1) @ values
+        gate = attention.gate(x[0, t]).sigmoid()[:, None, None]
+        expected.append(attention.out((gate * near + (1 - gate) * far).flatten()))
+    torch.testing.assert_close(attention(x, at, None)[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_windows_of_broken_blocks_are_refused() -> None:
+    with pytest.raises(ValueError, match="not made of whole blocks"):
+        AdaptiveAttentionConfig(window=100, stride=16)
 
 
 def test_a_prompt_longer_than_the_decoder_is_refused(decoder: Decoder) -> None:
