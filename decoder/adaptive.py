@@ -8,7 +8,8 @@ blocks stands a null key of zeros, so that the first window has something to loo
 The cache holds the raw keys of two windows, each at its position modulo their length, and the blocks: 2W + S/P entries
 where full attention has S. As what a position sees changes with windows only, prompts need no masks.
 Shapes: B batch, T new positions, S positions of a sequence, W of a window, P of a block; R places of raw keys and M of
-blocks, the null key first; D width, H query heads, J key/value heads, d width of a head.
+blocks, the null key first; D width, H query heads, J key/value heads, d width of a head,
+e = 2d of a key and its value.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class AdaptiveAttentionConfig(FullAttentionConfig):
     def stored(self, length: int) -> tuple[tuple[int, ...], ...]:
         # One place more for each, where what does not count is written.
         raw, blocks = (-(-count // ALIGNED) * ALIGNED for count in (2 * self.window + 1, length // self.stride + 3))
-        return ((self.kv_heads, raw, self.head_dim),) * 2 + ((self.kv_heads, blocks, self.head_dim),) * 2
+        # Keys and values of a head are one row, so that they are written, gathered and pooled together.
+        return (self.kv_heads, raw, 2 * self.head_dim), (self.kv_heads, blocks, 2 * self.head_dim)
 
     def parameters(self, width: int) -> int:
         return super().parameters(width) + self.heads * (width + 1) + self.kv_heads * self.head_dim
@@ -81,6 +83,12 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
+def _halves(kv_BJSe: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values."""
+    k_BJSd, v_BJSd = kv_BJSe.chunk(2, -1)
+    return k_BJSd, v_BJSd
+
+
 class AdaptiveAttention(FullAttention):
     """See the module."""
 
@@ -91,104 +99,100 @@ class AdaptiveAttention(FullAttention):
         self.gate = nn.Linear(width, config.heads)
         self.salience_Jd = nn.Parameter(torch.zeros(config.kv_heads, config.head_dim))  # zeros: blocks are plain means
 
-    def forward(self, x_BTD: Tensor, at: Places, stored: Stored | None) -> Tensor:
-        q_BTHd, k_BTJd, v_BTJd = self.project(x_BTD, at)
+    def mix(
+        self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
+    ) -> Tensor:
+        kv_BTJe = torch.cat((k_BTJd, v_BTJd), -1)
         if at.masks is None:
-            near_BTHd, far_BTHd = self._at_once(q_BTHd, k_BTJd, v_BTJd, at, stored)
+            near_BTHd, far_BTHd = self._at_once(q_BTHd, kv_BTJe, at, stored)
         else:
             assert stored is not None
             parts, start = [], 0
             for masks in at.masks:
-                part = slice(start, start + masks[0].shape[1])
-                parts.append(self._further(q_BTHd[:, part], k_BTJd[:, part], v_BTJd[:, part], at, start, masks, stored))
-                start = part.stop
+                end = start + masks[0].shape[1]
+                parts.append(self._further(q_BTHd[:, start:end], kv_BTJe[:, start:end], at, start, masks, stored))
+                start = end
             near_BTHd, far_BTHd = (
                 torch.cat(each, 1) if len(each) > 1 else each[0] for each in zip(*parts, strict=True)
             )
         gate_BTH1 = self.gate(x_BTD).sigmoid()[..., None].to(near_BTHd.dtype)
-        return self.out(torch.lerp(far_BTHd, near_BTHd, gate_BTH1).flatten(2))
+        return torch.lerp(far_BTHd, near_BTHd, gate_BTH1)
 
-    def pool(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values `[..., P, J, d]` of blocks to one each, `[..., J, d]`; `valid` `[..., P]` leaves some out."""
-        salience = (k.float() * self.salience_Jd.float()).sum(-1, keepdim=True)
-        if valid is not None:
+    def pool(self, kv: Tensor, absent: Tensor | None = None) -> Tensor:
+        """Rows `[..., P, J, e]` of blocks to one each, `[..., J, e]`, without those `absent`, `[..., P]`."""
+        salience = torch.einsum("...jd,jd->...j", kv[..., : self.config.head_dim].float(), self.salience_Jd.float())
+        if absent is not None:
             # Not -inf: a block of which nothing is there yet must be finite, too, as masks multiply it by 0.
-            salience = salience.masked_fill(~valid[..., None, None], torch.finfo(torch.float32).min)
-        weight = salience.softmax(-3)
-        return (k * weight).sum(-3).to(k.dtype), (v * weight).sum(-3).to(v.dtype)
+            salience = salience.masked_fill(absent[..., None], torch.finfo(torch.float32).min)
+        return torch.einsum("...pje,...pj->...je", kv, salience.softmax(-2).to(kv.dtype))
 
-    def _at_once(
-        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
-    ) -> tuple[Tensor, Tensor]:
+    def _at_once(self, q_BTHd: Tensor, kv_BTJe: Tensor, at: Places, stored: Stored | None) -> tuple[Tensor, Tensor]:
         """Results of both kinds for positions from 0 on."""
         config, count = self.config, q_BTHd.shape[1]
         whole = count // config.stride * config.stride
-        blocks = (t[:, :whole].unflatten(1, (-1, config.stride)) for t in (k_BTJd, v_BTJd))
         # The null key is the first.
-        k_BMJd, v_BMJd = (F.pad(t, (0, 0, 0, 0, 1, 0)) for t in self.pool(*blocks))
+        blocks_BMJe = F.pad(self.pool(kv_BTJe[:, :whole].unflatten(1, (-1, config.stride))), (0, 0, 0, 0, 1, 0))
         if stored is not None:
-            for blocks_BJMd, made_BMJd in zip(stored[2:], (k_BMJd, v_BMJd), strict=True):
-                blocks_BJMd[:, :, : made_BMJd.shape[1]] = made_BMJd.transpose(1, 2)
-            self._keep(k_BTJd, v_BTJd, at, 0, stored)
+            stored[1][:, :, : blocks_BMJe.shape[1]] = blocks_BMJe.transpose(1, 2)
+            self._keep(kv_BTJe, at, 0, stored)
         if q_BTHd.is_cuda and q_BTHd.dtype in HALVES and not torch.is_grad_enabled():
-            return self._ragged(q_BTHd, k_BTJd, v_BTJd, k_BMJd, v_BMJd)
-        return self._near(q_BTHd, k_BTJd, v_BTJd), self._far(q_BTHd, k_BMJd, v_BMJd)
+            return self._ragged(q_BTHd, kv_BTJe, blocks_BMJe)
+        return self._near(q_BTHd, kv_BTJe), self._far(q_BTHd, blocks_BMJe)
 
-    def _near(self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor) -> Tensor:
+    def _near(self, q_BTHd: Tensor, kv_BTJe: Tensor) -> Tensor:
         """Local results: the first window by itself, each other one with the one before it, all as one batch."""
         config, batch, count = self.config, q_BTHd.shape[0], q_BTHd.shape[1]
         scale, window = config.head_dim**-0.5, min(config.window, count)
-        k, v = (t[:, :window].transpose(1, 2) for t in (k_BTJd, v_BTJd))
-        head = attend(q_BTHd[:, :window], k, v, None, scale)
+        first = attend(q_BTHd[:, :window], *_halves(kv_BTJe[:, :window].transpose(1, 2)), None, scale)
         if count == window:
-            return head
-        filled = (F.pad(t, (0, 0, 0, 0, 0, -count % window)) for t in (q_BTHd, k_BTJd, v_BTJd))
-        q, k, v = (t.unflatten(1, (-1, window)) for t in filled)
-        k, v = (torch.cat((t[:, :-1], t[:, 1:]), 2).flatten(0, 1).transpose(1, 2) for t in (k, v))
-        ahead = torch.arange(2 * window, device=q.device) - window > torch.arange(window, device=q.device)[:, None]
-        mask = _added(~ahead, q.dtype)[None].expand(len(k), -1, -1)
-        rest = attend(q[:, 1:].flatten(0, 1), k, v, mask, scale).unflatten(0, (batch, -1)).flatten(1, 2)
-        return torch.cat((head, rest[:, : count - window]), 1)
+            return first
+        filled = (F.pad(t, (0, 0, 0, 0, 0, -count % window)) for t in (q_BTHd, kv_BTJe))
+        q_BNWHd, kv_BNWJe = (t.unflatten(1, (-1, window)) for t in filled)
+        pairs = torch.cat((kv_BNWJe[:, :-1], kv_BNWJe[:, 1:]), 2).flatten(0, 1)
+        seen = (
+            torch.arange(2 * window, device=pairs.device) - window <= torch.arange(window, device=pairs.device)[:, None]
+        )
+        mask = _added(seen, q_BTHd.dtype)[None].expand(len(pairs), -1, -1)
+        others = attend(q_BNWHd[:, 1:].flatten(0, 1), *_halves(pairs.transpose(1, 2)), mask, scale)
+        return torch.cat((first, others.unflatten(0, (batch, -1)).flatten(1, 2)[:, : count - window]), 1)
 
-    def _far(self, q_BTHd: Tensor, k_BMJd: Tensor, v_BMJd: Tensor) -> Tensor:
+    def _far(self, q_BTHd: Tensor, blocks_BMJe: Tensor) -> Tensor:
         """Global results: each window looks at the blocks before it, the first at the null key, whose value is 0."""
-        config, count = self.config, q_BTHd.shape[1]
+        config, count, device = self.config, q_BTHd.shape[1], q_BTHd.device
         scale, ratio = config.head_dim**-0.5, config.window // config.stride
-        k_BJMd, v_BJMd = k_BMJd.transpose(1, 2), v_BMJd.transpose(1, 2)
+        k_BJMd, v_BJMd = _halves(blocks_BMJe.transpose(1, 2))
         if q_BTHd.is_cuda:
-            window_T1 = torch.arange(count, device=q_BTHd.device)[:, None] // config.window
-            mask_TM = _added(torch.arange(k_BMJd.shape[1], device=q_BTHd.device) <= window_T1 * ratio, q_BTHd.dtype)
+            window_T1 = torch.arange(count, device=device)[:, None] // config.window
+            mask_TM = _added(torch.arange(k_BJMd.shape[2], device=device) <= window_T1 * ratio, q_BTHd.dtype)
             return attend(q_BTHd, k_BJMd, v_BJMd, mask_TM[None].expand(len(q_BTHd), -1, -1), scale)
         results = [torch.zeros_like(q_BTHd[:, : config.window])]
         grouped = config.heads != config.kv_heads
         for window in range(1, -(-count // config.window)):
             q_BHTd = q_BTHd[:, window * config.window : (window + 1) * config.window].transpose(1, 2)
-            seen = window * ratio + 1
-            out = F.scaled_dot_product_attention(
-                q_BHTd, k_BJMd[:, :, :seen], v_BJMd[:, :, :seen], scale=scale, enable_gqa=grouped
-            )
+            k, v = k_BJMd[:, :, : window * ratio + 1], v_BJMd[:, :, : window * ratio + 1]
+            out = F.scaled_dot_product_attention(q_BHTd, k, v, scale=scale, enable_gqa=grouped)
             results.append(out.transpose(1, 2))
         return torch.cat(results, 1)
 
-    def _ragged(
-        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, k_BMJd: Tensor, v_BMJd: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _ragged(self, q_BTHd: Tensor, kv_BTJe: Tensor, blocks_BMJe: Tensor) -> tuple[Tensor, Tensor]:
         """Both results by flash attention over windows as sequences, each of which has its own stretch of the keys."""
         config, (batch, count) = self.config, q_BTHd.shape[:2]
         windows, ratio, device = -(-count // config.window), config.window // config.stride, q_BTHd.device
         window_N = torch.arange(windows, device=device).repeat(batch)
         row_N = torch.arange(batch, device=device).repeat_interleave(windows)
-        starts_N = torch.cat((row_N * count + window_N * config.window, row_N.new_tensor([batch * count])))
-        ends_N = ((window_N + 1) * config.window).clamp(max=count)
+        starts_N = F.pad(row_N * count + window_N * config.window, (0, 1), value=batch * count).int()
         first_N = (window_N - 1).clamp(min=0) * config.window
-        blocks = k_BMJd.shape[1]
+        end_N = ((window_N + 1) * config.window).clamp(max=count)
 
-        def flash(k: Tensor, v: Tensor, first_N: Tensor, seen_N: Tensor, longest: int, causal: bool) -> Tensor:
-            out = torch.ops.aten._flash_attention_forward(
+        def flash(kv: Tensor, first_N: Tensor, seen_N: Tensor, longest: int, causal: bool) -> Tensor:
+            k, v = kv.flatten(0, 1).chunk(2, -1)
+            # Where a stretch of keys starts and how many of them are seen: stretches overlap, which is why the
+            # starts are not sums of the numbers.
+            return torch.ops.aten._flash_attention_forward(
                 q_BTHd.flatten(0, 1),
-                k.flatten(0, 1),
-                v.flatten(0, 1),
-                starts_N.int(),
+                k,
+                v,
+                starts_N,
                 F.pad(first_N, (0, 1)).int(),
                 config.window,
                 longest,
@@ -197,64 +201,50 @@ class AdaptiveAttention(FullAttention):
                 False,
                 scale=config.head_dim**-0.5,
                 seqused_k=seen_N.int(),
-            )[0]
-            return out.unflatten(0, (batch, count))
+            )[0].unflatten(0, (batch, count))
 
-        near = flash(k_BTJd, v_BTJd, row_N * count + first_N, ends_N - first_N, 2 * config.window, True)
-        far = flash(k_BMJd, v_BMJd, row_N * blocks, window_N * ratio + 1, (windows - 1) * ratio + 1, False)
+        near = flash(kv_BTJe, row_N * count + first_N, end_N - first_N, 2 * config.window, True)
+        longest = (windows - 1) * ratio + 1
+        far = flash(blocks_BMJe, row_N * blocks_BMJe.shape[1], window_N * ratio + 1, longest, False)
         return near, far
 
     def _further(
-        self,
-        q_BTHd: Tensor,
-        k_BTJd: Tensor,
-        v_BTJd: Tensor,
-        at: Places,
-        start: int,
-        masks: tuple[Tensor, Tensor],
-        stored: Stored,
+        self, q_BTHd: Tensor, kv_BTJe: Tensor, at: Places, start: int, masks: tuple[Tensor, Tensor], stored: Stored
     ) -> tuple[Tensor, Tensor]:
         """Results of both kinds for at most a window of positions, the new ones from `start` on, behind stored ones."""
-        config, count = self.config, q_BTHd.shape[1]
-        keys, values, block_keys, block_values = stored
+        config, count, single = self.config, q_BTHd.shape[1], at.positions_BT.shape[1] == 1
+        raw_BJRe, blocks_BJMe = stored
         first_B1 = at.positions_BT[:, start : start + 1]
         # Blocks that the new positions are in: pooled anew from raw keys, and looked at once their window is past.
         touched = torch.arange((count + config.stride - 2) // config.stride + 1, device=first_B1.device)
         block_BN = first_B1 // config.stride + touched
         members_BNP = block_BN[..., None] * config.stride + torch.arange(config.stride, device=first_B1.device)
-        valid_BNP = members_BNP < first_B1[..., None] + count
         place_BNP = members_BNP % (2 * config.window)
-        if at.positions_BT.shape[1] == 1:
-            keys[at.rows_B1, :, first_B1 % (2 * config.window)] = k_BTJd
-            values[at.rows_B1, :, first_B1 % (2 * config.window)] = v_BTJd
-            k_BJRd, v_BJRd = keys, values
+        if single:
+            raw_BJRe[at.rows_B1, :, first_B1 % (2 * config.window)] = kv_BTJe
         else:
-            k_BJRd = torch.cat((keys, k_BTJd.transpose(1, 2)), 2)
-            v_BJRd = torch.cat((values, v_BTJd.transpose(1, 2)), 2)
             new_BNP = (members_BNP - first_B1[..., None]).clamp(max=count - 1)
-            place_BNP = torch.where(new_BNP < 0, place_BNP, keys.shape[2] + new_BNP)
-        rows_B11 = at.rows_B1[..., None]
-        pooled = self.pool(k_BJRd[rows_B11, :, place_BNP], v_BJRd[rows_B11, :, place_BNP], valid_BNP)
-        place_BN = (block_BN + 1).clamp(max=block_keys.shape[2] - 1)
-        block_keys[at.rows_B1, :, place_BN], block_values[at.rows_B1, :, place_BN] = pooled
-        if at.positions_BT.shape[1] > 1:
-            self._keep(k_BTJd, v_BTJd, at, start, stored)
-        scale, blocks = config.head_dim**-0.5, masks[1].shape[-1]
-        near = attend(q_BTHd, k_BJRd, v_BJRd, masks[0], scale)
-        return near, attend(q_BTHd, block_keys[:, :, :blocks], block_values[:, :, :blocks], masks[1], scale)
+            place_BNP = torch.where(new_BNP < 0, place_BNP, raw_BJRe.shape[2] + new_BNP)
+            raw_BJRe = torch.cat((raw_BJRe, kv_BTJe.transpose(1, 2)), 2)
+        absent_BNP = members_BNP >= first_B1[..., None] + count
+        place_BN = (block_BN + 1).clamp(max=blocks_BJMe.shape[2] - 1)
+        blocks_BJMe[at.rows_B1, :, place_BN] = self.pool(raw_BJRe[at.rows_B1[..., None], :, place_BNP], absent_BNP)
+        if not single:
+            self._keep(kv_BTJe, at, start, stored)
+        scale = config.head_dim**-0.5
+        near = attend(q_BTHd, *_halves(raw_BJRe), masks[0], scale)
+        return near, attend(q_BTHd, *_halves(blocks_BJMe[:, :, : masks[1].shape[-1]]), masks[1], scale)
 
-    def _keep(self, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, start: int, stored: Stored) -> None:
+    def _keep(self, kv_BTJe: Tensor, at: Places, start: int, stored: Stored) -> None:
         """Stores the last two windows of each row's new keys, of which the first is number `start`."""
-        config, count = self.config, k_BTJd.shape[1]
-        new_R = torch.arange(min(2 * config.window, count), device=k_BTJd.device)
+        places, count = 2 * self.config.window, kv_BTJe.shape[1]
+        new_R = torch.arange(min(places, count), device=kv_BTJe.device)
+        first_B1 = at.positions_BT[:, start : start + 1]
         if at.counts_B is None:
             index_BR = (new_R + count - len(new_R)).expand(len(at.rows_B1), -1)
+            place_BR = (first_B1 + index_BR) % places
         else:
             new_B1 = (at.counts_B[:, None] - start).clamp(0, count)
             index_BR = new_R + (new_B1 - len(new_R)).clamp(min=0)
-        place_BR = (at.positions_BT[:, start : start + 1] + index_BR) % (2 * config.window)
-        if at.counts_B is not None:
-            place_BR = torch.where(index_BR < new_B1, place_BR, 2 * config.window)
-        keys, values = stored[:2]
-        keys[at.rows_B1, :, place_BR] = k_BTJd[at.rows_B1, index_BR]
-        values[at.rows_B1, :, place_BR] = v_BTJd[at.rows_B1, index_BR]
+            place_BR = torch.where(index_BR < new_B1, (first_B1 + index_BR) % places, places)
+        stored[0][at.rows_B1, :, place_BR] = kv_BTJe[at.rows_B1, index_BR]

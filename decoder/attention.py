@@ -158,7 +158,12 @@ class FullAttention(nn.Module):
         return q, k, v.unflatten(-1, heads)
 
     def forward(self, x_BTD: Tensor, at: Places, stored: Stored | None) -> Tensor:
-        q_BTHd, k_BTJd, v_BTJd = self.project(x_BTD, at)
+        return self.out(self.mix(x_BTD, *self.project(x_BTD, at), at, stored).flatten(2))
+
+    def mix(
+        self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
+    ) -> Tensor:
+        """What the heads make of values, `[B, T, H, d]`: all that is between the projections."""
         k_BJSd, v_BJSd = k_BTJd.transpose(1, 2), v_BTJd.transpose(1, 2)
         if stored is not None:
             keys, values = stored
@@ -166,4 +171,4 @@ class FullAttention(nn.Module):
             if at.masks is not None:
                 reach = at.masks.shape[-1]
                 k_BJSd, v_BJSd = keys[:, :, :reach], values[:, :, :reach]
-        return self.out(attend(q_BTHd, k_BJSd, v_BJSd, at.masks, self.config.head_dim**-0.5).flatten(2))
+        return attend(q_BTHd, k_BJSd, v_BJSd, at.masks, self.config.head_dim**-0.5)

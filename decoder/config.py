@@ -63,8 +63,11 @@ class DecoderConfig:
 
     def flops_per_token(self, context: int = 0) -> int:
         """Multiply-adds times two of one decoded token with so many positions before it."""
-        looked_up = 0 if self.tied else self.vocabulary * self.width
-        return 2 * (self.active_parameters - looked_up) + self.layers * self.attention.flops(context)
+        sparse = self.experts.flops(self.width) if self.experts else 0
+        dense = 2 * swiglu_parameters(self.width, self.dense_hidden)
+        attention = 2 * self.attention.parameters(self.width) + self.attention.flops(context)
+        feed_forward = self.sparse_layers * sparse + (self.layers - self.sparse_layers) * dense
+        return self.layers * attention + feed_forward + 2 * self.vocabulary * self.width
 
     def cache_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of cache that one sequence of up to `length` positions takes."""

@@ -1,7 +1,8 @@
 """A sparse mixture of experts: a light gate, top-k routing, shared experts, no dropped token.
 
 Load is balanced without an auxiliary loss: a bias, moved once per optimiser step, tilts which experts are chosen but
-not how their outputs are weighted.
+not how their outputs are weighted. Two options: a number of experts that varies from token to token, and experts that
+see each other's results.
 Shapes: N tokens (batch and sequence flattened), D width, E experts, K active experts, I hidden width of an expert.
 Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2.
 """
@@ -40,11 +41,21 @@ class ExpertsConfig:
     best_groups: int = 1
     normalised: bool = True  # weights sum to 1 before they are scaled
     scale: float = 1.0
+    threshold: float = 0.0  # of a token's experts those stay whose score is at least this share of its best one's
+    cooperation: int = 0  # rank of the attention by which a token's experts see each other's results; 0: none
 
     def parameters(self, width: int) -> int:
         """Weights of one layer."""
         expert = swiglu_parameters(width, self.hidden)
-        return self.count * (expert + width) + swiglu_parameters(width, self.shared_hidden)
+        shared = swiglu_parameters(width, self.shared_hidden)
+        return self.count * (expert + width) + shared + 4 * width * self.cooperation
+
+    def flops(self, width: int) -> int:
+        """FLOPs of one token in one layer, with `active` experts whatever `threshold` leaves of them."""
+        # Cooperation works on the result of each expert, its weights are not used once a token.
+        once = self.parameters(width) - self.idle_parameters(width) - 4 * width * self.cooperation
+        together = self.active * (4 * width + 2 * self.active) * self.cooperation
+        return 2 * (once + together)
 
     def idle_parameters(self, width: int) -> int:
         """Weights of one layer that take no part in one token."""
@@ -79,7 +90,7 @@ class Router(Fp32):
         self.register_buffer("load_E", torch.zeros(config.count, device="cpu"), persistent=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of each token and their weights, both `[N, K]`."""
+        """The experts of each token and their weights, both `[N, K]`; E and 0 where `threshold` leaves one out."""
         config = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.float(), self.weight)
@@ -91,10 +102,15 @@ class Router(Fp32):
             best = torch.zeros_like(of_group).scatter_(1, of_group.topk(config.best_groups, -1).indices, 1.0)
             choice_NE = grouped.masked_fill(best[..., None] == 0, float("-inf")).flatten(1)
         chosen_NK = choice_NE.topk(config.active, -1).indices
+        weight_NK = score_NE.gather(1, chosen_NK)
+        if config.threshold:
+            out_NK = weight_NK < config.threshold * weight_NK.amax(-1, keepdim=True)
+            weight_NK = weight_NK.masked_fill(out_NK, 0.0)
         # Activation checkpointing runs a layer again within the backward pass: that is no second load.
         if self.training and torch._C._current_graph_task_id() == -1:
-            self.load_E.scatter_add_(0, chosen_NK.flatten(), self.load_E.new_ones(1).expand(chosen_NK.numel()))
-        weight_NK = score_NE.gather(1, chosen_NK)
+            self.load_E.scatter_add_(0, chosen_NK.flatten(), (weight_NK > 0).flatten().to(self.load_E.dtype))
+        if config.threshold:
+            chosen_NK = chosen_NK.masked_fill(out_NK, config.count)
         if config.normalised:
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
         return chosen_NK, weight_NK * config.scale
@@ -118,25 +134,54 @@ class Experts(nn.Module):
     def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()
         count, hidden = config.count, config.hidden
+        self.varying = config.threshold > 0
         self.w13_E2ID = nn.Parameter(torch.randn(count, 2 * hidden, width) * width**-0.5)  # gate, then up
         self.w2_EDI = nn.Parameter(torch.randn(count, width, hidden) * hidden**-0.5)
 
     def forward(self, x_ND: Tensor, chosen_NK: Tensor) -> Tensor:
-        """What each token's experts make of it, `[N, K, D]`."""
+        """What each token's experts make of it, `[N, K, D]`; 0 for an expert E, which is none."""
         device = x_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
         x_ND, w13_E2ID, w2_EDI = x_ND.to(dtype), self.w13_E2ID.to(dtype), self.w2_EDI.to(dtype)
         if x_ND.is_cuda and chosen_NK.numel() <= GATHERED and not torch.is_grad_enabled():
-            gate, up = torch.einsum("nd,nkid->nki", x_ND, w13_E2ID[chosen_NK]).chunk(2, -1)
-            return torch.einsum("nki,nkdi->nkd", F.silu(gate) * up, w2_EDI[chosen_NK])
+            expert_NK = chosen_NK.clamp(max=len(w2_EDI) - 1) if self.varying else chosen_NK
+            gate, up = torch.einsum("nd,nkid->nki", x_ND, w13_E2ID[expert_NK]).chunk(2, -1)
+            out_NKD = torch.einsum("nki,nkdi->nkd", F.silu(gate) * up, w2_EDI[expert_NK])
+            return out_NKD.masked_fill((chosen_NK == len(w2_EDI))[..., None], 0.0) if self.varying else out_NKD
         # Every (token, expert) pair sorted by expert, so that each expert is one product.
         expert, order = chosen_NK.flatten().sort(stable=True)
         ends_E = torch.searchsorted(expert, torch.arange(len(w2_EDI), device=expert.device), right=True, out_int32=True)
         rows = x_ND[order // chosen_NK.shape[1]]
+        # Pairs without an expert come last: the products pass over them and leave their rows as they find them.
+        none = (expert == len(w2_EDI))[:, None] if self.varying else None
+        if none is not None:
+            rows = rows.masked_fill(none, 0.0)  # for the gradient
         gate, up = F.grouped_mm(rows, w13_E2ID.transpose(-2, -1), offs=ends_E).chunk(2, -1)
         rows = F.grouped_mm(F.silu(gate) * up, w2_EDI.transpose(-2, -1), offs=ends_E)
+        if none is not None:
+            rows = rows.masked_fill(none, 0.0)
         # Back into the tokens' order, so that a token's sum has one order whatever else is in the batch.
         return torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, chosen_NK.shape)
+
+
+class Cooperation(nn.Module):
+    """Low-rank attention among the results of one token's experts, added to them: `[N, K, D] -> [N, K, D]`.
+
+    The last projection starts as zeros, so that a mixture starts as one without.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * rank, bias=False)
+        self.out = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, results_NKD: Tensor, weight_NK: Tensor) -> Tensor:
+        q, k, v = self.qkv(results_NKD).chunk(3, -1)
+        scores_NKK = q @ k.mT * q.shape[-1] ** -0.5
+        # Experts that were left out are not seen; at least one stays.
+        scores_NKK = scores_NKK.masked_fill((weight_NK == 0)[:, None], float("-inf"))
+        return results_NKD + self.out(scores_NKK.softmax(-1).to(v.dtype) @ v)
 
 
 class MixtureOfExperts(nn.Module):
@@ -146,11 +191,14 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(width, config)
         self.experts = Experts(width, config)
+        self.cooperation = Cooperation(width, config.cooperation) if config.cooperation else None
         self.shared = SwiGLU(width, config.shared_hidden) if config.shared_hidden else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         chosen_NK, weight_NK = self.router(x_ND)
         out_NKD = self.experts(x_ND, chosen_NK)
+        if self.cooperation is not None:
+            out_NKD = self.cooperation(out_NKD, weight_NK)
         out_BTD = (out_NKD * weight_NK[..., None].to(out_NKD.dtype)).sum(1).view_as(x_BTD)
         return (out_BTD if self.shared is None else out_BTD + self.shared(x_BTD)).to(x_BTD.dtype)

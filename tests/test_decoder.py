@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+import decoder.flops
 from decoder import (
     AdaptiveAttentionConfig,
     AttentionConfig,
@@ -43,6 +46,14 @@ SMALL = DecoderConfig(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     torch.manual_seed(0)
@@ -65,6 +76,83 @@ def test_experts_are_the_weighted_sum_of_the_chosen() -> None:
             total = total + weight * (moe.experts.w2_EDI[expert] @ (F.silu(gate) * up))
         expected.append(total)
     torch.testing.assert_close(moe(x[None])[0], torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_cooperation_starts_as_none_and_then_lets_experts_see_each_other() -> None:
+    torch.manual_seed(1)
+    plain = MixtureOfExperts(32, ExpertsConfig(count=8, active=3, hidden=16, shared_hidden=24))
+    together = MixtureOfExperts(32, ExpertsConfig(count=8, active=3, hidden=16, shared_hidden=24, cooperation=4))
+    together.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(1, 13, 32)
+    torch.testing.assert_close(together(x), plain(x), atol=0, rtol=0)
+    assert together.cooperation is not None
+    together.cooperation.out.weight.data.normal_()
+    results, weights = torch.randn(5, 3, 32), torch.ones(5, 3)
+    before = together.cooperation(results, weights)
+    changed = results.clone()
+    changed[:, 2] += 1
+    assert not torch.allclose(together.cooperation(changed, weights)[:, 0], before[:, 0])
+    left_out = torch.tensor([[1.0, 1.0, 0.0]]).expand(5, -1)
+    torch.testing.assert_close(
+        together.cooperation(changed, left_out)[:, :2], together.cooperation(results, left_out)[:, :2]
+    )
+
+
+def test_experts_far_below_the_best_are_left_out_and_cost_no_load() -> None:
+    torch.manual_seed(1)
+    config = ExpertsConfig(count=8, active=4, hidden=16, shared_hidden=24, threshold=0.8)
+    moe = MixtureOfExperts(32, config).train()
+    moe.router.weight.data *= 4
+    x = torch.randn(1, 40, 32, requires_grad=True)
+    chosen, weights = moe.router(x[0])
+    kept = chosen < 8
+    assert 40 < int(kept.sum()) < 160
+    assert int(moe.router.load_E.sum()) == int(kept.sum())
+    scores = (x[0] @ moe.router.weight.T).sigmoid().topk(4).values
+    assert torch.equal(kept, scores >= 0.8 * scores[:, :1])
+    torch.testing.assert_close(weights.sum(1), torch.ones(40))
+    assert moe.shared is not None
+    expected = []
+    for t in range(40):
+        total = moe.shared(x[0, t])
+        for expert, weight in zip(chosen[t, kept[t]], weights[t, kept[t]], strict=True):
+            gate, up = (moe.experts.w13_E2ID[expert] @ x[0, t]).chunk(2)
+            total = total + weight * (moe.experts.w2_EDI[expert] @ (F.silu(gate) * up))
+        expected.append(total)
+    out, plain = moe(x)[0], torch.stack(expected)
+    torch.testing.assert_close(out, plain, atol=1e-4, rtol=1e-4)
+    sides = [
+        torch.autograd.grad(each.square().sum(), [x, *moe.parameters()], retain_graph=True) for each in (out, plain)
+    ]
+    for mine, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_processes_that_train_together_balance_by_the_sum_of_their_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda load: load.add_(torch.tensor([0.0, 0.0, 0.0, 40.0])))
+    router = Router(16, ExpertsConfig(count=4))
+    router.load_E.copy_(torch.tensor([10.0, 2.0, 2.0, 0.0]))
+    router.rebalance(0.1)
+    assert router.balance_E.argmin() == 3
+    assert float(router.balance_E.sum()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 37])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        ExpertsConfig(count=16, active=2, hidden=64, shared_hidden=64),
+        ExpertsConfig(count=16, active=3, hidden=64, shared_hidden=0, cooperation=16),
+        None,
+    ],
+)
+def test_flops_are_those_that_the_configuration_says(experts: ExpertsConfig | None, count: int) -> None:
+    attention = FullAttentionConfig(heads=4, kv_heads=2, head_dim=32)
+    config = DecoderConfig(vocabulary=64, width=128, layers=2, attention=attention, experts=experts, dense_hidden=256)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        Decoder(config).eval()(torch.zeros(1, count, dtype=torch.long))
+    assert counter.get_total_flops() == pytest.approx(count * config.flops_per_token(count), rel=0.01)
 
 
 def test_the_balance_chooses_but_does_not_weigh() -> None:

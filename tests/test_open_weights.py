@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch.utils.flop_counter import FlopCounterMode
 
+import decoder.flops  # noqa: F401 (registers formulas)
 from benchmarks.parity_hf import (
     CASES,
     GOLDEN,
@@ -165,13 +165,6 @@ def test_costs_are_those_of_the_tensors(name: str, decoders: dict[str, OpenDecod
     assert decoder.config.cache_bytes(cache.places) == sum(buffer.nbytes for buffer in cache.buffers)
 
 
-# FLOPs of what torch does not count by itself, from the shapes of the arguments.
-FLOPS = {
-    torch.ops.aten._grouped_mm: lambda rows, experts, *_, **__: 2 * rows[0] * rows[1] * experts[-1],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * math.prod(q) * k[2],
-}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_flops_are_those_that_are_done(name: str, decoders: dict[str, OpenDecoder]) -> None:
     decoder, config = decoders[name], decoders[name].config
@@ -179,7 +172,7 @@ def test_flops_are_those_that_are_done(name: str, decoders: dict[str, OpenDecode
     done = []
     for context in (0, 100):
         cache.empty, cache.used_B[:] = False, context
-        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        with FlopCounterMode(display=False) as counter:
             decoder(torch.tensor([[5]]), cache)
         done.append(counter.get_total_flops())
     assert done[0] == pytest.approx(config.flops_per_token(), rel=0.01)

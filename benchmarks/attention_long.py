@@ -1,0 +1,286 @@
+"""How fast adaptive attention is on long texts, against full causal attention, and whether it finds a needle in them.
+
+    .venv/bin/python -m benchmarks.attention_long                    # CPU, and the GPU where there is one
+    .venv/bin/python -m benchmarks.attention_long --quick            # under a minute on two CPU cores
+    .venv/bin/python -m benchmarks.attention_long --only time --devices cuda
+
+Time: one layer of the bundled decoder's width (192, 6 heads of 32), random weights; fp32 on a CPU, bf16 on a GPU.
+"Attention" is what is between the projections, "layer" is end to end: projections, rotation, attention, output.
+Prefill is a whole text at once (eight on a GPU); decode is one position of eight texts (64 on a GPU) behind a static
+cache of that length, captured as a CUDA graph on a GPU. Full attention is torch's causal scaled_dot_product_attention,
+flash on a GPU. Both kinds run by turns; medians of the runs, and the spread between quartiles.
+
+Needle: a text of noise holds pairs of a key and a value; behind it stand keys, whose values are to be told. Pairs lie
+further back than the window reaches. Small decoders with either attention are trained alike, on new texts at each step.
+The last line of the output is one JSON object with each figure beside its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.racing import Call, captured, claim, machine, race
+from decoder import AdaptiveAttentionConfig, AttentionConfig, Decoder, DecoderConfig, FullAttentionConfig
+from decoder.attention import Places
+from decoder.rotary import Rotary
+
+WIDTHS = {192: (6, 32), 512: (8, 64)}  # heads and their width; the first is the bundled decoder's
+TARGETS = {4096: 2.0, 8192: 4.0}
+# Sequences at once
+BATCH = {"cpu": {"prefill": 1, "decode": 8}, "cuda": {"prefill": 8, "decode": 64}}
+
+
+@dataclass(frozen=True)
+class Needles:
+    """A recall task and how long it is trained."""
+
+    length: int
+    pairs: int  # in a text
+    asked: int  # questions behind a text
+    words: int = 64  # keys, values and noise words, each
+    steps: int = 2000
+    batch: int = 64
+    seeds: int = 3
+    window: int = 128
+    stride: int = 16
+
+
+FULL = Needles(length=2048, pairs=12, asked=24)
+QUICK = Needles(length=512, pairs=4, asked=8, words=16, steps=20, batch=4, seeds=1, window=32, stride=8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few lengths and steps; the needle is then not learned")
+    parser.add_argument("--only", choices=("time", "needle"), help="one part; both where it is left out")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="all that are there where left out")
+    parser.add_argument("--length", type=int, help="positions of a needle's text")
+    parser.add_argument("--steps", type=int, help="training steps of the needle")
+    parser.add_argument("--seeds", type=int, help="trainings of the needle")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once on one device")
+    asked = parser.parse_args()
+    devices = asked.devices or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    claims: list[dict[str, object]] = []
+    if asked.only != "needle":
+        for device in devices:
+            claims += timings(torch.device(device), quick=asked.quick)
+    if asked.only != "time":
+        task = QUICK if asked.quick else FULL
+        given = {name: getattr(asked, name) for name in ("length", "steps", "seeds") if getattr(asked, name)}
+        claims += needle(replace(task, **given), devices[-1], asked.jobs)
+    print(json.dumps({"benchmark": "attention_long", "machine": machine(devices), "claims": claims}))
+
+
+# Time
+
+
+def timings(device: torch.device, *, quick: bool) -> list[dict[str, object]]:
+    """Prints a table for one device; the claims are of the bundled decoder's width."""
+    claims: list[dict[str, object]] = [agreement(device)]
+    lengths = (1024, 4096) if quick else (1024, 2048, 4096, 8192, 16384)
+    widths = list(WIDTHS) if device.type == "cuda" and not quick else [192]
+    print(f"{device.type}: milliseconds, and full / adaptive")
+    print(f"{'width':>5} {'':24} {'positions':>9} {'full':>9} {'spread':>7} {'adaptive':>9} {'spread':>7} {'ratio':>6}")
+    for width in widths:
+        for stage in ("prefill", "decode"):
+            for length in lengths:
+                for part, arms in cases(width, stage, length, device).items():
+                    full, other = race(arms, 5 if quick else 7, device)
+                    ratio = full[0] / other[0]
+                    name = f"{stage}, {part}"
+                    print(
+                        f"{width:5} {name:24} {length:9} {full[0]:9.3f} {full[1]:7.3f} {other[0]:9.3f} {other[1]:7.3f} "
+                        f"{ratio:6.2f}",
+                        flush=True,
+                    )
+                    if width == 192:
+                        target = TARGETS.get(length) if part == "layer" else None
+                        claims.append(
+                            claim(f"{device.type}: {name}, {length} positions, full / adaptive", ratio, target)
+                        )
+    return claims
+
+
+@torch.inference_mode()
+def agreement(device: torch.device) -> dict[str, object]:
+    """The largest difference of hidden states between a prompt as it is timed and the same one step by step."""
+    torch.manual_seed(0)
+    attention = AdaptiveAttentionConfig(heads=6, kv_heads=6, head_dim=32)
+    config = DecoderConfig(vocabulary=8, length=700, attention=attention, experts=None, dense_hidden=384)
+    decoder = Decoder(config).to(device)
+    for layer in decoder.layers:
+        nn.init.normal_(layer.attention.salience_Jd)  # type: ignore[union-attr,arg-type]
+    x, cache = torch.randn(2, 700, config.width, device=device), decoder.new_cache(2)
+    steps = [decoder.hidden(x[:, :500], cache)]
+    step = x[:, :1].clone()
+    saved = [(tensor, tensor.clone()) for tensor in (cache.used_B, *cache.buffers)]
+    states: list[Tensor] = []
+    run = captured(lambda: states.append(decoder.hidden(step, cache))) if device.type == "cuda" else None
+    for tensor, kept in saved:  # capturing ran some steps
+        tensor.copy_(kept)
+    for t in range(500, 700):
+        step.copy_(x[:, t : t + 1])
+        if run is None:
+            states.append(decoder.hidden(step, cache))
+        else:
+            run()
+        steps.append(states[-1].clone())
+    stepwise = torch.cat(steps, 1)
+    apart = float((stepwise - decoder.hidden(x)).abs().max())
+    print(f"{device.type}: prompt and steps differ by {apart:.1e}", end="")
+    if device.type == "cuda":
+        half = decoder.bfloat16().hidden(x.bfloat16()).float()  # by flash attention over windows
+        print(
+            f", in bfloat16 by {float((half - stepwise).abs().max()):.1e} of {float(stepwise.abs().max()):.1f}", end=""
+        )
+    print()
+    return claim(
+        f"{device.type}: largest difference of hidden states, prompt and steps", apart, 1e-3, unit="", most=True
+    )
+
+
+def cases(width: int, stage: str, length: int, device: torch.device) -> dict[str, list[Call]]:
+    """What is timed: for each part full attention first, then adaptive."""
+    heads, dim = WIDTHS[width]
+    sizes = {"heads": heads, "kv_heads": heads, "head_dim": dim}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    batch = BATCH[device.type][stage]
+    kinds: tuple[AttentionConfig, ...] = (FullAttentionConfig(**sizes), AdaptiveAttentionConfig(**sizes))
+    found: dict[str, list[Call]] = {"attention": [], "layer": []}
+    for config in kinds:
+        torch.manual_seed(0)
+        layer = config.build(width, 1e-6).to(device, dtype).requires_grad_(False)
+        x = torch.randn(batch, length if stage == "prefill" else 1, width, device=device, dtype=dtype)
+        at, stored = places(config, stage, length, batch, device, dtype)
+        mixed = (x, *layer.project(x, at), at, stored)
+        for part, call in (("attention", bind(layer.mix, *mixed)), ("layer", bind(layer, x, at, stored))):
+            found[part].append(captured(call) if device.type == "cuda" and stage == "decode" else call)
+    return found
+
+
+def bind(call: Callable[..., object], *arguments: object) -> Call:
+    return lambda: call(*arguments)
+
+
+def places(
+    config: AttentionConfig, stage: str, length: int, batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Places, tuple[Tensor, ...] | None]:
+    """A whole text, or the last position behind a cache."""
+    rows = torch.arange(batch, device=device)[:, None]
+    positions = torch.arange(length, device=device)[None]
+    rotary = Rotary(config.rope, config.rotary_dim).to(device)
+    if stage == "prefill":
+        return Places(positions, rows, None, *rotary(positions)), None
+    positions = positions[:, -1:].repeat(batch, 1)
+    stored = tuple(torch.randn(batch, *shape, device=device, dtype=dtype) for shape in config.stored(length))
+    # Masks are made once for all layers of a decoder.
+    return Places(positions, rows, None, *rotary(positions), config.masks(positions, length, dtype)), stored
+
+
+# Needle
+
+
+def needle(task: Needles, device: str, jobs: int) -> list[dict[str, object]]:
+    """Trains both kinds and compares what they find."""
+    print(f"\nneedle: {task.asked} questions about {task.pairs} pairs in {task.length} words, window {task.window}")
+    runs = [(name, seed) for seed in range(task.seeds) for name in ("full", "adaptive")]
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(recall, name, task, seed, device) for name, seed in runs]
+            found = dict(zip(runs, [future.result() for future in futures], strict=True))
+    else:
+        found = {run: recall(run[0], task, run[1], device) for run in runs}
+    means = {}
+    for name in ("full", "adaptive"):
+        each = [found[name, seed] for seed in range(task.seeds)]
+        means[name] = statistics.mean(each)
+        print(f"{name:9} {', '.join(f'{accuracy:.2%}' for accuracy in each)} found")
+    claims = [claim(f"needle accuracy, {name}, mean of seeds", mean) for name, mean in means.items()]
+    # With few steps nothing is learned, and there is nothing to compare.
+    target = 0.0 if task.steps >= FULL.steps else None
+    return [*claims, claim("needle accuracy, adaptive less full", means["adaptive"] - means["full"], target)]
+
+
+def recall(name: str, task: Needles, seed: int, place: str) -> float:
+    """The share of values told rightly after training, first on texts of a quarter of the length, then of half."""
+    device, started = torch.device(place), time.perf_counter()
+    torch.manual_seed(seed)
+    sizes = {"heads": 4, "kv_heads": 4, "head_dim": 32}
+    kind: AttentionConfig = FullAttentionConfig(**sizes)
+    if name == "adaptive":
+        kind = AdaptiveAttentionConfig(**sizes, window=task.window, stride=task.stride)
+    config = DecoderConfig(
+        vocabulary=3 * task.words,
+        width=128,
+        layers=2,
+        length=task.length,
+        attention=kind,
+        experts=None,
+        dense_hidden=256,
+    )
+    decoder = Decoder(config).to(device)
+    chance = torch.Generator(device).manual_seed(seed)
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def told(length: int) -> tuple[Tensor, Tensor]:
+        ids, values = texts(replace(task, length=length), task.batch, chance, device)
+        with half:
+            hidden = decoder.hidden(decoder.embed(ids))[:, -2 * task.asked :: 2]
+            return decoder.logits(hidden).float(), values
+
+    for step in range(task.steps):
+        rate = 2e-3 * min(1.0, (step + 1) / 100) * min(1.0, 4 * (task.steps - step) / task.steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        shorter = 4 if step < 0.4 * task.steps else 2 if step < 0.7 * task.steps else 1
+        logits, values = told(task.length // shorter)
+        loss = F.cross_entropy(logits.flatten(0, 1), values.flatten())
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % max(1, task.steps // 5) == 0:
+            seconds = time.perf_counter() - started
+            print(f"  {name} {seed}, step {step + 1}: loss {float(loss.detach()):.3f}, {seconds:.0f} s", flush=True)
+    decoder.eval()
+    with torch.no_grad():
+        right = [
+            (logits.argmax(-1) == values).float().mean() for logits, values in (told(task.length) for _ in range(16))
+        ]
+    return float(torch.stack(right).mean())
+
+
+def texts(task: Needles, batch: int, chance: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Word ids `[B, length]`, keys and their values in turns at the end, and the values asked for `[B, asked]`.
+
+    Words: keys, then values, then noise.
+    """
+    words, tail = task.words, 2 * task.asked
+    ids = torch.randint(2 * words, 3 * words, (batch, task.length), generator=chance, device=device)
+    keys = torch.rand(batch, words, generator=chance, device=device).argsort(1)[:, : task.pairs]
+    values = torch.randint(words, 2 * words, keys.shape, generator=chance, device=device)
+    # Pairs lie at even positions of the text's part that no window reaches from where they are asked for.
+    room = (task.length - tail - 2 * task.window) // 2
+    place = 2 * torch.rand(batch, room, generator=chance, device=device).argsort(1)[:, : task.pairs]
+    ids.scatter_(1, place, keys)
+    ids.scatter_(1, place + 1, values)
+    which = torch.randint(task.pairs, (batch, task.asked), generator=chance, device=device)
+    keys, values = keys.gather(1, which), values.gather(1, which)
+    ids[:, -tail::2], ids[:, task.length - tail + 1 :: 2] = keys, values
+    return ids, values
+
+
+if __name__ == "__main__":
+    main()
