@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -225,6 +225,9 @@ class RunFolder:
     def _note(self, entry: IndexEntry) -> None:
         self._untidy |= entry.id in self._entries
         self._entries[entry.id] = entry
+        former = self._entries.get(entry.supersedes or "")
+        if former and former.superseded_by is None:  # a run ended between the two lines
+            self._note(replace(former, superseded_by=entry.id))
         if entry.superseded_by is None:
             self._by_request[entry.request] = entry
             self._by_subject[entry.subject] = entry
@@ -236,6 +239,14 @@ class RunFolder:
         for known, key in ((self._by_request, entry.request), (self._by_subject, entry.subject)):
             if key in known and known[key].id == entry.id:
                 del known[key]
+
+    def drop(self, ids: Collection[str]) -> None:
+        """Take superseded reports off the record, before their folders go. Current ones stay."""
+        with self._alone():
+            kept = [entry for entry in self.entries if entry.superseded_by is None or entry.id not in ids]
+            self._index.replace(kept)
+            self._entries = {entry.id: entry for entry in kept}
+            self._untidy = False
 
     def start(self, inputs: Iterable[Path], rejections: Iterable[Rejection]) -> None:
         """Begin a run over `inputs`: what was refused of them earlier is forgotten, `rejections` are recorded."""

@@ -25,7 +25,7 @@ from reports.schema import Report
 REPORT: Final = "report.json"
 PARTS: Final = "parts"
 _PICTURES, _DICOM, _SEGMENTS = "pictures.json", "source.dcm.json", "segments.npz"
-_SUPERSEDED: Final = "superseded.json"
+SUPERSEDED: Final = "superseded.json"
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -74,7 +74,7 @@ def load_report(directory: Path) -> Report:
     """Reads back the report object of a report folder, and whether it was superseded since. Raises BundleError."""
     try:
         report = Report.model_validate_json((directory / REPORT).read_bytes())
-        if (note := directory / _SUPERSEDED).is_file():
+        if (note := directory / SUPERSEDED).is_file():
             superseded = json.loads(note.read_text("utf-8"))
             report = Report.model_validate_json(report.model_copy(update=superseded).model_dump_json())
         return report
@@ -86,7 +86,7 @@ def load_report(directory: Path) -> Report:
 
 def note_superseded(directory: Path, by: str) -> None:
     """Leaves a note in a report folder that another report replaced it; the report itself stays as it is."""
-    atomic_write(directory / _SUPERSEDED, json.dumps({"superseded_by": by}))
+    atomic_write(directory / SUPERSEDED, json.dumps({"superseded_by": by}))
 
 
 def load_bundle(directory: Path) -> Bundle:

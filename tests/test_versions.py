@@ -51,6 +51,17 @@ def out(tmp_path: Path, reader: TinyReader) -> Path:
     return tmp_path / "out"
 
 
+def test_a_run_that_ended_between_the_lines_of_two_versions_leaves_one_current(out: Path) -> None:
+    [first] = index(out)
+    [second] = execute(Job((picture(out.parent / "a.png", 2),), out)).reported
+    path = out / "index.jsonl"
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["superseded_by"] is None]
+    former = json.dumps(index(out)[first] | {"superseded_by": None})
+    path.write_text("\n".join([former, *kept, ""]))
+    execute(Job((out.parent / "a.png",), out))
+    assert {key: line["superseded_by"] for key, line in index(out).items()} == {first: second.id, second.id: None}
+
+
 def test_other_content_at_the_same_place_is_the_next_version(out: Path) -> None:
     [first] = index(out)
     before = (out / first / "report.json").read_bytes()

@@ -118,6 +118,30 @@ def forget_items(items: Items, out: Out, ledger: LedgerUrl = None, as_json: Json
     _tell("forgotten", changed, len(items), as_json)
 
 
+@app.command("prune", epilog="Example: [cyan]scanscribe ledger prune --out reports --older-than 90 --yes[/]")
+def prune_folder(
+    out: Out,
+    older_than: Annotated[float, typer.Option(min=0, help="Days that they are kept.", show_default=False)],
+    archive: Annotated[
+        Path | None, typer.Option(help="Folder that they are copied to before they go. (default none)")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; else it is only said what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove copies in quarantine and superseded versions of reports. Current reports and input files stay."""
+    from flows.retention import prune
+
+    if not out.is_dir():
+        raise UnknownItemError(f"There is no folder {out}: give the output folder of reports with --out.")
+    found = prune(out, older_than, archive=archive, dry_run=not yes)
+    counts = {"superseded": found.count("superseded"), "quarantine": found.count("quarantine")}
+    if as_json:
+        _print({"done": yes, **counts, "bytes": found.size, "names": [each.name for each in found.expired]})
+        return
+    what = f"{counts['superseded']} superseded reports and the copies of {counts['quarantine']} items in quarantine"
+    print(f"{what}, {found.size / (1 << 20):.1f} MiB, {'are gone' if yes else 'would go: give --yes to do it'}.")
+
+
 def _row(ledger: Ledger, item: str) -> Row:
     found = ledger.rows(beginning=item)
     if len(found) != 1:
