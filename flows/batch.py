@@ -6,6 +6,8 @@ artifacts) holds hashes, counts and report ids only: file names can name a patie
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -23,13 +25,19 @@ from flows.crew import Crew, Handed
 from flows.jobs import ASKED, Crewing, load_job
 from flows.ledger import Ledger
 from flows.log import EventLog
+from flows.notify import is_critical
+from flows.seeing import Seeing
 from flows.server import LocalServer
+from flows.space import shortage
 from pipelines.ingest import Unit
 from pipelines.ingest.refusals import REMEDIES
 from pipelines.run import RunSummary, Session
+from pipelines.run_folder import IndexEntry, OutputError
+from pipelines.store import home
 from pipelines.study import Rejection
 
 PICTURES_A_BATCH: Final = 16
+PICTURES_SHOWN: Final = 12  # with the summary of a run
 HASHERS: Final = 4
 MOST_OUT: Final = 1024  # units that workers have or wait for
 LOOK_S: Final = 0.2
@@ -54,23 +62,48 @@ class Batch:
 def batch(job: str) -> RunSummary:
     """Report every input of the job with that hash (see `flows.jobs`)."""
     asked = ASKED.get()
-    with Session(load_job(job), asked.listener) as session:
+    telling = Telling(asked.seen) if asked.seen else None
+    with Session(load_job(job), asked.listener, told=telling) as session:
+        if telling:
+            telling.session = session
         batches = group(discover(session))
         if asked.crewing:
             let_workers_report(session, batches, asked.server, asked.crewing)
         else:
-            report_here(session, batches)
+            report_here(session, batches, asked.min_free)
         summary = export(session)
     summarise(summary)
     return summary
 
 
-def report_here(session: Session, batches: Sequence[Batch]) -> None:
+class Telling:
+    """Lets log, metrics and notifications hear what came of each unit."""
+
+    def __init__(self, seen: Seeing) -> None:
+        self._seen, self._last, self._busy = seen, time.monotonic(), 0.0
+        self.session: Session | None = None
+
+    def __call__(self, outcome: IndexEntry | Rejection) -> None:
+        if isinstance(outcome, Rejection):
+            self._seen.log("refused", code=outcome.code)
+            return
+        if self._seen.tell and is_critical(outcome):
+            self._seen.tell("critical-finding", item=outcome.request[:16], report=outcome.id, kind=outcome.kind)
+        now, busy = time.monotonic(), self.session.device_seconds if self.session else 0.0
+        # Units overlap: what counts is the time since the last one was done.
+        seconds, read = round(now - self._last, 3), round(busy - self._busy, 6)
+        self._last, self._busy = now, busy
+        self._seen.log(
+            "reported", report=outcome.id, kind=outcome.kind, version=outcome.version, read=read, seconds=seconds
+        )
+
+
+def report_here(session: Session, batches: Sequence[Batch], min_free: int) -> None:
     """Each batch is a task of this process."""
     done = []
     try:
         for each in batches:
-            done.append(read_and_report.with_options(task_run_name=each.name).submit(session, each))
+            done.append(read_and_report.with_options(task_run_name=each.name).submit(session, each, min_free))
         for future in done:
             future.result()
     except BaseException:
@@ -137,8 +170,10 @@ def discover(session: Session) -> tuple[Unit, ...]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def read_and_report(session: Session, batch: Batch) -> None:
-    """Read the units of one batch with the model and write their reports."""
+def read_and_report(session: Session, batch: Batch, min_free: int) -> None:
+    """Read the units of one batch with the model and write their reports, while there is room for them."""
+    if words := shortage({"reports": session.job.out, "state folder": home()}, min_free):
+        raise OutputError(f"{words} The same command then goes on where it stopped.")
     session.process(batch.units)
 
 
@@ -171,4 +206,9 @@ def summarise(summary: RunSummary) -> None:
     for entry in summary.reported:
         confidence = "" if entry.confidence is None else f"{entry.confidence:.0%}"
         lines.append(f"| {entry.id} | {entry.kind} | {entry.findings} | {entry.disposition or ''} | {confidence} |")
+    pictures = [(entry.id, summary.out / entry.thumbnail) for entry in summary.reported if entry.thumbnail]
+    for name, path in pictures[:PICTURES_SHOWN]:
+        with contextlib.suppress(OSError):
+            data = base64.b64encode(path.read_bytes()).decode()
+            lines += ["", f"![{name}](data:image/jpeg;base64,{data})"]
     create_markdown_artifact(key="scanscribe-batch", markdown="\n".join(lines), description="What came of the run")

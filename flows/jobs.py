@@ -11,16 +11,20 @@ import json
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID
 
 from flows.server import LocalServer, import_prefect, state_folder
+from flows.space import MIN_FREE
 from pipelines import run
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import Job, Listener, References, RunSummary, check_job
 from reports.files import atomic_write
 from reports.lot.sampling import LotPlan
 from reports.rules import DEFAULT_RULES
+
+if TYPE_CHECKING:
+    from flows.seeing import Seeing
 
 Lane = Literal["urgent", "normal", "off-peak"]
 LANES: Final[tuple[Lane, ...]] = ("urgent", "normal", "off-peak")  # a worker takes what waits in an earlier one first
@@ -42,17 +46,26 @@ class Asked:
     server: LocalServer
     listener: Listener | None = None
     crewing: Crewing | None = None
+    min_free: int = MIN_FREE
+    seen: Seeing | None = None  # who hears of reports and failures
 
 
 ASKED: ContextVar[Asked] = ContextVar("ASKED")
 
 
 def run_batch(
-    job: Job, listener: Listener | None = None, crewing: Crewing | None = None, *, flow_run: UUID | None = None
+    job: Job,
+    listener: Listener | None = None,
+    crewing: Crewing | None = None,
+    *,
+    flow_run: UUID | None = None,
+    min_free: int = MIN_FREE,
+    seen: Seeing | None = None,
 ) -> RunSummary:
     """Run the job as a Prefect flow in this process, against the machine's server or that of `PREFECT_API_URL`.
 
     With `crewing` the batches go to workers; `flow_run` is a run that the server has for it already.
+    With less than `min_free` bytes on the disk of the reports the flow ends before its next batch (OutputError).
 
     Raises what `pipelines.run.execute` raises, ServerError and LedgerError.
     """
@@ -67,10 +80,14 @@ def run_batch(
         from flows.batch import batch
 
         name = save_job(job)
-        ASKED.set(Asked(server, listener, crewing))
+        ASKED.set(Asked(server, listener, crewing, min_free, seen))
         try:
             with prefect.settings.temporary_settings({prefect.settings.PREFECT_API_URL: server.url()}):
                 return batch(name) if flow_run is None else _as_run(flow_run, name)
+        except Exception as error:
+            if seen is not None:
+                seen.log("run-failed", code=str(getattr(error, "code", "fault")))
+            raise
         finally:
             EventsWorker.drain_all(timeout=10)  # what Prefect has yet to tell the server, before that stops
             _path(name).unlink(missing_ok=True)

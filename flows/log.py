@@ -18,16 +18,23 @@ Hearer = Callable[[str, Mapping[str, Fact]], None]
 class EventLog:
     """Writes events as `2026-01-31T12:00:00Z reported report=0123456789abcdef files=1`, or as a JSON object a line.
 
-    Each event also goes to the `hearers`: metrics, notifications.  Safe to call from several threads.
+    With `silent` nothing is written.  Each event also goes to the `hearers`: metrics, notifications.  Safe to call from
+    several threads.
     """
 
-    def __init__(self, *, as_json: bool = False, hearers: tuple[Hearer, ...] = ()) -> None:
-        self._as_json, self._hearers = as_json, hearers
+    def __init__(self, *, as_json: bool = False, silent: bool = False, hearers: tuple[Hearer, ...] = ()) -> None:
+        self._as_json, self._silent, self._hearers = as_json, silent, hearers
         self._lock = threading.Lock()
 
     def __call__(self, event: str, **facts: Fact) -> None:
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         known = {name: value for name, value in facts.items() if value is not None}
+        if not self._silent:
+            self._write(event, known)
+        for hear in self._hearers:
+            hear(event, known)
+
+    def _write(self, event: str, known: Mapping[str, Fact]) -> None:
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         if self._as_json:
             line = json.dumps({"time": moment, "event": event, **known})
         else:
@@ -39,5 +46,3 @@ class EventLog:
         with self._lock:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
-        for hear in self._hearers:
-            hear(event, known)

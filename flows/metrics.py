@@ -84,6 +84,8 @@ class Metrics:
             self._seconds.labels(kind).observe(seconds)
             self._device.labels("busy").inc(read)
             self._device.labels("waiting").inc(max(seconds - read, 0.0))
+        elif event == "refused":
+            self._failures.labels(str(facts.get("code", "")), "true").inc()
         elif event in _RUNS:
             self._runs.labels(event.removeprefix("run-")).inc()
         elif event in ("failed", "quarantined"):

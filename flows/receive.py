@@ -28,7 +28,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
 from flows.log import EventLog
-from flows.space import MIN_FREE, shortage
+from flows.space import MIN_FREE, Room
 
 INCOMING: Final = ".incoming"
 SYNTAXES: Final = tuple(
@@ -72,7 +72,7 @@ class Receiver:
         self._lock = threading.Lock()
         self._counts: dict[int, list[int]] = {}  # association -> stored, refused
         self._released: set[int] = set()  # associations that their peer ended in order
-        self._low = False  # on space, as was said last
+        self._room = Room({"inbox": inbox}, node.min_free, log)
         self._tls = _tls(node)
         try:
             self._incoming.mkdir(parents=True, exist_ok=True)
@@ -189,15 +189,6 @@ class Receiver:
             finally:
                 os.close(descriptor)
         return STORED
-
-    def _room(self) -> bool:
-        """Whether there is space for more; says so when that changes."""
-        words = shortage({"inbox": self._inbox}, self._node.min_free)
-        with self._lock:
-            changed, self._low = bool(words) != self._low, bool(words)
-        if changed:
-            self._log("disk-low", message=words) if words else self._log("disk-low-over")
-        return not words
 
     def _opened(self, event: evt.Event) -> None:
         with self._lock:

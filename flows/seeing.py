@@ -29,19 +29,20 @@ def seeing(
     *,
     detail: str = "",
     log_json: bool = False,
+    silent: bool = False,
     port: int | None = None,
     notify: str | None = None,
     disks: Mapping[str, Path] | None = None,
     ledger: Ledger | None = None,
 ) -> Iterator[Seeing]:
-    """The log of a service, which `scanscribe status` shows while it runs.
+    """The log of a service, which `scanscribe status` shows while it runs; with `silent` nothing is written.
 
     With `port` also metrics on it, of `ledger` and `disks` too; with `notify` notifications to that URL.
 
     Raises MetricsError and NotifyError.
     """
     metrics = Metrics()
-    quiet = EventLog(as_json=log_json)
+    quiet = EventLog(as_json=log_json, silent=silent)
     with contextlib.ExitStack() as stack:
         notifier = stack.enter_context(Notifier(notify, quiet)) if notify else None
         if port is not None:
@@ -52,7 +53,7 @@ def seeing(
                 waiting = "Notifications that are still to be sent."
                 metrics.show("scanscribe_notifications_waiting", waiting, lambda: notifier.waiting)
         hearers = (metrics.hear, *((notifier.hear,) if notifier else ()))
-        log = EventLog(as_json=log_json, hearers=hearers)
+        log = EventLog(as_json=log_json, silent=silent, hearers=hearers)
         if port is not None:
             endpoint = stack.enter_context(metrics.serve(port))
             port = endpoint.port

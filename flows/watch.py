@@ -24,7 +24,7 @@ from flows.ledger import Ledger, LedgerError
 from flows.log import EventLog
 from flows.mounts import network_type
 from flows.settle import Drop, Patience, Settling, is_temporary_name
-from flows.space import MIN_FREE, shortage
+from flows.space import MIN_FREE, Room
 from pipelines import run
 from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.identifiers import PatternError
@@ -93,6 +93,7 @@ class Watcher:
         self._settling = Settling(self._patience, ledger.seen())
         self._troubles: dict[str, str] = {}  # what is wrong now -> the sentence that was said
         self._next_look = self._next_scan = 0.0
+        self._room = Room({"reports": self._out, "state folder": home()}, watching.min_free, log)
         self._items = Items(ledger, log, job.out, watching.min_free, self._patience.interval, tell)
 
     @property
@@ -134,8 +135,8 @@ class Watcher:
 
     def _at_end(self) -> bool:
         """With `once`: whether nothing is left that may be taken. Raises OutputError when the disk forbids to."""
-        if words := self._troubles.get("disk-low"):
-            raise OutputError(words)
+        if self._room.words:
+            raise OutputError(self._room.words)
         return not self._settling.unsettled() and self._settling.ready(time.time()) is None
 
     # Looking
@@ -380,12 +381,6 @@ class Watcher:
         if why.code not in UNFINISHED or age >= self._patience.refuse_after:
             return None
         return now + min(max(age / 2, self._patience.interval), self._patience.refuse_after - age)
-
-    def _room(self) -> bool:
-        """Whether there is space for more reports, and for what is kept about them."""
-        words = shortage({"reports": self._out, "state folder": home()}, self._watching.min_free)
-        self._say_if("disk-low", bool(words), words)
-        return not words
 
     # Saying
 

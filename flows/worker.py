@@ -27,13 +27,14 @@ from flows.jobs import LANES, Lane, from_plain
 from flows.ledger import Ledger, LedgerError
 from flows.log import EventLog
 from flows.server import LocalServer, ServerError, state_folder
+from flows.space import MIN_FREE, Room
 from pipelines import run
 from pipelines.run import Session
 from pipelines.run_folder import IndexEntry, OutputError
+from pipelines.store import home
 from pipelines.study import Rejection
 
 PAUSE_S: Final = 2.0  # before another try when the server or the ledger fails
-MIN_FREE: Final = 1 << 30
 
 
 class DeviceTakenError(Exception):
@@ -50,7 +51,7 @@ class Work:
     model: str = "default"  # loaded at the start; a batch may ask for another
     ledger: str | None = None  # URL
     wait: bool = False  # for the device, where another worker has it
-    min_free: int = MIN_FREE  # bytes on the disk of the reports, below which nothing goes to quarantine as a copy
+    min_free: int = MIN_FREE  # bytes on the disks of reports and state, below which nothing is taken
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class _Desk:
     session: Session
     ledger: Ledger
     items: Items
+    room: Room
 
 
 class Worker:
@@ -159,6 +161,8 @@ class Worker:
             desk = self._open(plain)
             desk.session.refresh()
             for each in batch:
+                while not desk.room() and not self._stopping.is_set():
+                    self._stopping.wait(PAUSE_S)
                 if self._stopping.is_set():
                     break
                 desk.items.settle(desk.session, each.request, list(each.files), partial(_attempt, desk.session, each))
@@ -176,7 +180,8 @@ class Worker:
             job = replace(from_plain(plain), device=self._device)
             ledger = Ledger(job.out, self._work.ledger)
             items = Items(ledger, self._log, job.out, self._work.min_free, PAUSE_S, self._tell, self.tally)
-            self._desk = _Desk(plain, Session(job, member=True), ledger, items)
+            room = Room({"reports": job.out, "state folder": home()}, self._work.min_free, self._log)
+            self._desk = _Desk(plain, Session(job, member=True), ledger, items, room)
         return self._desk
 
     def _close(self) -> None:

@@ -128,13 +128,20 @@ def execute(job: Job, listener: Listener | None = None) -> RunSummary:
 class Session:
     """A job at work: its output folder is locked, and what it has done so far is counted. A context manager."""
 
-    def __init__(self, job: Job, listener: Listener | None = None, *, member: bool = False) -> None:
-        """`member`: for units of another session that owns the output folder."""
+    def __init__(
+        self,
+        job: Job,
+        listener: Listener | None = None,
+        *,
+        member: bool = False,
+        told: Callable[[IndexEntry | Rejection], None] | None = None,
+    ) -> None:
+        """`member`: for units of another session that owns the output folder. `told` hears of reports and refusals."""
         self._started = time.perf_counter()
         check_job(job)
         self.job = job
         self._model = find(job.model)
-        self._listener = listener
+        self._listener, self._told = listener, told
         self._formats = report_formats(job.formats)
         self._references = References(job.reference)
         self._rules = load_rules(job.rules)
@@ -172,6 +179,9 @@ class Session:
         """What there is to report. Inputs that cannot be used are put on record; golden samples are left out."""
         plan = self.plan(self.job.inputs)
         self._rejected = dict.fromkeys(plan.rejections)
+        if self._told is not None:
+            for each in plan.rejections:
+                self._told(each)
         self.start(self.job.inputs, plan.rejections)
         self._passed_over = len(plan.passed_over)
         self._without_golden_sample = sum(map(self._references.lacks, plan.units))
@@ -305,6 +315,10 @@ class Session:
             outcome = self._note_done(prepared.unit, done)
         else:
             outcome = self._report(prepared)
+            if self._told is not None and isinstance(outcome, IndexEntry):
+                self._told(outcome)
+        if self._told is not None and isinstance(outcome, Rejection):
+            self._told(outcome)
         self._count()
         return outcome
 

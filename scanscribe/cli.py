@@ -37,8 +37,12 @@ from scanscribe.options import (
     Json,
     Kind,
     Language,
+    LogJson,
+    MetricsPort,
+    MinFree,
     MmPerPixel,
     Model,
+    NotifyUrl,
     Out,
     Reference,
     Rules,
@@ -138,10 +142,15 @@ def batch(
     ] = False,
     lane: Annotated[str, typer.Option(help="With --workers: urgent, normal or off-peak.")] = "normal",
     ledger: LedgerUrl = None,
+    min_free: MinFree = 1024,
+    log_json: LogJson = False,
+    metrics: MetricsPort = None,
+    notify: NotifyUrl = None,
     as_json: Json = False,
 ) -> None:
     """The same work as a Prefect flow, on this machine's server or that of PREFECT_API_URL. Resumable."""
     from flows.jobs import LANES, Crewing, run_batch
+    from flows.seeing import seeing
 
     if lane not in LANES:
         raise typer.BadParameter(f"There is no lane {lane!r}: choose one of {', '.join(LANES)}.")
@@ -161,7 +170,15 @@ def batch(
         identifiers=identifiers,
     )
     waiting = "Starting the flow server" if workers else "Starting the model and the flow server"
-    run_job(lambda job, listener: run_batch(job, listener, crewing), job, waiting, as_json)
+    with seeing(
+        "batch", log_json=log_json, silent=not log_json, port=metrics, notify=notify, disks={"reports": out}
+    ) as s:
+        run_job(
+            lambda job, listener: run_batch(job, listener, crewing, min_free=min_free << 20, seen=s),
+            job,
+            waiting,
+            as_json,
+        )
 
 
 @app.command(

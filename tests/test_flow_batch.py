@@ -19,6 +19,7 @@ from flows.server import LocalServer, ServerError, import_prefect
 from pipelines.ingest import FileRef, Unit
 from pipelines.run import Job, UsageError, execute
 from pipelines.run_folder import OutputError
+from tests.test_cli import run
 from tests.test_run import lines, picture
 from tests.tiny_reader import CURSED, TinyReader
 
@@ -65,7 +66,7 @@ def test_the_flow_gives_the_reports_of_a_one_off_run_and_tells_prefect_no_names(
             "select f.state_name, a.data from flow_run f join artifact a on a.flow_run_id = f.id"
         )
     assert tasks["batch 1: pictures"] == tasks["batch 2: pictures"] == flow == "Completed"
-    assert summary.reported[0].id in table
+    assert summary.reported[0].id in table and table.count("](data:image/jpeg;base64,") == 12
 
 
 def test_a_flow_that_cannot_write_ends_with_the_run_s_own_error(
@@ -79,6 +80,22 @@ def test_a_flow_that_cannot_write_ends_with_the_run_s_own_error(
     with pytest.raises(OutputError, match="No space left on device"):
         run_batch(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_flow_stops_before_the_disk_is_full_and_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    TinyReader().install(monkeypatch)
+    picture(tmp_path / "in" / "Jane-Doe.png")
+    (tmp_path / "in" / "John-Roe.png").touch()
+    words = ("batch", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--log-json", "--metrics", "0")
+    code, _, said = run(capfd, monkeypatch, *words, "--min-free", str(1 << 40))
+    assert code == 2 and "MiB are free for the reports: no work is taken until there is." in said
+    assert not (tmp_path / "out" / "index.jsonl").exists()
+    code, _, said = run(capfd, monkeypatch, *words, "--min-free", "0")
+    events = {each["event"]: each for each in map(json.loads, said.splitlines())}
+    assert code == 1 and events.keys() == {"metrics", "reported", "refused"}
+    assert events["refused"]["code"] == "empty-file" and events["reported"]["read"] <= events["reported"]["seconds"]
 
 
 def test_ctrl_c_while_tasks_are_handed_over_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
