@@ -41,6 +41,8 @@ def fits(decoder: Decoder) -> bool:
         and all(type(layer.feed_forward) is MixtureOfExperts for layer in decoder.layers)
         and experts is not None
         and experts.groups == 1
+        and not experts.threshold
+        and not experts.cooperation
         and experts.hidden % 16 == 0
     )
 
