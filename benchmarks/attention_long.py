@@ -49,7 +49,7 @@ class Needles:
     pairs: int  # in a text
     asked: int  # questions behind a text
     words: int = 64  # keys, values and noise words, each
-    steps: int = 2000
+    steps: int = 3000
     batch: int = 64
     seeds: int = 3
     window: int = 128
@@ -259,6 +259,7 @@ def recall(name: str, task: Needles, seed: int, place: str) -> float:
         right = [
             (logits.argmax(-1) == values).float().mean() for logits, values in (told(task.length) for _ in range(16))
         ]
+    print(f"  {name} {seed}: {float(torch.stack(right).mean()):.2%} found", flush=True)
     return float(torch.stack(right).mean())
 
 

@@ -60,7 +60,7 @@ class Sizes:
     experts: ExpertsConfig = ExpertsConfig(count=32, active=4, hidden=128, shared_hidden=256)  # noqa: RUF009 (frozen)
     cooperation: int = 32
     steps: int = 1000
-    batch: int = 64
+    batch: int = 32
     rates: tuple[float, ...] = (1e-3, 2e-3)
     seeds: int = 3
     balance: float = 1e-3
@@ -295,7 +295,9 @@ def train(sizes: Sizes, name: str, rate: float, seed: int, device: str, file: Pa
             float(language_loss(model, windows(data[cut:], sizes, sizes.batch, held)))
             for _ in range(min(16, sizes.steps))
         ]
-    return Trained(statistics.mean(losses), counts, busiest, seconds)
+    loss = statistics.mean(losses)
+    print(f"  {name}, rate {rate}, seed {seed}: {loss:.4f}, {counts:.2f} experts, {seconds:.0f} s", flush=True)
+    return Trained(loss, counts, busiest, seconds)
 
 
 def windows(data: Tensor, sizes: Sizes, batch: int, chance: torch.Generator) -> Tensor:
