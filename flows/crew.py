@@ -88,7 +88,7 @@ class Crew:
         return settled
 
     def _say_if_lonely(self, now: float) -> None:
-        lonely = bool(self._out) and now - self._moved > LONELY_S and serving(self._server) == 0
+        lonely = bool(self._out) and now - self._moved > LONELY_S and not workers(self._server.url())
         if lonely and not self._lonely:
             self._log("no-worker", message="No worker takes batches: start one with `scanscribe worker`.")
         self._lonely = lonely
@@ -138,10 +138,10 @@ def _send(url: str, lane: Lane, plain: dict[str, Any], batch: Sequence[Handed]) 
         TASKS[lane].delay(plain, tuple(batch))
 
 
-def serving(server: LocalServer) -> int | None:
-    """How many workers the Prefect server knows; None where it does not answer."""
+def workers(url: str) -> tuple[str, ...]:
+    """Names of the workers that the Prefect server at `url` knows; none where it does not answer."""
     try:
-        answer = httpx.post(f"{server.url()}/task_workers/filter", json={}, timeout=PAUSE_S)
-        return len(answer.raise_for_status().json())
+        answer = httpx.post(f"{url}/task_workers/filter", json={}, timeout=PAUSE_S).raise_for_status()
+        return tuple(each["identifier"] for each in answer.json())
     except (httpx.HTTPError, ValueError):
-        return None
+        return ()

@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_worker import StopTaskWorker, TaskWorker
 
-from flows.crew import Handed
+from flows.crew import Handed, workers
 from flows.items import Items, Tally
 from flows.jobs import LANES, Lane, from_plain
 from flows.ledger import Ledger, LedgerError
@@ -90,7 +90,6 @@ class Worker:
             run.load_reader(self._work.model, self._device)  # both while the server starts
             url = server.url()
             _worker = self
-            self._log("serving", device=self._device, pid=os.getpid())
             thread = threading.Thread(target=self._serve, args=(url,), name="serve", daemon=True)
             thread.start()
             while not self._stopping.wait(PAUSE_S):
@@ -136,20 +135,22 @@ class Worker:
         with temporary_settings({PREFECT_API_URL: url}):
             while not self._stopping.is_set():
                 try:
-                    asyncio.run(self._subscribe())
+                    asyncio.run(self._subscribe(url))
                     trouble = ""
                 except Exception as error:  # of the network; Prefect has many types for it
                     if trouble != (trouble := type(error).__name__):
                         self._log("server-lost", error=trouble)
                 self._stopping.wait(PAUSE_S)
 
-    async def _subscribe(self) -> None:
+    async def _subscribe(self, url: str) -> None:
         served = TaskWorker(*TASKS.values(), limit=1)
         # The server looks for work in this order.
         served.task_keys = [TASKS[lane].task_key for lane in LANES]  # type: ignore[assignment]
-        serving = asyncio.create_task(served.astart())
+        serving, known = asyncio.create_task(served.astart()), False
         while not serving.done() and not self._stopping.is_set():
             await asyncio.sleep(0.2)
+            if not known and (known := served.client_id in await asyncio.to_thread(workers, url)):
+                self._log("serving", device=self._device, pid=os.getpid())
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError, StopTaskWorker):
             await serving
