@@ -62,14 +62,27 @@ def select_boxes(
     )
     iou_BCC = box_iou(boxes_BC4, boxes_BC4) * (type_BC[:, :, None] == type_BC[:, None, :])
     clash_BCC = (iou_BCC > overlap).triu(1)
-    alive_BC = scores_BC > threshold
-    for i in range(candidates):
-        alive_BC = alive_BC & ~(clash_BCC[:, i] & alive_BC[:, i : i + 1])
+    alive_BC = _survivors(scores_BC > threshold, clash_BCC)
     votes_BCC = iou_BCC.square() * (iou_BCC > overlap) * (scores_BC * (scores_BC > threshold))[:, None]
     voted_BC4 = (votes_BCC @ boxes_BC4) / votes_BCC.sum(-1, keepdim=True).clamp(min=1e-9)
     scores_BK, order = (scores_BC * alive_BC).topk(min(keep, candidates), 1)
     boxes_BK4 = voted_BC4.gather(1, order[..., None].expand(-1, -1, 4))
     return Items(boxes_BK4, type_BC.gather(1, order), scores_BK)
+
+
+def _survivors(able_BC: Tensor, clash_BCC: Tensor) -> Tensor:
+    """Who is left of candidates in falling order when each removes the later ones that it clashes with, `[B, C]` bool.
+
+    One after another in other words: who clashes with no survivor before it. Each round settles at least one more of a
+    chain of clashes; that nothing changes any more is asked of the device every few rounds only.
+    """
+    alive_BC, clash = able_BC, clash_BCC.float()
+    while True:
+        for _ in range(6):
+            former = alive_BC
+            alive_BC = able_BC & ((former.float()[:, None] @ clash)[:, 0] == 0)
+        if torch.equal(alive_BC, former):
+            return alive_BC
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ from pipelines import ingest
 from pipelines.domain import fit_domain
 from pipelines.evaluation.detection import IOUS, match
 from pipelines.evaluation.predictions import Prediction
+from pipelines.look import Seen
 from pipelines.manifest import Case, read_manifest
-from pipelines.reader import Reader, Seen
+from pipelines.reader import Reader
 from pipelines.reading import NotFiniteError, Reading
 from pipelines.store import DOMAIN, WEIGHTS, Calibration, save_settings
 from pipelines.study import ImageStudy

@@ -56,21 +56,6 @@ def domain_features(features: Sequence[Tensor]) -> Tensor:
     return torch.cat(statistics, 1).clamp(min=0).sqrt()
 
 
-def colourfulness(pixels: np.ndarray) -> float:
-    """Hasler and Suesstrunk's M3 of `[H, W, 3]` uint8: 15 is slightly, 33 moderately, 109 extremely colourful.
-
-    Of `[H, W]` grey levels it is 0. An even tint, as of warm light, counts little. Large pictures are sampled.
-    """
-    if pixels.ndim == 2:
-        return 0.0
-    step = max(1, max(pixels.shape[:2]) // GLANCE)
-    red, green, blue = np.moveaxis(pixels[::step, ::step].astype(np.float32), -1, 0)
-    red_green, yellow_blue = red - green, (red + green) / 2 - blue
-    spread = math.hypot(float(red_green.std()), float(yellow_blue.std()))
-    tint = math.hypot(float(red_green.mean()), float(yellow_blue.mean()))
-    return spread + 0.3 * tint
-
-
 @dataclass(frozen=True, slots=True)
 class LineDomain:
     """Where the pictures of one product line lie, in scaled statistics, and how far out they get."""
@@ -142,7 +127,7 @@ class DomainModel:
     def score(self, features_BD: Tensor, line: str, *, colour: float = 0.0) -> float:
         """How likely a study is of `line`, 0..1; below `STRANGE` it is to be flagged.
 
-        A volume is as usual as its median slice: the ends of a scan show little. `colour` is its `colourfulness`.
+        A volume is as usual as its median slice: the ends of a scan show little. `colour` is its colourfulness.
         """
         vivid = 1 / (1 + math.exp((colour - VIVID) / 3))
         return float(self.probabilities(features_BD, line).median()) * vivid

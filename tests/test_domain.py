@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from encoders import GlanceConfig, GlanceNet
-from pipelines.domain import STRANGE, VARIATIONS, DomainModel, colourfulness, domain_features, fit_domain, varied
-from pipelines.inputs import channels, pad, resize
+from pipelines.domain import STRANGE, VARIATIONS, DomainModel, domain_features, fit_domain, varied
+from pipelines.inputs import channels, colourfulness, pad, resize
 from pipelines.manifest import ManifestError
 
 

@@ -15,8 +15,10 @@ import torch
 
 from pipelines import ingest
 from pipelines.inputs import channels, grey8, pad, resize, window
-from pipelines.reader import Candidate, Reader, Seen, point_or_pass, view
+from pipelines.look import Candidate, Seen
+from pipelines.reader import Reader, point_or_pass
 from pipelines.reading import NotFiniteError, Reading
+from pipelines.sight import Sight, frame, sight
 from pipelines.store import ModelError, find
 from pipelines.study import ImageStudy
 from reports.grammar import ID, POINTERS, TOKENS, from_tokens
@@ -178,9 +180,9 @@ def test_odd_pictures_are_read(reader: Reader, shape: tuple[int, ...], dtype: ty
 def test_boxes_come_back_to_the_pictures_own_pixels() -> None:
     picture = np.zeros((100, 300), np.uint8)
     picture[20:40, 60:90] = 255
-    seen = view(picture, 150, square=True)
-    assert seen.x_CHW.shape == (3, 160, 160)
-    ys, xs = np.nonzero(seen.x_CHW[0] > 1.0)
+    seen = frame(picture, 150, square=True)
+    assert seen.grey_HW.shape == (160, 160)
+    ys, xs = np.nonzero(seen.grey_HW > 191)
     box = np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]], np.float32)
     assert np.abs(seen.boxes(box)[0] - [60, 20, 90, 40]).max() <= 2
 
@@ -241,3 +243,42 @@ def test_models_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytes
         find(damaged)
     with pytest.raises(ModelError, match="no device"):
         Reader.load("default", "abacus")
+
+
+def test_studies_read_together_are_as_read_alone_and_one_that_fails_fails_alone(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.look.TOGETHER_CLOSER", {"cpu": 1 << 20})  # as on a GPU
+    board, golden = load("board/board.png"), load("golden/board.png")
+    sights = [sight(load(path)) for path in ("steel/patches.png", "ct/phantom-series", "steel/inclusion.png")]
+    sights += [sight(board, reference=golden), sight(board, kind="ct"), sight(load("tile/crack.png"))]
+    together = reader.read_many(sights)
+    for each, one in zip(sights, together, strict=True):
+        alone = reader.read_many([each])[0]
+        assert not isinstance(one, Exception) and not isinstance(alone, Exception)
+        assert (one.kind, one.product_line, one.impression) == (alone.kind, alone.product_line, alone.impression)
+        assert one.domain == pytest.approx(alone.domain, abs=1e-3)
+        pairs = zip((f for f in one.findings if f.reported), (f for f in alone.findings if f.reported), strict=True)
+        for found, expected in pairs:
+            assert found.type == expected.type
+            assert found.bbox == pytest.approx(expected.bbox, abs=0.1)
+            assert found.confidence == pytest.approx(expected.confidence, abs=1e-3)
+    broken = dataclasses.replace(sights[2], glances=())
+    outcomes = reader.read_many([sights[0], broken, sights[3]])
+    assert [isinstance(each, Exception) for each in outcomes] == [False, True, False]
+
+
+def test_fewer_go_together_when_the_memory_does_not_suffice(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, sizes = reader.look_many, []
+
+    def scarce(sights: list[Sight]) -> list[object]:
+        sizes.append(len(sights))
+        if len(sights) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return look(sights)
+
+    monkeypatch.setattr(reader, "look_many", scarce)
+    monkeypatch.setattr(reader._looker, "_share", 1.0)  # put back at the end
+    strip = sight(load("steel/patches.png"))
+    assert not [each for each in reader.read_many([strip] * 3) if isinstance(each, Exception)]
+    assert sizes == [3, 1, 2, 1, 1]
