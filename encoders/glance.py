@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.resnet import ResNet18D
+from encoders.resnet import WIDTHS, ResNet18D
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class GlanceConfig:
     fields: dict[str, int] = field(default_factory=dict)
     backbone: str = "resnet18d"
     dropout: float = 0.3
+    last_stage: int = 512  # width of resnet18d's last stage; other backbones have widths of their own
 
 
 class Glance(NamedTuple):
@@ -42,7 +43,10 @@ class GlanceNet(nn.Module):
     """`[B, 3, H, W]` pictures (image, reference, difference; H and W multiples of 32) -> `Glance`."""
 
     def __init__(self, config: GlanceConfig, *, via_timm: bool = False, pretrained: bool = False) -> None:
-        """`via_timm` builds the backbone through timm: needed for any backbone but resnet18d, and for its weights."""
+        """`via_timm` builds the backbone through timm: needed for any backbone but resnet18d, and for its weights.
+
+        Raises ValueError for a last stage that timm's network does not have.
+        """
         super().__init__()
         self.config = config
         if via_timm or config.backbone != "resnet18d":
@@ -50,8 +54,10 @@ class GlanceNet(nn.Module):
 
             self.backbone: nn.Module = timm_features(config.backbone, pretrained=pretrained)
         else:
-            self.backbone = ResNet18D()
+            self.backbone = ResNet18D((*WIDTHS[:3], config.last_stage))
         width = int(self.backbone.channels[-1])  # type: ignore[index]
+        if config.backbone == "resnet18d" and width != config.last_stage:
+            raise ValueError(f"timm's resnet18d has a last stage of {width}, not of {config.last_stage}")
         self.maps = nn.Conv2d(width, config.map_types, 1)
         self.dropout = nn.Dropout(config.dropout)
         self.fields = nn.ModuleDict({name: nn.Linear(3 * width, n) for name, n in config.fields.items()})

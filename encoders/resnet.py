@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+WIDTHS = (64, 128, 256, 512)  # of ResNet-18's four stages
+
 
 def fold(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     """A convolution with its batch norm folded in, and nothing in the norm's place (evaluation only)."""
@@ -48,7 +50,7 @@ class BasicBlock(nn.Module):
 class ResNet18D(nn.Module):
     """`[B, 3, H, W]` -> features of strides 8, 16 and 32: `[B, 128|256|512, H/s, W/s]`; `widths` of its four stages."""
 
-    def __init__(self, widths: tuple[int, int, int, int] = (64, 128, 256, 512)) -> None:
+    def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
         super().__init__()
         self.channels = tuple(widths[1:])
         stem: list[nn.Module] = []

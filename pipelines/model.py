@@ -43,7 +43,9 @@ class ModelConfig:
     decoder: DecoderConfig
 
     @classmethod
-    def default(cls, *, backbone: str = "resnet18d", visual_width: int = 512, bridge: str = "align") -> ModelConfig:
+    def default(
+        cls, *, backbone: str = "resnet18d", last_stage: int = 512, visual_width: int = 512, bridge: str = "align"
+    ) -> ModelConfig:
         """The bundled model's sizes, for the taxonomy's terms."""
         decoder = DecoderConfig(vocabulary=len(TOKENS))
         return cls(
@@ -51,6 +53,7 @@ class ModelConfig:
                 map_types=len(CT_TYPES),
                 fields={name: len(values) for name, values in FIELDS.items()},
                 backbone=backbone,
+                last_stage=last_stage,
             ),
             DetectorConfig(types=len(DEFECT_TYPES)),
             BridgeConfig(visual_width, decoder.width, decoder.vocabulary, name=bridge),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 from pipelines.manifest import read_manifest
 from pipelines.training import run as training_run
 from pipelines.training.__main__ import cli
-from pipelines.training.augment import LATERALITY, LEFT_RIGHT, Augmentation, draw
+from pipelines.training.augment import LATERALITY, LEFT_RIGHT, Augmentation, augmentation, draw
 from pipelines.training.losses import ciou, evidence_loss, presence_loss
+from pipelines.training.pretrain import code_losses, draw_pairs
 from pipelines.training.shrink import shrink
 from pipelines.training.streams import load_streams
 from pipelines.weights import load_config, load_into, load_weights, save_weights
@@ -48,6 +50,7 @@ GLANCE = (
     + """
 loss = { fields = 0.5, types = 5.0 }
 backbone = "resnet18d"
+last_stage = 64
 pretrained = false
 [streams.strip]
 batch = 2
@@ -57,6 +60,18 @@ symmetry = "mirror"
 whole = true
 rotate = 10.0
 erase = 0.5
+"""
+)
+PRETRAIN = (
+    'kind = "pretrain"'
+    + COMMON
+    + """
+loss = { invariance = 25.0, variance = 25.0, covariance = 1.0 }
+views = { share = [0.35, 1.0], aspect = 0.2, rotate = 15.0, contrast = 0.2, noise = 0.05, erase = 0.3 }
+code = 32
+last_stage = 64
+[streams.body]
+batch = 8
 """
 )
 WRITER = """
@@ -137,6 +152,85 @@ def test_from_manifests_to_weights(data: Path, tmp_path: Path) -> None:
     assert "decoder.embedding.weight" in load_weights(written / "writer.safetensors")
 
 
+def test_a_backbone_learns_without_labels_and_the_glance_starts_from_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--data", str(data), "--device", "cpu", "--recipe"]
+    first = [*command, recipe(tmp_path, PRETRAIN), "--out", str(tmp_path / "first")]
+    assert cli(first) == 0
+    log = [json.loads(line) for line in (tmp_path / "first" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 4 and all(np.isfinite(log[-1][loss]) for loss in ("invariance", "variance", "covariance"))
+    weights = tmp_path / "first" / "pretrain.safetensors"
+    glance = [*command, recipe(tmp_path, GLANCE), "--set", "learning_rate=1e-9", "--out"]
+    assert cli([*glance, str(tmp_path / "glance"), "--backbone", str(weights)]) == 0
+    learned = load_weights(weights)["layer4.1.conv2.weight"]
+    started = load_weights(tmp_path / "glance" / "glance.safetensors")["backbone.layer4.1.conv2.weight"]
+    assert torch.allclose(started, learned, atol=float(learned.abs().max()) / 100)
+    # A backbone of another width, and a recipe that has no use for one.
+    assert cli([*glance, str(tmp_path / "wide"), "--set", "last_stage=128", "--backbone", str(weights)]) == 2
+    assert "layer4.0.conv1.weight" in capsys.readouterr().err
+    detector = [*command, recipe(tmp_path, DETECTOR), "--out", str(tmp_path / "detector")]
+    assert cli([*detector, "--backbone", str(weights)]) == 2
+    assert "the recipe glance starts from" in capsys.readouterr().err
+
+
+def test_codes_are_to_agree_spread_and_say_nothing_twice() -> None:
+    torch.manual_seed(0)
+    good = torch.randn(4096, 8)
+    losses = code_losses(torch.cat((good, good)))
+    assert losses["invariance"] == 0 and losses["variance"] < 0.02 and losses["covariance"] < 0.02
+    assert code_losses(torch.ones(64, 8))["variance"] > 0.9  # all pictures alike
+    assert code_losses(torch.cat((good, good.roll(1, 0))))["invariance"] > 1
+    twice = good[:, :4].repeat(1, 2)
+    assert code_losses(torch.cat((twice, twice)))["covariance"] > 1.5
+
+
+def test_both_views_of_a_picture_show_it_alike(data: Path) -> None:
+    torch.manual_seed(0)
+    (stream,) = (s for s in load_streams(data, "train") if s.name == "strip")
+    stream.pictures[:], stream.pictures[..., : stream.pictures.shape[-1] // 2] = 40, 220  # bright on its left
+    views = {"share": [0.7, 1.0], "aspect": 0.2, "rotate": 15.0, "contrast": 0.1, "noise": 0.05, "erase": 0.0}
+    x = draw_pairs([(stream, 32)], 64, views)[:, 0]
+    bright_left = (x[..., :32].mean((1, 2)) > x[..., 32:].mean((1, 2))).view(2, 32)
+    assert bright_left.any() and not bright_left.all()  # mirrored or not
+    assert torch.equal(bright_left[0], bright_left[1])  # but both views alike
+    assert (x[:32] - x[32:]).abs().mean() > 0.05  # and yet not the same
+
+
+def test_a_run_ends_within_its_time_at_a_low_learning_rate(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()  # each look at the clock is a second later
+    monkeypatch.setattr(training_run.time, "perf_counter", lambda: float(next(ticks)))
+    command = ["--recipe", recipe(tmp_path, DETECTOR), "--out", str(tmp_path / "run"), "--data", str(data)]
+    command += ["--device", "cpu", "--set", "steps=100000", "--minutes"]
+    assert cli([*command, "0.01"]) == 2
+    assert "before the first step" in capsys.readouterr().err
+    assert cli([*command, "0.2"]) == 0
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert 4 < last["step"] < 20 and last["rate"] < 0.1 * 1e-3
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == last["step"]
+    assert cli([*command, "0.2", "--resume"]) == 0  # its time is over
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1]) == last
+
+
+def test_more_than_half_cannot_be_mixed() -> None:
+    with pytest.raises(ValueError, match="at most half"):
+        augmentation({"batch": 4, "mixup": 0.6})
+
+
+def test_mixed_pictures_have_the_boxes_of_both(data: Path) -> None:
+    torch.manual_seed(0)
+    (stream,) = (s for s in load_streams(data, "train") if s.name == "strip")
+    how = Augmentation(whole=True, aspect=0.0, zoom=(0.5, 0.5), contrast=0.0, noise=0.0, symmetry="mirror", mixup=0.5)
+    batch = draw(stream, 8, 128, how)
+    assert batch.valid.sum(1).tolist() == [2] * 4 + [1] * 4
+    for x, boxes, valid in zip(batch.x[:, 0], batch.boxes, batch.valid, strict=True):
+        for x0, y0, x1, y1 in boxes[valid].round().int().tolist():
+            # A scratch is bright where it is whole, and still brighter than what lies around it where it is blended.
+            assert x[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1].median() > x.median() + 0.3
+
+
 def test_an_interrupted_run_goes_on_from_its_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +280,7 @@ def test_a_run_that_diverges_stops_and_says_where_it_was_good(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "nothing"], "there are: adapt, detector, glance, writer"),
+        (["--recipe", "nothing"], "there are: adapt, detector, glance, pretrain, writer"),
         (["--recipe", "detector", "--set", "stepz=3"], "has no 'stepz'"),
         (["--recipe", "writer"], "give --glance"),
         (
@@ -194,6 +288,7 @@ def test_a_run_that_diverges_stops_and_says_where_it_was_good(
             "not a readable safetensors file",
         ),
         (["--recipe", "detector"], "data sets that are not there: deep-pcb"),
+        (["--recipe", "pretrain"], "data sets that are not there: covid-ct"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_trains(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from encoders import Detector, DetectorConfig, GlanceConfig, GlanceNet
 from pipelines.manifest import ManifestError
 from pipelines.training.encoders import train_detector, train_glance
+from pipelines.training.pretrain import train_backbone
 from pipelines.training.run import DivergedError, Run, load_recipe
 from pipelines.training.writer import train_writer
 from pipelines.weights import load_config, load_into, save_weights
@@ -21,15 +23,20 @@ def cli(argv: list[str]) -> int:
     """Trains one recipe. Returns 0, or 2 after a message that names what to mend."""
     parser = argparse.ArgumentParser(
         prog="scanscribe train",
-        description="Trains a recipe: `glance` and `detector` (vision), then `writer` (bridge and decoder on top).",
+        description="Trains a recipe: `pretrain` (a backbone, without labels), `glance` and `detector` (vision), then "
+        "`writer` (bridge and decoder on top).",
         epilog="example: scanscribe train --recipe detector --data data/ --out runs/detector --set steps=2000",
     )
     parser.add_argument("--recipe", required=True, help="a recipe's name, or a TOML file")
     parser.add_argument("--data", type=Path, required=True, help="folder of data-set folders, each with manifest.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder: recipe, log, checkpoint, weights")
+    parser.add_argument("--backbone", type=Path, help="what `pretrain` wrote, to start from (recipe `glance`)")
     parser.add_argument("--glance", type=Path, help="weights of the glance (recipe `writer`)")
     parser.add_argument("--detector", type=Path, help="weights of the detector (recipe `writer`)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end within that time, with a shorter schedule if need be"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument(
         "--set",
@@ -48,7 +55,10 @@ def cli(argv: list[str]) -> int:
                 "the writer reads with trained networks: "
                 "give --glance RUN/glance.safetensors --detector RUN/detector.safetensors"
             )
-        run, device = Run(args.out, recipe, resume=args.resume), torch.device(args.device)
+        if args.backbone is not None and recipe["kind"] != "glance":
+            raise ValueError(f"--backbone is where the recipe glance starts from, not {recipe['kind']}")
+        run = Run(args.out, recipe, resume=args.resume, minutes=args.minutes)
+        device = torch.device(args.device)
         if recipe["kind"] == "writer":
             glance = GlanceNet(GlanceConfig(**load_config(args.glance)))
             load_into(glance, args.glance)
@@ -57,9 +67,17 @@ def cli(argv: list[str]) -> int:
             model = train_writer(run, args.data, glance, detector, device)
             written = {k: v for k, v in model.state_dict().items() if not k.startswith(("glance.", "detector."))}
             save_weights(args.out / "writer.safetensors", written, model.config.to_dict())
+        elif recipe["kind"] == "pretrain":
+            backbone = train_backbone(run, args.data, device)
+            sizes = {"last_stage": backbone.channels[-1]}
+            save_weights(args.out / "pretrain.safetensors", backbone.state_dict(), sizes)
         else:
-            train = train_glance if recipe["kind"] == "glance" else train_detector
-            network = train(run, args.data, device)
+            glancing = recipe["kind"] == "glance"
+            network = (
+                train_glance(run, args.data, device, backbone=args.backbone)
+                if glancing
+                else train_detector(run, args.data, device)
+            )
             name = f"{recipe['kind']}.safetensors"
             save_weights(args.out / name, network.state_dict(), asdict(network.config))
     except (ManifestError, DivergedError, ValueError) as error:

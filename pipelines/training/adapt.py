@@ -62,7 +62,7 @@ def train_network(run: Run, stream: Stream, network: Detector, device: torch.dev
         }
 
     mixture = Mixture([replace(stream, name=STREAM).to(device)], run.recipe)
-    return fit(run, mixture, network.to(memory_format=torch.channels_last), losses, device)
+    return fit(run, mixture.draw, network.to(memory_format=torch.channels_last), losses, device)
 
 
 @torch.no_grad()

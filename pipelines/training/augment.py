@@ -30,6 +30,7 @@ class Augmentation:
     symmetry: str = "d4"  # "d4": all flips and quarter turns; "mirror": left-right only
     whole: bool = False  # keep the whole picture in view: for CT, and for learning to write
     mosaic: float = 0.0  # share of pictures composed of four
+    mixup: float = 0.0  # share of pictures with another one of the stream laid over them, with the boxes of both
     aim: float = 0.0  # share of views that look at a labelled box
     contrast: float = 0.3
     noise: float = 0.05
@@ -48,7 +49,10 @@ def augmentation(table: dict[str, Any]) -> Augmentation:
     known = {each.name for each in fields(Augmentation)}
     if faults := (set(values) - known) | ({"batch"} - set(table)):
         raise ValueError(f"a stream of the recipe lacks or does not know: {', '.join(sorted(faults))}")
-    return Augmentation(**values)
+    how = Augmentation(**values)
+    if how.mixup > 0.5:
+        raise ValueError(f"mixup = {how.mixup}: at most half of the pictures can have another one laid over them")
+    return how
 
 
 @dataclass(slots=True)
@@ -72,11 +76,19 @@ def _uniform(n: int, low: float, high: float, device: torch.device) -> Tensor:
     return torch.rand(n, device=device) * (high - low) + low
 
 
+def sample(pictures_BCSS: Tensor, size_B2: Tensor, canvas_BPP2: Tensor) -> Tensor:
+    """Grey levels `[B, C, P, P]` of the pictures at points (x, y) of their canvas."""
+    inside = ((canvas_BPP2 >= 0) & (canvas_BPP2 <= size_B2[:, None, None])).all(-1)[:, None].float()
+    grid = canvas_BPP2 * (2 / pictures_BCSS.shape[-1]) - 1
+    sampled = F.grid_sample(pictures_BCSS.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    # Outside the picture is the padding of reading: a middle grey.
+    return sampled * inside + MEAN * (1 - inside)
+
+
 def _warp(stream: Stream, index: Tensor, side: int, how: Augmentation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One warped view a picture: `[B, C, side, side]` grey levels, boxes, validity and whether it was mirrored."""
     device, n = index.device, len(index)
-    pictures = stream.pictures[index].float()
-    size = stream.sizes[index]
+    pictures, size = stream.pictures[index], stream.sizes[index]
     zoom = torch.exp(_uniform(n, math.log(how.zoom[0]), math.log(how.zoom[1]), device))
     stretch = torch.exp(torch.randn(n, device=device) * how.aspect / 2)
     scale = torch.stack((zoom * stretch, zoom / stretch), 1)  # output pixels a canvas pixel, x and y
@@ -123,12 +135,7 @@ def _warp(stream: Stream, index: Tensor, side: int, how: Augmentation) -> tuple[
     yy, xx = torch.meshgrid(grid1, grid1, indexing="ij")
     points = torch.stack((xx, yy), -1).reshape(1, -1, 2) - offset[:, None]
     canvas = (points @ inverse.transpose(1, 2)).reshape(n, side, side, 2)
-    inside = ((canvas >= 0) & (canvas <= size[:, None, None])).all(-1)[:, None].float()
-    sampled = F.grid_sample(
-        pictures, canvas * (2 / pictures.shape[-1]) - 1, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    # Outside the picture is the padding of reading: a middle grey.
-    sampled = sampled * inside + MEAN * (1 - inside)
+    sampled = sample(pictures, size, canvas)
 
     boxes = stream.boxes[index]
     first = boxes[..., :2] @ forward.transpose(1, 2) + offset[:, None]
@@ -142,7 +149,7 @@ def _warp(stream: Stream, index: Tensor, side: int, how: Augmentation) -> tuple[
     return sampled, torch.cat((low, high), -1), valid, mirror < 0
 
 
-def _photometric(x_BCHW: Tensor, how: Augmentation) -> Tensor:
+def photometric(x_BCHW: Tensor, how: Augmentation) -> Tensor:
     """Contrast, brightness, gamma, noise on network-scaled pictures; all channels of a picture alike but for noise."""
     n, device = len(x_BCHW), x_BCHW.device
     view = (n, 1, 1, 1)
@@ -200,14 +207,32 @@ def draw(stream: Stream, n: int, side: int, how: Augmentation) -> Batch:
         first = quarter.view(composed, 4)[:, 0]
         fields, types = torch.cat((fields, stream.fields[first])), torch.cat((types, stream.types[first]))
 
-    x = _photometric((image - MEAN) / STD, how)
+    x = photometric((image - MEAN) / STD, how)
     if x.shape[1] == 1:
         x = torch.cat((x, x, torch.zeros_like(x)), 1)
     else:
         keep = torch.rand(n, 1, 1, 1, device=device) < how.keep_reference
         reference = torch.where(keep, x[:, 1:], x[:, :1])
         x = torch.cat((x[:, :1], reference, (x[:, :1] - reference).abs()), 1)
-    return Batch(x, boxes, labels, valid, fields, types)
+    batch = Batch(x, boxes, labels, valid, fields, types)
+    return _lay_over(batch, round(n * how.mixup)) if how.mixup > 0 else batch
+
+
+def _lay_over(batch: Batch, count: int) -> Batch:
+    """Blends the first `count` pictures with others of the batch, mosaics among them (mixup, arXiv 1710.09412).
+
+    Both have about the same weight, so that the boxes of both count whole; fields and types stay those of the first.
+    """
+    n = len(batch.x)
+    other = slice(n - 2 * count, n - count)
+    share = _uniform(count, 0.35, 0.65, batch.x.device).view(-1, 1, 1, 1)
+    x = torch.cat((share * batch.x[:count] + (1 - share) * batch.x[other], batch.x[count:]))
+    both = [torch.cat((part[:count], part[other]), 1) for part in (batch.boxes, batch.labels, batch.valid)]
+    boxes, labels, valid = (
+        torch.cat((mixed, part[count:]))
+        for mixed, part in zip(_fit(*both), (batch.boxes, batch.labels, batch.valid), strict=True)
+    )
+    return Batch(x, boxes, labels, valid, batch.fields, batch.types)
 
 
 def _fit(boxes: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:

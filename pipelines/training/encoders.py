@@ -20,8 +20,10 @@ from pipelines.training.augment import Augmentation, Batch, augmentation, draw, 
 from pipelines.training.losses import evidence_loss, field_loss, presence_loss, type_loss
 from pipelines.training.run import Ema, Run, capture, cosine, parameter_groups
 from pipelines.training.streams import Stream, load_streams
+from pipelines.weights import load_into
 
 Network = TypeVar("Network", bound=nn.Module)
+Drawn = TypeVar("Drawn")
 
 
 class Mixture:
@@ -41,12 +43,17 @@ class Mixture:
                 (known[name], table["batch"], augmentation(early), augmentation(early | {"mosaic": 0.0} | late))
             )
 
-    def draw(self, *, late: bool) -> Batch:
-        return join([draw(stream, n, self.side, after if late else how) for stream, n, how, after in self.parts])
+    def draw(self, late: bool) -> Batch:
+        batch = join([draw(stream, n, self.side, after if late else how) for stream, n, how, after in self.parts])
+        batch.x = batch.x.contiguous(memory_format=torch.channels_last)
+        return batch
 
 
-def train_glance(run: Run, data: Path, device: torch.device) -> GlanceNet:
-    """Runs the recipe and returns the averaged network. Raises `DivergedError`, ValueError or `ManifestError`."""
+def train_glance(run: Run, data: Path, device: torch.device, *, backbone: Path | None = None) -> GlanceNet:
+    """Runs the recipe and returns the averaged network; `backbone` holds what the recipe `pretrain` wrote.
+
+    Raises `DivergedError`, ValueError or `ManifestError`.
+    """
     weights = run.recipe["loss"]
 
     def losses(network: GlanceNet, batch: Batch) -> dict[str, Tensor]:
@@ -57,8 +64,12 @@ def train_glance(run: Run, data: Path, device: torch.device) -> GlanceNet:
         }
 
     def build() -> GlanceNet:
-        config = ModelConfig.default(backbone=run.recipe["backbone"]).glance
-        return GlanceNet(config, via_timm=True, pretrained=run.recipe["pretrained"])
+        config = ModelConfig.default(backbone=run.recipe["backbone"], last_stage=run.recipe["last_stage"]).glance
+        network = GlanceNet(config, via_timm=run.recipe["pretrained"], pretrained=run.recipe["pretrained"])
+        if backbone is not None:
+            load_into(network.backbone, backbone)
+            run.log(backbone=str(backbone))
+        return network
 
     return _train(run, data, device, build, losses)
 
@@ -88,17 +99,20 @@ def _train(
     mixture = Mixture([stream.to(device) for stream in load_streams(data, "train")], run.recipe)
     network = build().to(device).to(memory_format=torch.channels_last)
     network.train()
-    return fit(run, mixture, network, losses, device)
+    return fit(run, mixture.draw, network, losses, device)
 
 
 def fit(
     run: Run,
-    mixture: Mixture,
+    draw: Callable[[bool], Drawn],
     network: Network,
-    losses: Callable[[Network, Batch], dict[str, Tensor]],
+    losses: Callable[[Network, Drawn], dict[str, Tensor]],
     device: torch.device,
 ) -> Network:
-    """Trains what has gradients in `network`, which is on the device, and returns the averaged weights."""
+    """Trains what has gradients in `network`, which is on the device, and returns the averaged weights.
+
+    `draw` is asked for early and for late batches.
+    """
     recipe = run.recipe
     average = Ema(network, recipe["ema"])
     rate = torch.zeros((), device=device)
@@ -111,8 +125,7 @@ def fit(
     names: list[str] = []
 
     def step(late: bool) -> Tensor:
-        batch = mixture.draw(late=late)
-        batch.x = batch.x.contiguous(memory_format=torch.channels_last)
+        batch = draw(late)
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             parts = losses(network, batch)
         names[:] = parts
@@ -128,22 +141,26 @@ def fit(
     first = run.resume(kept, device)
     for group in optimiser.param_groups if on_gpu else ():
         group["lr"] = rate  # a checkpoint brings a tensor of its own, which the schedule would not reach
-    steps, late_from = recipe["steps"], round(recipe["steps"] * (1 - recipe["late_share"]))
+    steps, late_from = recipe["steps"], 1 - recipe["late_share"]
     look_every = min(100, max(25, steps // 20))
-    replay = {late: capture(functools.partial(step, late)) for late in (False, True)} if on_gpu else {}
-    for i in range(first, steps):
-        now = recipe["learning_rate"] * cosine(i, steps, recipe["warmup"])
+    phases = (False, True) if recipe["late_share"] > 0 else (False,)
+    replay = {late: capture(functools.partial(step, late)) for late in phases} if on_gpu else {}
+    number, done = first, run.start(first)
+    while done < 1:
+        now = recipe["learning_rate"] * cosine(round(done * steps), steps, recipe["warmup"])
         if on_gpu:
             rate.fill_(now)
-            graph, each = replay[i >= late_from]
+            graph, each = replay[done >= late_from]
             graph.replay()
         else:
             for group in optimiser.param_groups:
                 group["lr"] = now
-            each = step(i >= late_from)
-        if (i + 1) % look_every == 0 or i + 1 == steps:
-            run.check(each.sum(), i + 1)
-            run.log(step=i + 1, **dict(zip(names, each.tolist(), strict=True)), rate=now)
-        if (i + 1) % recipe["checkpoint_every"] == 0 or i + 1 == steps:
-            run.save(i + 1, kept)
+            each = step(done >= late_from)
+        number += 1
+        done = run.share(number)
+        if number % look_every == 0 or done >= 1:
+            run.check(each.sum(), number)
+            run.log(step=number, **dict(zip(names, each.tolist(), strict=True)), rate=now)
+        if number % recipe["checkpoint_every"] == 0 or done >= 1:
+            run.save(number, kept)
     return average.model

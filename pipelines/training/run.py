@@ -106,9 +106,12 @@ def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 class Run:
     """A run's folder: `recipe.json`, `log.jsonl` and `checkpoint.pt`."""
 
-    def __init__(self, out: Path, recipe: dict[str, Any], *, resume: bool) -> None:
-        """Raises ValueError when the folder holds a checkpoint that is not to be, or cannot be, gone on from."""
-        self.out, self.recipe = out, recipe
+    def __init__(self, out: Path, recipe: dict[str, Any], *, resume: bool, minutes: float = math.inf) -> None:
+        """`minutes` bounds the time of the run, that before a checkpoint included.
+
+        Raises ValueError when the folder holds a checkpoint that is not to be, or cannot be, gone on from.
+        """
+        self.out, self.recipe, self.limit_s = out, recipe, 60 * minutes
         self.started = time.perf_counter()
         if self.checkpoint.exists():
             if not resume:
@@ -126,9 +129,27 @@ class Run:
     def checkpoint(self) -> Path:
         return self.out / "checkpoint.pt"
 
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far, that before a checkpoint included."""
+        return time.perf_counter() - self.started
+
+    def share(self, step: int) -> float:
+        """How much of the run is done, 0 to 1: of its steps, or of its time where that is further.
+
+        The schedule follows it, so that a run that is cut short by its time limit still ends with a low learning rate.
+        """
+        return min(1.0, max(step / self.recipe["steps"], self.seconds / self.limit_s))
+
+    def start(self, step: int) -> float:
+        """`share`, before the loop. Raises ValueError where the time is over before the first step."""
+        if step == 0 and self.share(0) >= 1:
+            raise ValueError(f"{self.seconds:.0f} s went before the first step; give more --minutes")
+        return self.share(step)
+
     def log(self, **values: float | int | str) -> None:
         """Appends a line to the log and prints it."""
-        record = {"seconds": round(time.perf_counter() - self.started, 1), **values}
+        record = {"seconds": round(self.seconds, 1), **values}
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
@@ -139,7 +160,8 @@ class Run:
             if isinstance(part, nn.Module) and not all(bool(p.isfinite().all()) for p in part.parameters()):
                 raise self._diverged(f"weights are not finite at step {step}")
         temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save({"step": step, "recipe": self.recipe, **{k: v.state_dict() for k, v in parts.items()}}, temporary)
+        state = {"step": step, "seconds": self.seconds, "recipe": self.recipe}
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, temporary)
         os.replace(temporary, self.checkpoint)
 
     def resume(self, parts: dict[str, Any], device: torch.device) -> int:
@@ -149,6 +171,7 @@ class Run:
         state = torch.load(self.checkpoint, map_location=device, weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        self.started -= state["seconds"]
         return int(state["step"])
 
     def check(self, loss: Tensor, step: int) -> float:

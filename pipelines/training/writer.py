@@ -183,7 +183,10 @@ def train_writer(run: Run, data: Path, glance: GlanceNet, detector: Detector, de
     if missing := wanted - {s.name for s in streams}:
         raise ValueError(f"the recipe names data sets that are not there: {', '.join(sorted(missing))}")
     pool = build_pool(glance, detector, streams, recipe, run)
-    config = ModelConfig.default(backbone=glance.config.backbone, visual_width=glance.width, bridge=recipe["bridge"])
+    sizes = glance.config
+    config = ModelConfig.default(
+        backbone=sizes.backbone, last_stage=sizes.last_stage, visual_width=glance.width, bridge=recipe["bridge"]
+    )
     model = ScanScribeModel(config)
     model.glance, model.detector = glance, detector
     model.to(device).train()
@@ -193,10 +196,13 @@ def train_writer(run: Run, data: Path, glance: GlanceNet, detector: Detector, de
     groups = parameter_groups(model, recipe["weight_decay"])
     optimiser = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=device.type == "cuda")
     parts = {"model": model, "average": average.model, "optimiser": optimiser}
-    first = run.resume(parts, device)
-    for i in range(first, recipe["steps"]):
+    number = run.resume(parts, device)
+    done = run.start(number)
+    while done < 1:
         for group in optimiser.param_groups:
-            group["lr"] = recipe["learning_rate"] * cosine(i, recipe["steps"], recipe["warmup"])
+            group["lr"] = recipe["learning_rate"] * cosine(
+                round(done * recipe["steps"]), recipe["steps"], recipe["warmup"]
+            )
         rows = pool.rows(torch.randint(len(pool.tokens), (recipe["batch"],), device=device))
         longest = int((rows.tokens != PAD).sum(1).max())
         rows.tokens, rows.targets = rows.tokens[:, :longest], rows.targets[:, :longest]
@@ -208,8 +214,10 @@ def train_writer(run: Run, data: Path, glance: GlanceNet, detector: Detector, de
         optimiser.step()
         model.decoder.rebalance(recipe["balance"])
         average.update()
-        if (i + 1) % 100 == 0 or i + 1 == recipe["steps"]:
-            run.log(step=i + 1, loss=run.check(loss.detach(), i + 1), rate=optimiser.param_groups[0]["lr"])
-        if (i + 1) % recipe["checkpoint_every"] == 0 or i + 1 == recipe["steps"]:
-            run.save(i + 1, parts)
+        number += 1
+        done = run.share(number)
+        if number % 100 == 0 or done >= 1:
+            run.log(step=number, loss=run.check(loss.detach(), number), rate=optimiser.param_groups[0]["lr"])
+        if number % recipe["checkpoint_every"] == 0 or done >= 1:
+            run.save(number, parts)
     return average.model
