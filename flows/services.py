@@ -1,18 +1,26 @@
-"""Which services of this state folder run: each leaves a note while it does, and a note of a dead one is no service."""
+"""Which services of this state folder run. Each keeps a note while it does.
+
+A note of a dead process is no service, nor is one that was not renewed for long: of processes in other containers
+nothing else can be told.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
 from flows.owners import is_gone, process_id, this_process
 from flows.server import state_folder
 from reports.files import atomic_write
+
+RENEW_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +42,23 @@ class Service:
 def running(name: str, *, metrics: int | None = None, detail: str = "") -> Iterator[None]:
     """Leave the note for as long as the block runs. A disk that takes none stops no service."""
     service = Service(name, this_process(), time.time(), metrics, detail)
-    path = _folder() / f"{name}-{os.getpid()}.json"
-    with contextlib.suppress(OSError):
-        atomic_write(path, json.dumps(asdict(service)))
+    mark = hashlib.sha256(service.owner.encode()).hexdigest()[:16]
+    path, over = _folder() / f"{name}-{mark}.json", threading.Event()
+
+    def renew() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                path.touch() if path.exists() else atomic_write(path, json.dumps(asdict(service)))
+            if over.wait(RENEW_S):
+                return
+
+    thread = threading.Thread(target=renew, name="service", daemon=True)
+    thread.start()
     try:
         yield
     finally:
+        over.set()
+        thread.join()
         path.unlink(missing_ok=True)
 
 
@@ -49,9 +68,10 @@ def services() -> list[Service]:
     for path in sorted(_folder().glob("[a-z]*.json")):
         try:
             service = Service(**json.loads(path.read_text("utf-8")))
+            silent = time.time() - path.stat().st_mtime > 4 * RENEW_S
         except (OSError, ValueError, TypeError):
             continue
-        if is_gone(service.owner):
+        if silent or is_gone(service.owner):
             path.unlink(missing_ok=True)
         else:
             found.append(service)
