@@ -39,6 +39,7 @@ LEVELS: Final = 2  # the finest levels of the glance; its last one tells known k
 FALSE_ALARMS: Final = 0.015  # share of validation pictures, varied ones among them, that may lie beyond the limit
 USUAL: Final = 0.95  # probability of a line's median picture
 PER_SET: Final = 700  # training pictures of one data set
+FEW: Final = 100  # training pictures of an owner's line; fewer are seen in several variations
 VIVID: Final = 33.0  # colourfulness from which people call a picture colourful; the training pictures are grey
 BATCH: Final = 8
 
@@ -89,25 +90,38 @@ class DomainModel:
 
         Raises ValueError for a line with fewer than eight. The axes of a line with few pictures are fewer.
         """
-        scale = features_ND.std(0).clamp(min=1e-4)
-        found = {}
+        model = cls(features_ND.std(0).clamp(min=1e-4), {})
         for line in sorted(set(lines)):
-            scaled = (features_ND / scale)[[each == line for each in lines]].double()
-            if len(scaled) < 8:
-                raise ValueError(f"{line}: {len(scaled)} pictures are too few to tell what is usual; give 8 or more")
-            centre = scaled.mean(0)
-            away = scaled - centre
-            variances, axes = torch.linalg.eigh(away.T @ away / len(away))
-            kept = min(RANK, len(scaled) // 4, scaled.shape[1] // 2)
-            found[line] = LineDomain(
-                centre.float(),
-                axes[:, -kept:].flip(1).T.contiguous().half().float(),  # as stored
-                variances[-kept:].flip(0).float(),
-                variances[:-kept].mean().clamp(min=1e-6).float(),
-                torch.zeros(()),
-                torch.ones(()),
-            )
-        return cls(scale, found)
+            model = model.learn(line, features_ND[[each == line for each in lines]])
+        return model
+
+    def learn(self, line: str, features_ND: Tensor) -> DomainModel:
+        """The same with one more line, or a line anew, described by its training pictures. Raises ValueError for fewer
+        than eight."""
+        scaled = (features_ND / self.scale).double()
+        if len(scaled) < 8:
+            raise ValueError(f"{line}: {len(scaled)} pictures are too few to tell what is usual; give 8 or more")
+        centre = scaled.mean(0)
+        away = scaled - centre
+        variances, axes = torch.linalg.eigh(away.T @ away / len(away))
+        kept = min(RANK, len(scaled) // 4, scaled.shape[1] // 2)
+        described = LineDomain(
+            centre.float(),
+            axes[:, -kept:].flip(1).T.contiguous().half().float(),  # as stored
+            variances[-kept:].flip(0).float(),
+            variances[:-kept].mean().clamp(min=1e-6).float(),
+            torch.zeros(()),
+            torch.ones(()),
+        )
+        return replace(self, lines={**self.lines, line: described})
+
+    def only(self, line: str) -> DomainModel:
+        """What it knows of one line. Raises KeyError."""
+        return replace(self, lines={line: self.lines[line]})
+
+    def joined(self, other: DomainModel) -> DomainModel:
+        """With the lines of another one that has the same scale; those of the other stand."""
+        return replace(self, lines={**self.lines, **other.lines})
 
     def calibrate(self, features_ND: Tensor, lines: Sequence[str]) -> DomainModel:
         """Places each line's limit on pictures that were not fitted; a line without any keeps what it has."""
@@ -132,7 +146,7 @@ class DomainModel:
         vivid = 1 / (1 + math.exp((colour - VIVID) / 3))
         return float(self.probabilities(features_BD, line).median()) * vivid
 
-    def to(self, device: torch.device) -> DomainModel:
+    def to(self, device: torch.device | str) -> DomainModel:
         """The same on another device."""
         moved = {
             name: LineDomain(*(getattr(line, part).to(device) for part in LineDomain.__dataclass_fields__))
@@ -193,6 +207,26 @@ def fit_domain(glance: GlanceNet, data: Path, *, progress: Callable[[str], None]
         raise ValueError(f"no */manifest.jsonl with a 'train' split below {data}")
     model = DomainModel.fit(torch.cat(rows["train"]), lines["train"])
     return model.calibrate(torch.cat(rows["val"]), lines["val"]) if rows["val"] else model
+
+
+def learn_line(
+    glance: GlanceNet, known: DomainModel | None, line: str, fitted: Sequence[Case], placed: Sequence[Case]
+) -> DomainModel:
+    """`known` with an owner's line, described by the pictures `fitted`, its limit placed on the pictures `placed`.
+
+    Few pictures are seen in several variations each. Raises ValueError for fewer than eight views.
+    """
+    rng, device = np.random.default_rng(0), next(glance.parameters()).device
+
+    def features(cases: Sequence[Case], rounds: int) -> Tensor:
+        views = [view for _ in range(rounds) for case in cases for view in _views(case, rng)]
+        return torch.cat([_look(glance, views[i : i + BATCH], device) for i in range(0, len(views), BATCH)])
+
+    rounds = max(1, FEW // max(1, len(fitted)))
+    seen = features(fitted, rounds)
+    model = DomainModel.fit(seen, [line] * len(seen)) if known is None else known.to("cpu").learn(line, seen)
+    there = features(placed, rounds)
+    return model.calibrate(there, [line] * len(there))
 
 
 @torch.inference_mode()

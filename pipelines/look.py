@@ -21,7 +21,8 @@ from encoders import Dense, Glance
 from encoders.flips import look_from_all_sides
 from encoders.select import Items, select_boxes, select_regions
 from pipelines import tiles
-from pipelines.domain import DomainModel, domain_features
+from pipelines.adapted import Adapted, evidence
+from pipelines.domain import STRANGE, DomainModel, domain_features
 from pipelines.inputs import (
     GLANCE,
     LONGEST_SIDE,
@@ -84,10 +85,15 @@ class _Glanced:
 
 
 class Looker:
-    """Looks at studies with the glance and the detector of a model. Not for use by several threads at once."""
+    """Looks at studies with the glance and the detector of a model, and that of an adapter where there is one.
 
-    def __init__(self, model: ScanScribeModel, device: torch.device, domain: DomainModel | None) -> None:
-        self._model, self._device, self._domain = model, device, domain
+    Not for use by several threads at once.
+    """
+
+    def __init__(
+        self, model: ScanScribeModel, device: torch.device, domain: DomainModel | None, own: Adapted | None = None
+    ) -> None:
+        self._model, self._device, self._domain, self._own = model, device, domain, own
         self._share = 1.0  # of what goes through together; halved when the memory does not suffice
 
     def halve(self) -> None:
@@ -177,17 +183,17 @@ class Looker:
     # Pictures
 
     def _look_at_pictures(self, pictures: dict[int, tuple[Sight, _Glanced]]) -> dict[int, Seen]:
-        lines = {i: self.line(glance.fields_BF, each.kind) for i, (each, glance) in pictures.items()}
+        lines = {i: self._line(glance, each.kind) for i, (each, glance) in pictures.items()}
         closer: dict[str, list[tuple[int, Frame, Frame | None]]] = defaultdict(list)
         for i, (each, _) in pictures.items():
             if (line := lines[i][0]) != "ct":
-                whole = each.closer[WHOLE_SIDE[line]] if line in WHOLE_SIDE else None
-                closer[line].append((i, each.closer[LONGEST_SIDE[line]], whole))
+                whole = each.closer[WHOLE_SIDE[line]] if line in WHOLE_SIDE and not self._owns(line) else None
+                closer[line].append((i, each.closer[self._longest(line)], whole))
         found: dict[int, tuple[list[Candidate], str | None]] = {}
         for line, asked in closer.items():
             frames = [(closest, whole) for _, closest, whole in asked]
             for (i, closest, _), (items, row, shows) in zip(asked, self._inspect(line, frames), strict=True):
-                found[i] = _candidates(items, row, closest, DEFECT_TYPES, pictures[i][0].slices[0]), shows
+                found[i] = _candidates(items, row, closest, self._types(line), pictures[i][0].slices[0]), shows
         seen = {}
         for i, (each, glance) in pictures.items():
             (line, confidence), shows = lines[i], None
@@ -195,7 +201,7 @@ class Looker:
                 candidates = _candidates(glance.regions, 0, each.glances[0], CT_TYPES, each.slices[0])
             else:
                 candidates, shows = found[i]
-                candidates = [candidate for candidate in candidates if LINE_OF_TYPE[candidate.type] == line]
+                candidates = self._of_line(candidates, line)
             domain = self._known(glance.features_BD, line, each.colour)
             seen[i] = Seen(
                 line,
@@ -216,6 +222,8 @@ class Looker:
         """Of each frame its boxes (items and which row of them), and the type that the picture surely shows, of a line
         that is asked for it. The second frame tells which types there are, where it is given.
         """
+        if self._own is not None and self._owns(line):
+            return self._inspect_own(self._own, [first for first, _ in frames], mirrored)
         mirrored = line in MIRRORED if mirrored is None else mirrored
         outcome: dict[int, tuple[Items, int, str | None]] = {}
         for shape, numbers in _by_shape(frames).items():
@@ -229,6 +237,19 @@ class Looker:
                 present_BT = found.presence_BT.float().sigmoid().cpu()
                 for row, n in enumerate(part):
                     outcome[n] = items, row, _shown(line, present_BT[row])
+        return [outcome[n] for n in range(len(frames))]
+
+    def _inspect_own(
+        self, own: Adapted, frames: Sequence[Frame], mirrored: bool | None
+    ) -> list[tuple[Items, int, str | None]]:
+        outcome: dict[int, tuple[Items, int, str | None]] = {}
+        for shape, numbers in _by_shape([(each, None) for each in frames]).items():
+            for part in self._together(numbers, shape[0] * shape[1], TOGETHER_CLOSER):
+                x = self._input([frames[n] for n in part])
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+                    items = evidence(own.detector, own.line, x, mirrored=mirrored)
+                items = Items(items.boxes.cpu(), items.types.cpu(), items.scores.cpu())
+                outcome |= {n: (items, row, None) for row, n in enumerate(part)}
         return [outcome[n] for n in range(len(frames))]
 
     def _presence(self, frames: Sequence[Frame], mirrored: bool) -> Tensor:
@@ -283,7 +304,7 @@ class Looker:
         small_golden = None if golden is None else grey8(tiles.overview(golden))
         first = frame(small, GLANCE, small_golden, square=True)
         [glance] = self._glance_all([[first]])
-        line, confidence = self.line(glance.fields_BF, kind)
+        line, confidence = self._line(glance, kind)
         size = (width, height)
         seen = Seen(line, confidence, glance.fields_BF.to(self._device), glance.visual_BNC, [], size)
         if line == "ct":
@@ -291,7 +312,8 @@ class Looker:
             found = _candidates(glance.regions, 0, whole, CT_TYPES)
             domain = self._known(glance.features_BD, line, colourfulness(overview))
             return replace(seen, candidates=found, flags=("seen-reduced",), domain=domain)
-        places = tiles.layout(height, width, LONGEST_SIDE[line])
+        longest = self._longest(line)
+        places = tiles.layout(height, width, longest)
         goldens: Iterable[np.ndarray | None] = (
             itertools.repeat(None) if golden is None else tiles.cut(golden, places, pixels.shape)
         )
@@ -300,20 +322,19 @@ class Looker:
         for n, (place, grey, beside) in enumerate(zip(places, tiles.cut(pixels, places), goldens, strict=False)):
             if n % every == 0:  # the training pictures had the scale of tiles, not that of the overview
                 features.append(self._glance_all([[frame(grey, GLANCE, beside, square=True)]])[0].features_BD)
-            closer = frame(grey, LONGEST_SIDE[line], beside, square=False)
+            closer = frame(grey, longest, beside, square=False)
             [(boxes, row, _)] = self._inspect(line, [(closer, None)], mirrored=False)
-            for each in _candidates(boxes, row, closer, DEFECT_TYPES):
-                if LINE_OF_TYPE[each.type] == line:
-                    x, y = place[:2]
-                    x0, y0, x1, y1 = each.bbox
-                    items.append((replace(each, bbox=(x0 + x, y0 + y, x1 + x, y1 + y)), place))
+            for each in self._of_line(_candidates(boxes, row, closer, self._types(line)), line):
+                x, y = place[:2]
+                x0, y0, x1, y1 = each.bbox
+                items.append((replace(each, bbox=(x0 + x, y0 + y, x1 + x, y1 + y)), place))
         merged = tiles.merge(
             [each.bbox for each, _ in items],
             [each.type for each, _ in items],
             [each.score for each, _ in items],
             [place for _, place in items],
         )
-        flags = ("read-in-tiles", "seen-reduced") if places[0][2] > LONGEST_SIDE[line] else ("read-in-tiles",)
+        flags = ("read-in-tiles", "seen-reduced") if places[0][2] > longest else ("read-in-tiles",)
         domain = self._known(torch.cat(features), line, colourfulness(overview))
         return replace(
             seen, candidates=[replace(items[i][0], bbox=bbox) for i, bbox in merged], flags=flags, domain=domain
@@ -325,13 +346,37 @@ class Looker:
         """How likely what was seen is of that line; `colour` tells how colourful it is."""
         if self._domain is None or line not in self._domain.lines:
             return None
-        return self._domain.score(features_BD, line, colour=colour)
+        usual = self._own.line.colour if self._own is not None and self._owns(line) else 0.0
+        return self._domain.score(features_BD, line, colour=max(0.0, colour - usual))
 
-    @staticmethod
-    def line(fields_BF: Tensor, kind: str) -> tuple[str, float]:
-        """The likeliest product line or "ct", and how sure its kind is; `kind` overrides."""
-        p = part_of(fields_BF, "line").exp()
+    def _owns(self, line: str) -> bool:
+        """Whether a line is the one that an adapter brought."""
+        return self._own is not None and line == self._own.line.name
+
+    def _longest(self, line: str) -> int:
+        """The longest side at which pictures of a line are inspected."""
+        return self._own.line.longest if self._own is not None and self._owns(line) else LONGEST_SIDE[line]
+
+    def _types(self, line: str) -> Sequence[str]:
+        """The types that are told apart on pictures of a line."""
+        return self._own.line.types if self._own is not None and self._owns(line) else DEFECT_TYPES
+
+    def _of_line(self, candidates: list[Candidate], line: str) -> list[Candidate]:
+        return [each for each in candidates if self._owns(line) or LINE_OF_TYPE[each.type] == line]
+
+    def _line(self, glance: _Glanced, kind: str) -> tuple[str, float]:
+        """The likeliest product line or "ct", and how sure its kind is; `kind` overrides.
+
+        The glance has never seen an adapter's line: a picture is of it where the domain says so. One that could be of
+        either is of the adapter's, as the model was made for that line.
+        """
+        p = part_of(glance.fields_BF, "line").exp()
         ct = float(p[LINE_VALUES.index("ct")])
+        if self._own is not None and self._domain is not None and kind != "ct":
+            name = self._own.line.name
+            own = float(self._domain.probabilities(glance.features_BD, name).median())
+            if own >= STRANGE or name == LINE_VALUES[int(p.argmax())]:
+                return name, 1.0 if kind == "defect" else max(1 - ct, own)
         if kind == "ct" or (kind == "auto" and ct >= 0.5):
             return "ct", 1.0 if kind == "ct" else ct
         return LINES[int(p[: len(LINES)].argmax())], 1.0 if kind == "defect" else 1 - ct

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -49,6 +49,7 @@ class Case:
     fields: dict[str, str]  # the known ones of `reports.taxonomy.CT_FIELDS`
     template: Path | None  # golden sample: the same view with no defect
     extra: dict[str, Any] = field(default_factory=dict)  # all other keys of the line, as they are
+    line: int = 0  # of the manifest, from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,6 @@ def read_manifest(
     faults: list[Fault] = []
     unusable: list[Fault] = []  # labels and files of lines that are cases all the same
     line_of_id: dict[str, int] = {}
-    numbers: list[int] = []  # of the cases' lines
     for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -114,11 +114,10 @@ def read_manifest(
         if case is not None:
             if (seen := line_of_id.setdefault(case.id, number)) != number:
                 faults.append(Fault(number, f"id is already used on line {seen}; ids must be unique"))
-            cases.append(case)
-            numbers.append(number)
+            cases.append(replace(case, line=number))
         (faults if case is None else unusable).extend(Fault(number, problem) for problem in problems)
 
-    divided = _divided_groups(cases, numbers)
+    divided = _divided_groups(cases)
     tolerated = [fault for case, fault in divided if lenient or case.product_line in _DIVIDED]
     if not lenient:
         unusable += [fault for case, fault in divided if case.product_line not in _DIVIDED]
@@ -198,18 +197,18 @@ def groups_in_several_splits(cases: Iterable[Case]) -> int:
     return sum(len(splits) > 1 for splits in splits_of.values())
 
 
-def _divided_groups(cases: Sequence[Case], numbers: Sequence[int]) -> list[tuple[Case, Fault]]:
+def _divided_groups(cases: Sequence[Case]) -> list[tuple[Case, Fault]]:
     """For each further split that a group is in, its first case there, and the fault."""
     seen: dict[str, dict[str | None, int]] = {}
     divided = []
-    for case, line in zip(cases, numbers, strict=True):
+    for case in cases:
         line_of_split = seen.setdefault(case.group, {})
         if case.split not in line_of_split:
-            line_of_split[case.split] = line
+            line_of_split[case.split] = case.line
             first, first_line = next(iter(line_of_split.items()))
             if first != case.split:
                 message = f"group {case.group!r} is in split {case.split!r} here, in {first!r} on line {first_line}"
-                divided.append((case, Fault(line, f"{message}; images that belong together must share a split")))
+                divided.append((case, Fault(case.line, f"{message}; images that belong together must share a split")))
     return divided
 
 
@@ -232,7 +231,9 @@ def _read_line(line: str, folder: Path, known: Sequence[ProductLine]) -> tuple[C
     size = _image_size(files["image"], record) if record.get("findings") else None
     types, boxes = _findings(record.get("findings"), size, known, problems)
 
-    defects = [name for name in types or () if name not in CT_TYPES]
+    # An owner may call a defect as the taxonomy calls a finding of CT.
+    of_ct = {t for t in types or () if t in CT_TYPES and (fields or not any(t in each.types for each in known))}
+    defects = [name for name in types or () if name not in of_ct]
     lines = {each.name for each in known if set(defects) <= set(each.types)} if defects else set()
     if defects and not lines:
         lines = {next(each.name for each in known if name in each.types) for name in defects}
@@ -243,7 +244,7 @@ def _read_line(line: str, folder: Path, known: Sequence[ProductLine]) -> tuple[C
         lines = named if named <= lines or not lines else named | lines
     elif len(lines) > 1 and all(set(defects) <= set(each.types) for each in known if each.name in lines):
         lines = {max(lines, key=lambda name: [each.name for each in known].index(name))}  # an owner's line comes last
-    is_ct = bool(fields) or any(name in CT_TYPES for name in types or ())
+    is_ct = bool(fields or of_ct)
     if len(lines) + is_ct > 1:
         problems.append(f"labels of different kinds in one case: {', '.join(sorted(lines) + ['ct'] * is_ct)}")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipelines.inputs import GLANCE
 
-SIDES = (GLANCE, 320, 512, 640)  # longest sides at which an owner's line may be inspected
+SIDES = (GLANCE, 320, 640)  # longest sides at which pictures are inspected (`pipelines.inputs.LONGEST_SIDE`)
 ENOUGH = 10.0  # pixels of the shorter side that three of four boxes should have at that size
 MIRRORED_UP_TO = 320  # four looks at a larger picture would take more than a second on two CPU cores
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from decoder.engine import Completion, Engine, Grammar, Request
+from pipelines.adapted import Adapted
 from pipelines.domain import STRANGE, DomainModel
 from pipelines.look import SURE, Candidate, Looker, Seen, part_of
 from pipelines.model import (
@@ -23,7 +24,15 @@ from pipelines.model import (
     ScanScribeModel,
     decode_tokens,
 )
-from pipelines.reading import OUT_OF_DOMAIN, FieldReading, FindingReading, ModelIdentity, NotFiniteError, Reading
+from pipelines.reading import (
+    ADAPTED_LINE,
+    OUT_OF_DOMAIN,
+    FieldReading,
+    FindingReading,
+    ModelIdentity,
+    NotFiniteError,
+    Reading,
+)
 from pipelines.sight import Sight, sight
 from pipelines.store import Calibration, ModelError, find
 from pipelines.study import ImageStudy
@@ -38,7 +47,7 @@ from reports.grammar import (
     summarise,
     zone_of,
 )
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, UNDETERMINED
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, UNDETERMINED, ProductLine
 from reports.texts import summary
 
 SLOTS = 32  # reports that are decoded together
@@ -54,9 +63,12 @@ class Reader:
         info: ModelIdentity,
         device: torch.device,
         domain: DomainModel | None = None,
+        own: Adapted | None = None,
+        lines: tuple[ProductLine, ...] = PRODUCT_LINES,
     ):
         self.model, self.calibration, self.info, self.device, self.domain = model, calibration, info, device, domain
-        self._looker = Looker(model, device, domain)
+        self.own, self.lines = own, lines
+        self._looker = Looker(model, device, domain, own)
         self._grammar = Grammar.from_table(compile_grammar())
         self._engine: Engine | None = None  # made when it is first needed
 
@@ -73,10 +85,15 @@ class Reader:
         except RuntimeError:
             raise ModelError(f"there is no device {device!r}; use auto, cpu, cuda or cuda:N") from None
         stored.verify()
-        network = ScanScribeModel(ModelConfig.from_dict(stored.config))
+        base = stored.find_base() if stored.base else stored
+        network, own = ScanScribeModel(ModelConfig.from_dict(base.config)), None
         try:
-            load_into(network, stored.weights)
-            domain = DomainModel.load(stored.domain) if stored.domain_sha256 else None
+            load_into(network, base.weights)
+            domain = DomainModel.load(base.domain) if base.domain_sha256 else None
+            if stored.own_line is not None:
+                own = Adapted.load(stored, network.detector, place)
+                known = DomainModel.load(stored.domain)
+                domain = known if domain is None else domain.joined(known)
         except ValueError as error:
             raise ModelError(str(error)) from None
         network.eval().requires_grad_(False)
@@ -85,7 +102,8 @@ class Reader:
         network.to(place)
         network.to(memory_format=torch.channels_last)
         info = ModelIdentity(stored.name, stored.version, stored.weights_sha256, stored.config_sha256, str(place))
-        return cls(network, stored.calibration, info, place, domain)
+        calibration = base.calibration if own is None else base.calibration.joined(stored.calibration)
+        return cls(network, calibration, info, place, domain, own, stored.lines)
 
     def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
         """Reads one study. `kind` is "auto", "ct" or "defect"; `reference` a golden sample of the same view.
@@ -132,8 +150,16 @@ class Reader:
     def write(self, seen: Sequence[Seen]) -> list[Reading | NotFiniteError]:
         """The decoder's part of `read`: what was seen becomes readings, all decoded together.
 
-        Where the decoder's scores are not finite, that one becomes an error, and the others are as without it.
+        Where the decoder's scores are not finite, that one becomes an error, and the others are as without it. Of an
+        adapter's line the decoder has no words.
         """
+        own = [self.own is not None and each.line == self.own.line.name for each in seen]
+        decoded = iter(self._decode([each for each, of_own in zip(seen, own, strict=True) if not of_own]))
+        return [
+            self._without_decoder(each) if of_own else next(decoded) for each, of_own in zip(seen, own, strict=True)
+        ]
+
+    def _decode(self, seen: Sequence[Seen]) -> list[Reading | NotFiniteError]:
         if not seen:
             return []
         evidence = [self._evidence(each) for each in seen]
@@ -192,7 +218,7 @@ class Reader:
                 pins[state] = ID[word]
                 state = self._grammar.walk([ID[word]], state)
         # It decides about doubtful items; what is more likely right than wrong is always pointed at.
-        sure = [self._confidence(candidate.score, seen.line) >= SURE for candidate in kept]
+        sure = [self.confidence(candidate.score, seen.line) >= SURE for candidate in kept]
         hints_H = torch.zeros(1 + POINTERS)
         hints_H[0] = self.calibration.point.get(seen.line, 0.5)
         hints_H[1 : 1 + len(sure)] = torch.tensor(sure)
@@ -214,7 +240,7 @@ class Reader:
         # What the picture as a whole shows is reported, even where no box of it is sure.
         shown = next((i for i, candidate in enumerate(seen.candidates) if candidate.type == seen.shows), None)
         for i, candidate in enumerate(seen.candidates):
-            confidence = self._confidence(candidate.score, seen.line)
+            confidence = self.confidence(candidate.score, seen.line)
             zone, extent = self._place(seen, candidate)
             findings.append(
                 FindingReading(
@@ -248,9 +274,45 @@ class Reader:
             corrections=() if draft.impression == summarise(draft.findings) else ("impression",),
             tokens=tuple(words),
             domain=seen.domain,
+            lines=self.lines,
         )
 
-    def _confidence(self, score: float, line: str) -> float:
+    def _without_decoder(self, seen: Seen) -> Reading:
+        """What is sure enough is reported, in the catalogue's words."""
+        assert self.own is not None
+        least = self.calibration.report.get(seen.line, SURE)
+        findings = []
+        for candidate in seen.candidates:
+            confidence = self.confidence(candidate.score, seen.line)
+            findings.append(
+                FindingReading(
+                    candidate.type,
+                    candidate.bbox,
+                    candidate.slice_index,
+                    confidence,
+                    confidence >= least,
+                    "weak" if candidate.type in self.own.line.weak else "box",
+                    *self._place(seen, candidate),
+                    candidate.score,
+                )
+            )
+        reported = [DraftFinding(0, f.type, f.location, f.extent) for f in findings if f.reported]
+        strange = seen.domain is not None and seen.domain < STRANGE
+        return Reading(
+            kind="defect",
+            kind_confidence=seen.confidence,
+            product_line=seen.line,
+            fields={},
+            findings=tuple(findings),
+            impression=summary("defect", summarise(reported)),
+            slices_read=seen.slices,
+            quality_flags=(*seen.flags, ADAPTED_LINE, *((OUT_OF_DOMAIN,) if strange else ())),
+            domain=seen.domain,
+            lines=self.lines,
+        )
+
+    def confidence(self, score: float, line: str) -> float:
+        """The calibrated probability that an item of that score is right."""
         a, b = self.calibration.evidence.get(line, (1.0, 0.0))
         clipped = min(max(score, 1e-6), 1 - 1e-6)
         return float(1 / (1 + np.exp(-(a * np.log(clipped / (1 - clipped)) + b))))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from reports.taxonomy import PRODUCT_LINES, ProductLine
+
 OUT_OF_DOMAIN: Final = "out-of-domain"  # the quality flag of a study unlike those that the model was trained on
+ADAPTED_LINE: Final = "adapted-line"  # of a picture of a line that an adapter brought, of which no decoder writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class FieldReading:
 class FindingReading:
     """One finding, with its evidence box."""
 
-    type: str  # a type of `reports.taxonomy`
+    type: str  # a type of `reports.taxonomy`, or of an owner's line
     bbox: tuple[
         float, float, float, float
     ]  # x0, y0, x1, y1 in the image's own pixels (continuous, x1 and y1 exclusive)
@@ -51,7 +54,7 @@ class Reading:
 
     kind: str  # "ct" | "defect"
     kind_confidence: float
-    product_line: str | None  # for defects: "steel", "tile", "board"
+    product_line: str | None  # for defects: "steel", "tile", "board", or an owner's own
     fields: dict[str, FieldReading]  # CT only
     findings: tuple[FindingReading, ...]  # by falling confidence; reported ones and candidates
     impression: str  # sentence(s) that sum up the reported findings, English; empty when there is none
@@ -62,6 +65,7 @@ class Reading:
     timing_s: dict[str, float] = field(default_factory=dict)  # "encode", "decode"
     tokens: tuple[str, ...] = ()  # the decoder's output, for the audit trail
     domain: float | None = None  # how likely the study is of a kind that the model was trained on; None: not judged
+    lines: tuple[ProductLine, ...] = PRODUCT_LINES  # that the model tells apart, with their types
 
 
 class NotFiniteError(ArithmeticError):

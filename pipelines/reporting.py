@@ -364,7 +364,7 @@ def _not_assessed(
 
 def _defects_not_assessed(reading: Reading, reference: ImageStudy | None) -> Iterable[NotAssessed]:
     code = "other-product" if reading.product_line else "unknown-product"
-    for line in taxonomy.PRODUCT_LINES:
+    for line in reading.lines:
         if line.name != reading.product_line:
             yield NotAssessed.of(code, line=line.name, types=line.types)
     yield NotAssessed.of("other-defects")

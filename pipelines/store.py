@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +46,10 @@ class Calibration:
     report: dict[str, float] = field(default_factory=dict)
     # The least probability at which a field is answered at all; below it is undetermined.
     answer: dict[str, float] = field(default_factory=dict)
+
+    def joined(self, other: Calibration) -> Calibration:
+        """With what another one says of further lines; the other's word stands."""
+        return Calibration(**{each.name: getattr(self, each.name) | getattr(other, each.name) for each in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from reports.grammar import ZONES, zone_of
 from reports.schema import Record
@@ -162,15 +162,14 @@ class Rules(Record):
     digest: str = Field(description="first 12 hex digits of the SHA-256 of the file")
 
     @model_validator(mode="after")
-    def _known_terms(self) -> Rules:
+    def _known_terms(self, info: ValidationInfo) -> Rules:
         for kind, listed in (("severity", self.severity), ("disposition", self.disposition)):
             if not listed or not listed[-1].unconditional:
                 raise ValueError(f"the last {kind} rule has a condition; add one that has none")
         rules: list[SeverityRule | DispositionRule] = [*self.severity, *self.disposition]
-        if unknown := {t for rule in rules for t in rule.types or ()} - set(DEFECT_TYPES):
-            raise ValueError(
-                f"unknown defect type {', '.join(sorted(unknown))}; the types are {', '.join(DEFECT_TYPES)}"
-            )
+        types = dict.fromkeys((*DEFECT_TYPES, *(info.context or {}).get("types", ())))
+        if unknown := {t for rule in rules for t in rule.types or ()} - set(types):
+            raise ValueError(f"unknown defect type {', '.join(sorted(unknown))}; the types are {', '.join(types)}")
         if taken := self.zones.keys() & set(ZONES):
             raise ValueError(f"the zone {', '.join(sorted(taken))} is built in; give yours another name")
         if empty := [name for name, (x0, y0, x1, y1) in self.zones.items() if x0 >= x1 or y0 >= y1]:
@@ -216,8 +215,8 @@ class Rules(Record):
         return f"{rule} · {self.name} {self.version} · SHA-256 {self.digest}…"
 
 
-def load_rules(path: Path = DEFAULT_RULES) -> Rules:
-    """Reads and checks a rule file. Raises RulesError."""
+def load_rules(path: Path = DEFAULT_RULES, types: Collection[str] = ()) -> Rules:
+    """Reads and checks a rule file; `types` are an owner's own, which its rules may name. Raises RulesError."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -230,7 +229,9 @@ def load_rules(path: Path = DEFAULT_RULES) -> Rules:
         fault = _conversion(data) or f"is not a rule file in YAML ({' '.join(str(error).split())})"
         raise RulesError(f"{path}: {fault}. Start from a copy of {DEFAULT_RULES}.") from error
     try:
-        return Rules.model_validate(values | {"digest": hashlib.sha256(data).hexdigest()[:12]})
+        return Rules.model_validate(
+            values | {"digest": hashlib.sha256(data).hexdigest()[:12]}, context={"types": types}
+        )
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": Value error, ") for e in error.errors()

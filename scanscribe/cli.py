@@ -13,11 +13,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from scanscribe.commands.adapt import adapt
 from scanscribe.commands.correct import correct
 from scanscribe.commands.export import ListsFormats, export
 from scanscribe.commands.ingest import ingest
@@ -58,6 +60,7 @@ AFTER_CTRL_C = {  # command -> how to go on
     "batch": "The same command goes on where it stopped.",
     "send": "The same command sends what is missing.",
     "train": "The same command with --resume goes on from the last checkpoint.",
+    "adapt": "The same command with --resume goes on from the last checkpoint.",
     "evaluate": "With --predictions, the same command with --resume goes on from the last answer.",
 }
 
@@ -263,6 +266,7 @@ def evaluate(
     raise typer.Exit(SOME_REFUSED if any(each["failed"] for each in sets) else OK)
 
 
+app.command(epilog="Example: [cyan]scanscribe adapt --data castings/manifest.jsonl --name castings[/]")(adapt)
 app.command(epilog="Example: [cyan]scanscribe ingest archive/ --explain --save volumes[/]")(ingest)
 
 
@@ -320,13 +324,16 @@ def verify_model(
 
 
 def _model_facts(model: StoredModel) -> dict[str, Any]:
-    return {
+    facts = {
         "name": model.name,
         "version": model.version,
         "folder": str(model.folder),
         "weights_sha256": model.weights_sha256,
         "config_sha256": model.config_sha256,
     }
+    if model.base is None or model.own_line is None:
+        return facts
+    return facts | {"adapts": asdict(model.base), "line": asdict(model.own_line)}
 
 
 def _job(inputs: list[Path], out: Path, **flags: Any) -> Job:

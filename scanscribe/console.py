@@ -110,10 +110,14 @@ def refused(rejections: Sequence[Rejection]) -> Table:
 def show_models(stored: Sequence[StoredModel]) -> None:
     """The installed models and where they lie."""
     table = Table()
-    for name in ("name", "version", "weights", "folder"):
+    for name in ("name", "version", "weights", "adapts", "folder"):
         table.add_column(name, overflow="fold")
     for model in stored:
-        table.add_row(model.name, model.version, model.weights_sha256[:12], plain(short(str(model.folder))))
+        adapts = ""
+        if model.base is not None and model.own_line is not None:
+            adapts = f"{model.base.name} {model.base.version} to {model.own_line.name}"
+        folder = plain(short(str(model.folder)))
+        table.add_row(model.name, model.version, model.weights_sha256[:12], plain(adapts), folder)
     output().print(table)
 
 

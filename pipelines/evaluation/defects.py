@@ -89,7 +89,10 @@ def image_type_confusion(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     return [(image_type(pair.case), top_type(reported(pair.answer))) for pair in labelled]
 
 
-IMAGE_TYPES: Final = (*DEFECT_TYPES, DEFECT_FREE)
+def image_types(confusion: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """The types that occur, in the order of tables: the taxonomy's, an owner's own, none."""
+    own = sorted({name for row in confusion for name in row} - {*DEFECT_TYPES, DEFECT_FREE})
+    return (*DEFECT_TYPES, *own, DEFECT_FREE)
 
 
 def per_type(matches: dict[str, detection.Matches]) -> dict[str, dict[str, Any]]:
@@ -101,7 +104,7 @@ def per_type(matches: dict[str, detection.Matches]) -> dict[str, dict[str, Any]]
             "ap_50": detection.average_precision(matches[name], 0.5),
             "ap_50_95": mean_of([detection.average_precision(matches[name], iou) for iou in detection.COCO_IOUS]),
         }
-        for name in DEFECT_TYPES
+        for name in (*DEFECT_TYPES, *sorted(set(matches) - set(DEFECT_TYPES)))
         if name in matches and matches[name].labels.any()
     }
 

@@ -35,8 +35,10 @@ from pipelines.manifest import (
     read_data_sets,
     read_manifest,
 )
+from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
 from reports.files import atomic_write
+from reports.taxonomy import PRODUCT_LINES, ProductLine
 
 if TYPE_CHECKING:
     from pipelines.reader import Reader
@@ -100,7 +102,7 @@ def evaluate(
     """
     if resume and predictions is None:
         raise PredictionsError("there is nothing to go on with: --resume needs the --predictions of the first run")
-    sets = _open_sets(data, split, out, predictions)
+    sets = _open_sets(data, split, out, predictions, find(model).lines)
     strange = _outside_items(outside) if outside else []
     _make_folders(html, *(path for each in sets for path in (each.out, each.predictions)))
 
@@ -121,24 +123,29 @@ def rescore(
     split: str | None = None,
     out: Path | None = None,
     html: Path | None = None,
+    lines: Sequence[ProductLine] = PRODUCT_LINES,
 ) -> dict[str, Any]:
     """Score saved `predictions` again, without a model. Returns and writes what `evaluate` does, with no "model".
 
+    `lines` are those that the model knew (`StoredModel.lines`).
+
     Raises `ManifestError`, `PredictionsError` and OSError.
     """
-    sets = [_open_set(manifest, split, out, None)]
+    sets = [_open_set(manifest, split, out, None, lines)]
     _make_folders(out, html)
     wanted = {case.id for case in sets[0].cases}
     answers = [answer for answer in read_predictions(predictions) if answer.id in wanted]
     return _finish(manifest, sets, [answers], [], None, html)
 
 
-def _open_sets(data: Path, split: str | None, out: Path | None, predictions: Path | None) -> list[DataSet]:
+def _open_sets(
+    data: Path, split: str | None, out: Path | None, predictions: Path | None, lines: Sequence[ProductLine]
+) -> list[DataSet]:
     """What a manifest line has wrong is warned of and costs that line only."""
     if not data.is_dir():
-        return [_open_set(data, split, out, predictions)]
+        return [_open_set(data, split, out, predictions, lines)]
     sets = []
-    for name, every in read_data_sets(data, lenient=True).items():
+    for name, every in read_data_sets(data, lenient=True, lines=lines).items():
         cases = [case for case in every if split is None or case.split == split]
         figures, answers = out and out / f"{name}.json", predictions and predictions / f"{name}.jsonl"
         sets.append(DataSet(name, data / name / "manifest.jsonl", split, every, cases, figures, answers))
@@ -147,11 +154,13 @@ def _open_sets(data: Path, split: str | None, out: Path | None, predictions: Pat
     return sets
 
 
-def _open_set(manifest: Path, split: str | None, out: Path | None, predictions: Path | None) -> DataSet:
-    every = read_manifest(manifest, lenient=True)
+def _open_set(
+    manifest: Path, split: str | None, out: Path | None, predictions: Path | None, lines: Sequence[ProductLine]
+) -> DataSet:
+    every = read_manifest(manifest, lenient=True, lines=lines)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ManifestWarning)  # told already
-        cases = every if split is None else read_manifest(manifest, split=split, lenient=True)
+        cases = every if split is None else read_manifest(manifest, split=split, lenient=True, lines=lines)
     return DataSet(manifest.resolve().parent.name, manifest, split, every, cases, out, predictions)
 
 

@@ -126,7 +126,8 @@ def _report_figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
 
 
 def _confusion(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
-    tables = {"image type": (defects.image_type_confusion(pairs), defects.IMAGE_TYPES)}
+    confusion = defects.image_type_confusion(pairs)
+    tables = {"image type": (confusion, defects.image_types(confusion))}
     for name, values in CT_FIELDS.items():
         labelled = [pair for pair in pairs if name in pair.case.fields]
         pairs_of = [(pair.case.fields[name], field_value(pair.answer, name)) for pair in labelled]

@@ -152,6 +152,10 @@ class Run:
         record = {"seconds": round(self.seconds, 1), **values}
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self.tell(record)
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """What a person sees of a line of the log."""
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
 
     def save(self, step: int, parts: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelines.inputs import GLANCE, LONGEST_SIDE, read_grey, resize, stretch
-from pipelines.manifest import Case, read_manifest
+from pipelines.manifest import Case, read_data_sets
 from pipelines.model import FIELDS
 from reports.taxonomy import CT_TYPES, DEFECT_TYPES
 
@@ -114,17 +114,17 @@ def load_stream(
 def load_streams(data: Path, split: str) -> list[Stream]:
     """Every data set below `data` that has cases of `split`; boards also at glance size.
 
-    Raises `ManifestError` when a manifest has faults, ValueError when there is nothing to read.
+    Raises `ManifestError` with the faults of all manifests, ValueError when there is nothing to read.
     """
     streams: list[Stream] = []
-    for manifest in sorted(data.glob("*/manifest.jsonl")):
-        cases = [case for case in read_manifest(manifest) if case.split == split]
+    for name, every in read_data_sets(data).items():
+        cases = [case for case in every if case.split == split]
         if not cases:
             continue
-        stream = load_stream(manifest.parent.name, cases)
+        stream = load_stream(name, cases)
         streams.append(stream)
         if LONGEST_SIDE[stream.line] > 2 * GLANCE:
-            streams.append(load_stream(manifest.parent.name, cases, longest=GLANCE))
+            streams.append(load_stream(name, cases, longest=GLANCE))
     if not streams:
         raise ValueError(f"no */manifest.jsonl with a {split!r} split below {data}")
     return streams
