@@ -38,8 +38,7 @@ def write_report(directory: Path, bundle: Bundle, names: Collection[str] = ("jso
     """
     check_formats(names)
     directory.mkdir(parents=True, exist_ok=True)
-    for folder in (directory, directory / PARTS):
-        clear_leftovers(folder)
+    clear_leftovers(directory / PARTS)
     save_parts(directory, bundle)
     _write_thumbnail(directory, bundle)
     atomic_write(directory / REPORT, render_json(bundle))
@@ -52,6 +51,7 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str], *, ta
     With a `tag` their files have other names: `report.TAG.html`.
     """
     check_formats(names)
+    clear_leftovers(directory)
     written: dict[str, Path] = {}
     errors: dict[str, str] = {}
     for name in report_formats(names):

@@ -265,7 +265,7 @@ class Chaos:
             for each in services:
                 each.end()
         for out in (self.out_watched, self.out_batched):
-            export = ["export", str(out), "--formats", "csv"]
+            export = ["export", str(out), "--formats", "md,csv"]
             last = Supervised("last", export, self.root, environment, (0,))
             last.tend()
             assert last.process and last.process.wait(300) == 0, "the last export failed"
@@ -280,7 +280,7 @@ class Chaos:
             assert time.monotonic() < until, f"only {dict(self.killed)} could be killed in time"
             for each in services:
                 each.tend()
-            time.sleep(self.chance.uniform(0.5, 4.0))
+            time.sleep(self.chance.uniform(0.5, 10.0 if self.inputs > 100 else 3.0))
             if sum(self.killed.values()) == fill_at:
                 fill_at = -1
                 self._fill_disk(services)

@@ -18,7 +18,7 @@ from reports.dicom_source import DicomSource, Instance
 from reports.files import atomic_write
 from reports.formats import Format, UnknownFormatError, formats
 from reports.schema import SCHEMA_PATH, Report, json_schema
-from reports.writing import FormatError, write_report
+from reports.writing import FormatError, write_formats, write_report
 
 
 def test_published_schema_is_up_to_date() -> None:
@@ -100,7 +100,9 @@ def test_a_failing_format_quotes_nothing_of_its_input(tmp_path: Path, monkeypatc
 def test_the_leftover_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
     (tmp_path / ".report.json.1-aa.tmp").write_bytes(b"half")
     write_report(tmp_path, Bundle(plain_report()), ["json"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "report.json"]
+    (tmp_path / ".2-bb.tmp").mkdir()  # of a killed export
+    write_formats(tmp_path, Bundle(plain_report()), ["md"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "report.json", "report.md"]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
