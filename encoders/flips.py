@@ -21,14 +21,17 @@ def _mirror_points(x_BAX: Tensor, size: tuple[int, int], dims: Sequence[int]) ->
     return torch.cat([grid.flip(tuple(dims)).flatten(1, 2) for grid in grids], 1)
 
 
-def look_from_all_sides(detector: Detector, x_B3HW: Tensor) -> Dense:
-    """The picture as it is, mirrored left-right, upside down, and both, averaged. Costs four passes instead of one."""
-    first = detector(x_B3HW)
+def look_from_all_sides(detectors: Sequence[Detector], x_B3HW: Tensor) -> Dense:
+    """The picture as it is, mirrored left-right, upside down, and both, averaged. Costs four passes instead of one.
+
+    Several detectors take turns, so that they cost no more than one.
+    """
+    first = detectors[0](x_B3HW)
     size = (x_B3HW.shape[2], x_B3HW.shape[3])
     types, distances = first.types_BAT.float().sigmoid(), first.distances_BA4R.float().softmax(-1)
     presence = first.presence_BT.float().sigmoid()
-    for dims in ((2,), (1,), (1, 2)):
-        seen = detector(x_B3HW.flip([dim + 1 for dim in dims]))
+    for n, dims in enumerate(((2,), (1,), (1, 2)), start=1):
+        seen = detectors[n % len(detectors)](x_B3HW.flip([dim + 1 for dim in dims]))
         sides = [2 if 2 in dims else 0, 3 if 1 in dims else 1, 0 if 2 in dims else 2, 1 if 1 in dims else 3]
         types = types + _mirror_points(seen.types_BAT.float().sigmoid(), size, dims)
         distances = distances + _mirror_points(seen.distances_BA4R.float().softmax(-1)[:, :, sides], size, dims)

@@ -53,7 +53,7 @@ def evidence(detector: Detector, line: OwnLine, x_B3HW: Tensor, *, mirrored: boo
     `mirrored` overrides whether the line's pictures are also seen in their mirror images.
     """
     from_all_sides = line.mirrored if mirrored is None else mirrored
-    dense = look_from_all_sides(detector, x_B3HW) if from_all_sides else detector(x_B3HW)
+    dense = look_from_all_sides([detector], x_B3HW) if from_all_sides else detector(x_B3HW)
     if not line.weak:
         return select_boxes(dense, presence=line.presence)
     weak = torch.tensor([line.types.index(name) for name in line.weak], device=x_B3HW.device)

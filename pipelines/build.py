@@ -10,6 +10,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from pipelines.weights import load_config
 from reports.taxonomy import CT_FIELDS
 
 HALF = IOUS.index(0.5)
-POINTS = (0.02, 0.2, 0.5)  # thresholds tried for the decoder's pointing
-LEAST = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # least confidences tried; no report names what is under one in five
+SHARES = (0.0, 0.3, 0.6)  # tried for the decoder's word on an item
+LEAST = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # probabilities tried; no report names what is under one in five
 LATERALITY_ACCURACY = 0.7  # what answers about the side must reach, on at least a tenth of the cases
 TEMPERATURES = np.geomspace(0.5, 8, 33)
 
@@ -119,17 +120,17 @@ def fit_answer(probabilities: Sequence[dict[str, float]], truths: Sequence[str],
     return 1.01
 
 
-def f1(cases: Sequence[Labelled], readings: Sequence[Reading], least: float) -> float:
-    """Micro F1 of the reported findings of at least that confidence: boxes at IoU 0.5 (defects), or types (CT)."""
+def f1(cases: Sequence[Labelled], readings: Sequence[Reading]) -> float:
+    """Micro F1 of the reported findings: boxes at IoU 0.5 (defects), or types (CT)."""
     good = wrong = labelled = 0
     if all(each.case.kind == "ct" for each in cases):
         for each, reading in zip(cases, readings, strict=True):
             truth = set(each.case.finding_types or ())
-            said = {finding.type for finding in reading.findings if finding.reported and finding.confidence >= least}
+            said = {finding.type for finding in reading.findings if finding.reported}
             good, wrong, labelled = good + len(truth & said), wrong + len(said - truth), labelled + len(truth)
     else:
         answers = [Prediction.from_reading(c.case.id, r) for c, r in zip(cases, readings, strict=True)]
-        found = [[f for f in answer.findings if f.reported and f.confidence >= least] for answer in answers]
+        found = [[f for f in answer.findings if f.reported] for answer in answers]
         for matches in match([c.case.boxes for c in cases], found).values():
             hits = int(matches.hit[HALF].sum())
             good, wrong, labelled = (
@@ -185,12 +186,13 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
             found = [pair for m in matches for pair in zip(m.hit[HALF].tolist(), m.confidence.tolist(), strict=True)]
         evidence[line] = fit_evidence(*zip(*found, strict=True)) if found else (1.0, 0.0)
         scores: dict[tuple[float, float], float] = {}
-        for threshold in POINTS:
-            reader.calibration = Calibration(evidence={line: evidence[line]}, point={line: threshold})
-            written = _written(reader, views)
-            scores |= {(threshold, least): f1(cases, written, least) for least in LEAST}
+        for weight, least in product(SHARES, LEAST):
+            reader.calibration = Calibration(
+                evidence={line: evidence[line]}, point={line: weight}, report={line: least}
+            )
+            scores[weight, least] = f1(cases, _written(reader, views))
         reader.calibration = Calibration()
-        point[line], report[line] = max(scores, key=lambda pair: scores[pair])
+        point[line], report[line] = max(scores, key=lambda pair: scores[pair])  # of equals the least weight
         print(f"{line}: F1 of the report {scores[point[line], report[line]]:.3f} at {point[line]}, {report[line]}")
     temperature = {field: fit_temperature(*pairs[field]) for field in CT_FIELDS if field in pairs}
     answer = (

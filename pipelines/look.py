@@ -19,16 +19,16 @@ from torch import Tensor
 
 from encoders import Dense, Glance
 from encoders.flips import look_from_all_sides
-from encoders.select import Items, select_boxes, select_regions
+from encoders.select import Items, select_regions
 from pipelines import tiles
 from pipelines.adapted import Adapted, evidence
 from pipelines.domain import STRANGE, DomainModel, domain_features
+from pipelines.evidence import items_of
 from pipelines.inputs import (
     GLANCE,
     LONGEST_SIDE,
     MEAN,
     MIRRORED,
-    PRESENCE,
     SHOWN,
     STD,
     WHOLE_SIDE,
@@ -40,7 +40,7 @@ from pipelines.sight import Frame, Sight, frame
 from pipelines.study import ImageStudy
 from reports.taxonomy import CT_TYPES, DEFECT_TYPES, LINE_OF_TYPE, LINES
 
-SURE: Final = 0.5  # confidence from which a finding is always reported
+SURE: Final = 0.5  # how likely a type must be on the picture to be shown without a sure box
 # Pixels that go through a network together. On a CPU one frame of inspection at a time is quickest (measured).
 TOGETHER: Final = {"cuda": 64 * GLANCE * GLANCE, "cpu": 8 * GLANCE * GLANCE}
 TOGETHER_CLOSER: Final = {"cuda": 64 * GLANCE * GLANCE, "cpu": 1}
@@ -155,7 +155,7 @@ class Looker:
     def _detect(self, frames: Sequence[Frame], *, mirrored: bool) -> Dense:
         x = self._input(frames)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            return look_from_all_sides(self._model.detector, x) if mirrored else self._model.detector(x)
+            return look_from_all_sides([self._model.detector], x) if mirrored else self._model.detector(x)
 
     def _input(self, frames: Sequence[Frame]) -> Tensor:
         """`[B, 3, H, W]`: as `pipelines.inputs.channels` and `pad` make it, of bytes that were moved to the device."""
@@ -232,7 +232,7 @@ class Looker:
                 wholes = [whole for n in part if (whole := frames[n][1]) is not None]
                 if wholes:
                     found = found._replace(presence_BT=self._presence(wholes, mirrored))
-                items = select_boxes(found, presence=PRESENCE[line])
+                items = items_of(found, line)
                 items = Items(items.boxes.cpu(), items.types.cpu(), items.scores.cpu())
                 present_BT = found.presence_BT.float().sigmoid().cpu()
                 for row, n in enumerate(part):

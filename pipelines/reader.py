@@ -47,7 +47,16 @@ from reports.grammar import (
     summarise,
     zone_of,
 )
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, UNDETERMINED, ProductLine
+from reports.taxonomy import (
+    CT_FIELDS,
+    CT_TYPES,
+    DEFECT_TYPES,
+    LINES,
+    PRODUCT_LINES,
+    UNDETERMINED,
+    WORDS_OF_TYPE,
+    ProductLine,
+)
 from reports.texts import summary
 
 SLOTS = 32  # reports that are decoded together
@@ -69,7 +78,7 @@ class Reader:
         self.model, self.calibration, self.info, self.device, self.domain = model, calibration, info, device, domain
         self.own, self.lines = own, lines
         self._looker = Looker(model, device, domain, own)
-        self._grammar = Grammar.from_table(compile_grammar())
+        self._grammar = Grammar.from_table(compile_grammar()[:, : model.config.decoder.vocabulary])
         self._engine: Engine | None = None  # made when it is first needed
 
     @classmethod
@@ -173,7 +182,7 @@ class Reader:
         fields = [self._fields(each.fields) if each.line == "ct" else {} for each in seen]
         if self._engine is None:
             self._engine = Engine(
-                self.model.decoder, slots=SLOTS, grammar=self._grammar, decide=point_or_pass, hints=1 + POINTERS
+                self.model.decoder, slots=SLOTS, grammar=self._grammar, decide=point_or_pass, hints=POINTERS
             )
         written = self._engine.generate(
             self._request(each, prompt_PD, read)
@@ -207,7 +216,7 @@ class Reader:
             likeliest = max(reading.probabilities, key=lambda value: reading.probabilities[value])
             forbidden += [f"{name}:{value}" for value in CT_FIELDS[name] if value != likeliest]
         # What it points at is described as the evidence has it (measured: types rewritten by the decoder cost half a
-        # point of mAP on boards).
+        # point of mAP on boards); where there are several words for that, it chooses one.
         head = ["<bos>", "kind:ct", *(f"{name}:{values[0]}" for name, values in CT_FIELDS.items())]
         entry = self._grammar.walk(ID[word] for word in (head if ct else ["<bos>", "kind:defect", f"line:{seen.line}"]))
         pins = {}
@@ -215,14 +224,24 @@ class Reader:
             zone, extent = self._place(seen, candidate)
             state = self._grammar.walk([ID[f"evidence:{i}"]], entry)
             for word in (f"type:{candidate.type}", *([] if ct else [f"extent:{extent}"]), f"zone:{zone}"):
-                pins[state] = ID[word]
+                if word != f"type:{candidate.type}" or not self._words(candidate.type):
+                    pins[state] = ID[word]
                 state = self._grammar.walk([ID[word]], state)
-        # It decides about doubtful items; what is more likely right than wrong is always pointed at.
-        sure = [self.confidence(candidate.score, seen.line) >= SURE for candidate in kept]
-        hints_H = torch.zeros(1 + POINTERS)
-        hints_H[0] = self.calibration.point.get(seen.line, 0.5)
-        hints_H[1 : 1 + len(sure)] = torch.tensor(sure)
+        # Decoder and evidence decide together, with the weights that were best on validation data.
+        weight, least = self._asked(seen.line)
+        hints_H = torch.ones(POINTERS)
+        for i, candidate in enumerate(kept):
+            hints_H[i] = what_is_asked(self.confidence(candidate.score, seen.line), weight, least)
         return Request((), prompt_PD, forbidden=[ID[word] for word in forbidden], pins=pins, hints_H=hints_H)
+
+    def _words(self, finding_type: str) -> list[str]:
+        """Words for a finding of the type, beside its noun, that the decoder knows."""
+        known = self.model.config.decoder.vocabulary
+        return [word for word in WORDS_OF_TYPE.get(finding_type, ()) if ID[f"word:{word}"] < known]
+
+    def _asked(self, line: str) -> tuple[float, float]:
+        """What the decoder's word counts, and what it and the evidence must reach together."""
+        return self.calibration.point.get(line, 0.5), self.calibration.report.get(line, 0.5)
 
     def _place(self, seen: Seen, candidate: Candidate) -> tuple[str, str]:
         """Zone and extent of an item; CT items have no extent."""
@@ -234,30 +253,33 @@ class Reader:
             return NotFiniteError("the decoder's scores were not finite")
         words = decode_tokens(written.ids)
         draft = from_tokens(words)
-        pointed = {finding.pointer for finding in draft.findings}
+        pointed = {finding.pointer: finding for finding in draft.findings}
         findings = []
-        least = self.calibration.report.get(seen.line, 0.0)
+        slots, least = REGIONS if seen.line == "ct" else POINTERS, self._asked(seen.line)[1]
         # What the picture as a whole shows is reported, even where no box of it is sure.
         shown = next((i for i, candidate in enumerate(seen.candidates) if candidate.type == seen.shows), None)
         for i, candidate in enumerate(seen.candidates):
             confidence = self.confidence(candidate.score, seen.line)
             zone, extent = self._place(seen, candidate)
+            named = pointed.get(i)
             findings.append(
                 FindingReading(
                     candidate.type,
                     candidate.bbox,
                     candidate.slice_index,
                     confidence,
-                    # Sure items are reported also where there are more of them than the decoder has slots for.
-                    i == shown or confidence >= SURE or (i in pointed and confidence >= least),
+                    # Of more items than the decoder has slots for, the evidence alone decides.
+                    i == shown or named is not None or (i >= slots and confidence >= least),
                     "weak" if seen.line == "ct" else "box",
                     zone,
                     extent,
                     candidate.score,
+                    # A word that belongs to another type would say what was not found.
+                    named.word if named is not None and named.type == candidate.type else "",
                 )
             )
         findings.sort(key=lambda finding: -finding.confidence)
-        reported = [DraftFinding(0, f.type, f.location, f.extent) for f in findings if f.reported]
+        reported = [DraftFinding(0, f.type, f.location, f.extent, f.word) for f in findings if f.reported]
         # The impression sums up what is reported; where the decoder's own contradicts its findings, that is noted.
         kind = "ct" if seen.line == "ct" else "defect"
         strange = seen.domain is not None and seen.domain < STRANGE
@@ -267,7 +289,7 @@ class Reader:
             product_line=None if seen.line == "ct" else seen.line,
             fields=fields,
             findings=tuple(findings),
-            impression=summary(kind, summarise(reported)),
+            impression=summary(kind, reported),
             slices_read=seen.slices,
             windows=seen.windows,
             quality_flags=seen.flags + ((OUT_OF_DOMAIN,) if strange else ()),
@@ -304,7 +326,7 @@ class Reader:
             product_line=seen.line,
             fields={},
             findings=tuple(findings),
-            impression=summary("defect", summarise(reported)),
+            impression=summary("defect", reported),
             slices_read=seen.slices,
             quality_flags=(*seen.flags, ADAPTED_LINE, *((OUT_OF_DOMAIN,) if strange else ())),
             domain=seen.domain,
@@ -314,8 +336,7 @@ class Reader:
     def confidence(self, score: float, line: str) -> float:
         """The calibrated probability that an item of that score is right."""
         a, b = self.calibration.evidence.get(line, (1.0, 0.0))
-        clipped = min(max(score, 1e-6), 1 - 1e-6)
-        return float(1 / (1 + np.exp(-(a * np.log(clipped / (1 - clipped)) + b))))
+        return float(1 / (1 + np.exp(-(a * _logit(score) + b))))
 
     def _fields(self, fields_BF: Tensor) -> dict[str, FieldReading]:
         """The fields with calibrated probabilities; one that cannot be told from the image is undetermined."""
@@ -330,17 +351,32 @@ class Reader:
         return readings
 
 
+def what_is_asked(confidence: float, weight: float, least: float) -> float:
+    """How likely the decoder must hold an item of that confidence to be right for the report to point at it.
+
+    The item is reported where the weighted mean of both logits, the decoder's with `weight`, reaches that of `least`.
+    """
+    if weight == 0:
+        return 0.0 if confidence >= least else 1.0
+    rest = (_logit(least) - (1 - weight) * _logit(confidence)) / weight
+    return float(1 / (1 + np.exp(-np.clip(rest, -50, 50))))
+
+
+def _logit(p: float) -> float:
+    clipped = min(max(p, 1e-6), 1 - 1e-6)
+    return float(np.log(clipped / (1 - clipped)))
+
+
 def point_or_pass(log_p_BV: Tensor, hints_BH: Tensor) -> Tensor:
-    """Points at the first evidence item that is sure, or likely enough given that the ones before it are passed over.
+    """Points at the first evidence item that is likely enough given that the ones before it are passed over.
 
     Where the grammar lets the decoder point, its distribution over pointers and "no more" is read as one decision after
-    another; elsewhere the likeliest token is taken. `hints` are what is likely enough, and for each item whether it is
-    sure (1) or not (0).
+    another; elsewhere the likeliest token is taken. `hints` are what is likely enough, item by item; 1 is never.
     """
     first, stop = ID["evidence:0"], ID["<impression>"]
     pointers = log_p_BV[:, first : first + POINTERS].exp()
     later = pointers.flip(1).cumsum(1).flip(1) + log_p_BV[:, stop : stop + 1].exp()
-    likely = (pointers / later.clamp(min=1e-9) >= hints_BH[:, :1]) | (hints_BH[:, 1:] > 0)
+    likely = (pointers / later.clamp(min=1e-9) >= hints_BH) & (hints_BH < 1)
     likely = likely & log_p_BV[:, first : first + POINTERS].isfinite()
     chosen = torch.where(likely.any(1), first + likely.int().argmax(1), stop)
     return torch.where(log_p_BV[:, stop].isfinite(), chosen, log_p_BV.argmax(-1))

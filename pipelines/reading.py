@@ -46,6 +46,7 @@ class FindingReading:
     location: str = ""  # words written by the decoder, e.g. "upper left"
     extent: str = ""  # e.g. "small", "large"
     raw_confidence: float | None = None  # the network's score before calibration; None: not kept
+    word: str = ""  # the decoder's word for it, of `reports.taxonomy.WORDS_OF_TYPE`; empty: the type's own noun
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,6 +190,7 @@ def _finding(
     return Finding(
         id=f"F{number}",
         type=finding.type,
+        word=finding.word or None,
         code=code_of(finding.type) if reading.kind == "ct" else None,
         description="",
         location=location,

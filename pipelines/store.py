@@ -40,9 +40,9 @@ class Calibration:
     evidence: dict[str, tuple[float, float]] = field(default_factory=dict)
     # A field's probabilities: softmax(log p / t).
     temperature: dict[str, float] = field(default_factory=dict)
-    # How likely the decoder must hold an item to be right for the report to point at it, by product line and "ct".
+    # How much the decoder's word on an item counts beside the item's confidence, 0 to 1, by product line and "ct".
     point: dict[str, float] = field(default_factory=dict)
-    # The least confidence of a finding in the report, by product line and "ct"; below it stays a candidate.
+    # What both together must reach for a finding to be in the report, as a probability; below it stays a candidate.
     report: dict[str, float] = field(default_factory=dict)
     # The least probability at which a field is answered at all; below it is undetermined.
     answer: dict[str, float] = field(default_factory=dict)

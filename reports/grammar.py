@@ -1,11 +1,12 @@
 """The report as a token language: its vocabulary, its automaton, and the way between tokens and a draft.
 
     <bos> <defect> <line> (<pointer> <type> <extent> <zone>)* <impression> (<clear> | (<count> <type> <zone>)+) <end>
-    <bos> <ct> <region> <plane> <contrast> <laterality> <covid19> (<pointer> <type> <zone>)* <impression> ... <end>
+    <bos> <ct> <region> <plane> <contrast> <laterality> <covid19> (<pointer> <type|word> <zone>)* <impression> ... <end>
 
 A pointer names an evidence item; pointers rise strictly within the findings, and types within the impression, so that
-every sentence ends. The language is regular: `compile_grammar` gives one table of transitions, and a decoder that
-follows it cannot write a report that does not parse.
+every sentence ends. A word names a finding more closely than its type, and stands for it. The language is regular:
+`compile_grammar` gives one table of transitions, and a decoder that follows it cannot write a report that does not
+parse.
 Shapes: S states, V tokens.
 """
 
@@ -18,7 +19,7 @@ from typing import Final
 
 import numpy as np
 
-from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES
+from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, PRODUCT_LINES, TYPE_OF_WORD
 
 POINTERS: Final = 32  # evidence items that a report can point at
 ZONES: Final = (
@@ -40,6 +41,7 @@ TOKENS: Final[tuple[str, ...]] = (
     *(f"zone:{name}" for name in (*ZONES, SCATTERED)),
     *(f"count:{name}" for name in COUNTS),
     *(f"evidence:{i}" for i in range(POINTERS)),
+    *(f"word:{name}" for name in TYPE_OF_WORD),  # last: a decoder made before them knows all tokens but these
 )
 ID: Final = {token: i for i, token in enumerate(TOKENS)}
 PAD, BOS, END = ID["<pad>"], ID["<bos>"], ID["<end>"]
@@ -53,6 +55,7 @@ class DraftFinding:
     type: str
     zone: str
     extent: str = ""
+    word: str = ""  # of `reports.taxonomy.WORDS_OF_TYPE`; empty: the type's own noun
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def to_tokens(draft: Draft) -> list[str]:
     else:
         tokens.append(f"line:{draft.line}")
     for finding in draft.findings:
-        tokens += [f"evidence:{finding.pointer}", f"type:{finding.type}"]
+        tokens += [f"evidence:{finding.pointer}", f"word:{finding.word}" if finding.word else f"type:{finding.type}"]
         tokens += [f"extent:{finding.extent}"] if draft.kind == "defect" else []
         tokens.append(f"zone:{finding.zone}")
     tokens.append("<impression>")
@@ -136,7 +139,9 @@ def from_tokens(tokens: Sequence[str]) -> Draft:
     findings = []
     for i in range(0, len(body), size):
         values = dict(body[i : i + size])
-        findings.append(DraftFinding(int(values["evidence"]), values["type"], values["zone"], values.get("extent", "")))
+        word = values.get("word", "")
+        name = TYPE_OF_WORD[word] if word else values["type"]
+        findings.append(DraftFinding(int(values["evidence"]), name, values["zone"], values.get("extent", ""), word))
     tail = [value for _, value in words[split + 1 : -1] if value]
     impression = tuple((tail[i], tail[i + 1], tail[i + 2]) for i in range(0, len(tail), 3))
     fields = {} if kind == "defect" else head
@@ -185,7 +190,8 @@ def compile_grammar() -> np.ndarray:
             if first < POINTERS:
                 placed, source = state(), state()
                 sized = state() if extent else placed
-                allow(pointed[first], [f"type:{t}" for t in types], sized)
+                words = [f"word:{word}" for word, name in TYPE_OF_WORD.items() if name in types]
+                allow(pointed[first], [*(f"type:{t}" for t in types), *words], sized)
                 if extent:
                     allow(sized, [f"extent:{e}" for e in EXTENTS], placed)
                 allow(placed, [f"zone:{z}" for z in ZONES], source)

@@ -142,6 +142,9 @@ class Measurement(Record):
 class Finding(Record):
     id: str = Field(description="F1, F2, ... in the order of the report")
     type: str
+    word: str | None = Field(
+        default=None, description="how the text names the finding, a term of `reports.taxonomy.WORDS_OF_TYPE`"
+    )
     code: Code | None = None
     description: str
     location: str | None = Field(default=None, description="the zone of the image, a term of `reports.grammar.ZONES`")

@@ -65,6 +65,20 @@ CT_FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "covid19": ("false", "true"),
 }
 UNDETERMINED: Final = "undetermined"
+# Narrower or other words in which a report may name a finding of a type; a type without any has its one noun.
+WORDS_OF_TYPE: Final[dict[str, tuple[str, ...]]] = {
+    "mass-or-lesion": ("mass", "lesion"),
+    "obstruction-or-dilatation": ("obstruction", "dilatation"),
+    "opacity": ("infiltrate", "ground-glass-opacity"),
+    "inflammation": ("stranding",),
+    "thrombus-or-embolus": ("thrombus", "embolus"),
+    "adenopathy": ("enlarged-lymph-nodes",),
+    "abscess-or-collection": ("abscess", "collection"),
+    "hemorrhage": ("hematoma",),
+    "aneurysm-or-dissection": ("aneurysm", "dissection"),
+    "stone": ("calculus",),
+}
+TYPE_OF_WORD: Final = {word: name for name, words in WORDS_OF_TYPE.items() for word in words}
 
 
 def title(term: str) -> str:

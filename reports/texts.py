@@ -8,7 +8,7 @@ itself; formats for people look them up here.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal, get_args
@@ -141,16 +141,22 @@ def _description(finding: Finding, report: Report, say: Words) -> str:
     first = finding.evidence[0] if finding.evidence else None
     on_slice = {"slice": first.slice_index + 1, "slices": slices} if first and slices > 1 else {}
     key = "finding-on-slice" if on_slice else "finding"
-    sentence = say.sentence(key, extent=extent, noun=say.noun(finding.type), place=place, **on_slice)
+    noun = say.noun(_word(finding) or finding.type)
+    sentence = say.sentence(key, extent=extent, noun=noun, place=place, **on_slice)
     sentences = [capital(" ".join(sentence.split()))]
     if any(evidence.localisation == "weak" for evidence in finding.evidence):
         sentences.append(say.sentence("weak"))
     return say.join(sentences)
 
 
+def _word(finding: Finding) -> str:
+    """The finding's word, where it is one of its type: a text never says what the finding is not."""
+    return finding.word if finding.word in taxonomy.WORDS_OF_TYPE.get(finding.type, ()) else ""
+
+
 def _impression(report: Report, say: Words) -> str:
-    drafts = [DraftFinding(0, f.type, f.location or ZONES[-1]) for f in report.findings]
-    if sentences := summary(report.kind, summarise(drafts), say.language):
+    drafts = [DraftFinding(0, f.type, f.location or ZONES[-1], word=_word(f)) for f in report.findings]
+    if sentences := summary(report.kind, drafts, say.language):
         return sentences
     if "out-of-domain" in report.quality_flags:
         return say.sentence("out-of-domain")
@@ -161,17 +167,20 @@ def _impression(report: Report, say: Words) -> str:
     return say.sentence("no-finding-defect", line=say.term("line", report.technique.product_line))
 
 
-def summary(kind: str, rows: Iterable[tuple[str, str, str]], language: Language = "en") -> str:
-    """A sentence for each (count, type, zone) of `reports.grammar.summarise`; empty when there is none.
+def summary(kind: str, findings: Sequence[DraftFinding], language: Language = "en") -> str:
+    """A sentence for each type, how many of it and where; empty when there is none.
 
-    CT findings are put as possibilities: one image rarely proves one.
+    CT findings are put as possibilities: one image rarely proves one. They are named by the word that all of a type
+    share, else by the type's noun.
     """
     say = words(language)
     sentences = []
-    for count, name, zone in rows:
+    for count, name, zone in summarise(findings):
         place = say.term("place", zone)
         if kind == "ct":
-            sentences.append(say.sentence("possible", noun=say.noun(name), place=place))
+            shared = {finding.word for finding in findings if finding.type == name}
+            word = shared.pop() if len(shared) == 1 else ""
+            sentences.append(say.sentence("possible", noun=say.noun(word or name), place=place))
         else:
             noun = say.noun(name, plural=count != "one")
             sentences.append(say.sentence("counted", count=capital(say.term("count", count)), noun=noun, place=place))

@@ -75,7 +75,7 @@ def test_shapes_follow_the_input(detector: Detector) -> None:
 
 def test_all_sides_of_a_picture_give_what_all_sides_of_its_mirror_image_give(detector: Detector) -> None:
     x = torch.randn(1, 3, 64, 96)
-    one, other = look_from_all_sides(detector, x), look_from_all_sides(detector, x.flip(3))
+    one, other = look_from_all_sides([detector], x), look_from_all_sides([detector], x.flip(3))
     torch.testing.assert_close(one.presence_BT, other.presence_BT)
     here, there = (select_boxes(dense, keep=5).boxes[0] for dense in (one, other))
     there = torch.stack((96 - there[:, 2], there[:, 1], 96 - there[:, 0], there[:, 3]), 1)

@@ -201,9 +201,8 @@ def test_pointing_takes_items_one_after_another() -> None:
     p[0, ID["evidence:0"]], p[0, ID["evidence:1"]], p[0, ID["<impression>"]] = 0.3, 0.6, 0.1
 
     def pointed(threshold: float, *sure: int) -> str:
-        hints = torch.zeros(1, 1 + POINTERS)
-        hints[0, 0] = threshold
-        hints[0, [1 + i for i in sure]] = 1
+        hints = torch.full((1, POINTERS), threshold)
+        hints[0, list(sure)] = 0
         return TOKENS[int(point_or_pass(p.log(), hints))]
 
     # Given that item 0 is passed over, item 1 has 0.6 of 0.7.

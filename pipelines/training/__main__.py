@@ -32,7 +32,9 @@ def cli(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder: recipe, log, checkpoint, weights")
     parser.add_argument("--backbone", type=Path, help="what `pretrain` wrote, to start from (recipe `glance`)")
     parser.add_argument("--glance", type=Path, help="weights of the glance (recipe `writer`)")
-    parser.add_argument("--detector", type=Path, help="weights of the detector (recipe `writer`)")
+    parser.add_argument(
+        "--detector", type=Path, nargs="+", help="weights of the detector, or of several that take turns"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="end within that time, with a shorter schedule if need be"
@@ -62,9 +64,10 @@ def cli(argv: list[str]) -> int:
         if recipe["kind"] == "writer":
             glance = GlanceNet(GlanceConfig(**load_config(args.glance)))
             load_into(glance, args.glance)
-            detector = Detector(DetectorConfig(**load_config(args.detector)))
-            load_into(detector, args.detector)
-            model = train_writer(run, args.data, glance, detector, device)
+            detectors = [Detector(DetectorConfig(**load_config(path))) for path in args.detector]
+            for detector, path in zip(detectors, args.detector, strict=True):
+                load_into(detector, path)
+            model = train_writer(run, args.data, glance, detectors, device)
             written = {k: v for k, v in model.state_dict().items() if not k.startswith(("glance.", "detector."))}
             save_weights(args.out / "writer.safetensors", written, model.config.to_dict())
         elif recipe["kind"] == "pretrain":

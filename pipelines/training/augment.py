@@ -65,6 +65,7 @@ class Batch:
     valid: Tensor  # [B, M]
     fields: Tensor  # [B, F]
     types: Tensor  # [B, T]
+    words: Tensor  # [B, T] as in `Stream`
 
 
 MAX_TARGETS = 40
@@ -183,7 +184,7 @@ def draw(stream: Stream, n: int, side: int, how: Augmentation) -> Batch:
     index = torch.randint(len(stream), (plain,), device=device)
     image, boxes, valid, mirrored = _warp(stream, index, side, how)
     labels, fields = stream.labels[index], stream.fields[index]
-    types = stream.types[index]
+    types, words = stream.types[index], stream.words[index]
     # A mirrored body shows its left on the right.
     laterality = fields[:, LATERALITY]
     swapped = sum(LEFT_RIGHT) - laterality
@@ -206,6 +207,7 @@ def draw(stream: Stream, n: int, side: int, how: Augmentation) -> Batch:
         boxes, labels, valid = torch.cat((boxes, q_boxes)), torch.cat((labels, q_labels)), torch.cat((valid, q_valid))
         first = quarter.view(composed, 4)[:, 0]
         fields, types = torch.cat((fields, stream.fields[first])), torch.cat((types, stream.types[first]))
+        words = torch.cat((words, stream.words[first]))
 
     x = photometric((image - MEAN) / STD, how)
     if x.shape[1] == 1:
@@ -214,7 +216,7 @@ def draw(stream: Stream, n: int, side: int, how: Augmentation) -> Batch:
         keep = torch.rand(n, 1, 1, 1, device=device) < how.keep_reference
         reference = torch.where(keep, x[:, 1:], x[:, :1])
         x = torch.cat((x[:, :1], reference, (x[:, :1] - reference).abs()), 1)
-    batch = Batch(x, boxes, labels, valid, fields, types)
+    batch = Batch(x, boxes, labels, valid, fields, types, words)
     return _lay_over(batch, round(n * how.mixup)) if how.mixup > 0 else batch
 
 
@@ -232,7 +234,7 @@ def _lay_over(batch: Batch, count: int) -> Batch:
         torch.cat((mixed, part[count:]))
         for mixed, part in zip(_fit(*both), (batch.boxes, batch.labels, batch.valid), strict=True)
     )
-    return Batch(x, boxes, labels, valid, batch.fields, batch.types)
+    return Batch(x, boxes, labels, valid, batch.fields, batch.types, batch.words)
 
 
 def _fit(boxes: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,6 +252,6 @@ def join(batches: list[Batch]) -> Batch:
     return Batch(
         *(
             torch.cat([getattr(batch, name) for batch in batches])
-            for name in ("x", "boxes", "labels", "valid", "fields", "types")
+            for name in ("x", "boxes", "labels", "valid", "fields", "types", "words")
         )
     )

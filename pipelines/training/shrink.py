@@ -18,7 +18,19 @@ from PIL import Image
 from pipelines.inputs import LONGEST_SIDE, read_grey, resize, stretch
 from pipelines.manifest import read_manifest
 
-KEPT = ("id", "split", "group", "product", "region", "plane", "contrast", "laterality", "covid19", "lung_nodule")
+KEPT = (
+    "id",
+    "split",
+    "group",
+    "product",
+    "region",
+    "plane",
+    "contrast",
+    "laterality",
+    "covid19",
+    "lung_nodule",
+    "caption",
+)
 
 
 def shrink(data: Path, out: Path, quality: int) -> None:

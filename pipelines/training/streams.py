@@ -20,6 +20,7 @@ from torch import Tensor
 from pipelines.inputs import GLANCE, LONGEST_SIDE, read_grey, resize, stretch
 from pipelines.manifest import Case, read_data_sets
 from pipelines.model import FIELDS
+from pipelines.training.wording import words_of
 from reports.taxonomy import CT_TYPES, DEFECT_TYPES
 
 MAX_BOXES = 20
@@ -39,13 +40,21 @@ class Stream:
     fields: Tensor  # [N, len(FIELDS)] long, -1 where unknown
     # [N, len(CT_TYPES)] float, -1 where unknown; of a line with types of its own [N, those], 1 where one has no box.
     types: Tensor
+    words: Tensor  # [N, len(CT_TYPES)] long: how the caption words each type, as its place in `wording.WORDS`
 
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def rows(self, index: Tensor) -> Stream:
+        return Stream(self.name, self.line, *(t[index] for t in self._tensors))
+
     def to(self, device: torch.device) -> Stream:
-        tensors = (self.pictures, self.sizes, self.boxes, self.labels, self.valid, self.fields, self.types)
-        return Stream(self.name, self.line, *(t.to(device) for t in tensors))
+        return Stream(self.name, self.line, *(t.to(device) for t in self._tensors))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        held = (self.pictures, self.sizes, self.boxes, self.labels, self.valid, self.fields, self.types, self.words)
+        return held
 
 
 def _read(case: Case, longest: int) -> tuple[list[np.ndarray], float]:
@@ -84,6 +93,7 @@ def load_stream(
     types = np.full((len(cases), len(CT_TYPES)), -1.0, np.float32)
     if own_types is not None:
         types = np.zeros((len(cases), len(own_types)), np.float32)
+    words = np.array([words_of(str(case.extra.get("caption") or "")) for case in cases])
     names = DEFECT_TYPES if own_types is None else tuple(own_types)
     for i, (case, (layer, scale)) in enumerate(zip(cases, read, strict=True)):
         height, width = layer[0].shape
@@ -108,7 +118,7 @@ def load_stream(
             boxless = set(case.finding_types or ()) - {box.type for box in case.boxes}
             types[i] = [float(name in boxless) for name in own_types]
     name += "" if longest is None else f"@{side}"
-    return Stream(name, line, *map(torch.from_numpy, (pictures, sizes, boxes, labels, valid, fields, types)))
+    return Stream(name, line, *map(torch.from_numpy, (pictures, sizes, boxes, labels, valid, fields, types, words)))
 
 
 def load_streams(data: Path, split: str) -> list[Stream]:
