@@ -78,6 +78,7 @@ WRITER = """
 kind = "writer"
 seed = 1
 pool_rounds = 1
+measured = 8
 steps = 3
 batch = 4
 learning_rate = 1e-3
@@ -87,6 +88,8 @@ clip = 1.0
 ema = 0.9
 balance = 0.001
 score_noise = 0.5
+blind = 0.5
+checked_every = 3
 checkpoint_every = 3
 bridge = "align"
 [streams.strip]
@@ -115,7 +118,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "id": f"{name}{i}",
                 "image": f"images/{i}.png",
                 "group": f"g{i}",
-                "split": "train",
+                "split": "train" if i else "val",
             }
             if name == "strip":
                 x, y = 10 + 12 * i, 20 + 5 * i
