@@ -297,12 +297,7 @@ def _extents(boxes_BK4: Tensor) -> Tensor:
 
 
 def look_at(
-    glance: GlanceNet,
-    detectors: Sequence[Detector],
-    streams: list[Stream],
-    recipe: dict[str, Any],
-    rounds: int,
-    run: Run | None,
+    glance: GlanceNet, detectors: Sequence[Detector], streams: list[Stream], recipe: dict[str, Any], run: Run
 ) -> Looks:
     """Draws every stream `pool_rounds` times."""
     known = {stream.name: stream for stream in streams}
