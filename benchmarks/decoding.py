@@ -5,6 +5,8 @@ A side is timed with one new token and with many; the difference is what decodin
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import os
 import platform
@@ -35,11 +37,13 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2}
     | {"moe_intermediate_size": 32, "intermediate_size": 128},
 }
+MOST_COMPARED = 48  # sequences whose tokens are compared
+MARGIN = 1e-3  # scores closer than this are a draw: the order of a sum decides
 EXPERTS_PINNED = "grouped_mm_always"  # transformers changes "grouped_mm" to another function for decoding
 
 
 def make_model(name: str, folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Decoder]:
-    """transformers' model with random weights, and ours with the same ones, which transformers saved in the folder."""
+    """transformers' model with random weights, and ours with the same ones, which transformers saves in the folder."""
     import transformers
 
     from decoder.open import OpenDecoder
@@ -84,12 +88,24 @@ def engine_side(name: str, decoder: Decoder, prompts_BT: Tensor, new: int, **opt
     return Side(name, run, engine=engine)
 
 
-def generate_side(name: str, model: Any, *, experts: str | None = None, **options: Any) -> Side:
-    """`generate` of transformers; `experts` is how experts are computed, None as it comes."""
+def generate_side(
+    name: str, model: Any, *, experts: str | None = None, static: int | None = None, **options: Any
+) -> Side:
+    """`generate` of transformers; `experts` is how experts are computed, None as it comes.
+
+    `static`: with one static cache of so many positions for all calls, for which transformers compiles steps.
+    """
+    from transformers import StaticCache
+
+    if static is not None:
+        argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        options[argument] = cache = StaticCache(config=model.config, max_cache_len=static)
 
     def run(prompts_BT: Tensor, new: int) -> Tensor:
         ids_BT = prompts_BT.to(model.device)
         with implementation(model, experts), torch.inference_mode():
+            if static is not None and cache.layers[0].is_initialized:
+                cache.reset()
             written = model.generate(
                 ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
@@ -108,7 +124,7 @@ def batching_side(name: str, model: Any, *, experts: str | None = None) -> Side:
     """Continuous batching of transformers, with a manager that stays. It has a thread that starts with each call."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it lists all requests; we tell below
     attention = model.config._attn_implementation  # which the manager changes, once, when it is made
     paged = attention
     settings = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -117,7 +133,8 @@ def batching_side(name: str, model: Any, *, experts: str | None = None) -> Side:
         nonlocal paged
         model.set_attn_implementation(paged)
         try:
-            with implementation(model, experts), torch.inference_mode():
+            # Its thread goes on with tensors that are made here: they must not be of inference mode.
+            with implementation(model, experts), torch.no_grad():
                 done = model.generate_batch(
                     prompts_BT.tolist(),
                     generation_config=settings,
@@ -129,6 +146,9 @@ def batching_side(name: str, model: Any, *, experts: str | None = None) -> Side:
         finally:
             paged = model.config._attn_implementation
             model.set_attn_implementation(attention)
+        for each in done:
+            if each.error or len(each.generated_tokens) != new:
+                raise RuntimeError(each.error or f"a request has {len(each.generated_tokens)} tokens, not {new}")
         came = torch.tensor([each.timestamps for each in done], dtype=torch.float64)
         running = came[:, 0].max()
         side.rate = float((came > running).sum() / (came.max() - running)) if new > 1 else None
@@ -172,7 +192,7 @@ def measure(sides: Sequence[Side], prompts_BT: Tensor, new: int, repeats: int) -
     for side in sides:  # warm-up, which also compiles and captures
         started = time.perf_counter()
         try:
-            for count in (new, 1, new, 1):
+            for count in (new, 1, new, 1) if side.engine else (new, 1):
                 timed(side, prompts_BT, count)
         except Exception as error:
             side.failed = f"{type(error).__name__}: {error}"
@@ -216,17 +236,45 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-@torch.inference_mode()
-def agreement(model: Any, prompts_BT: Tensor, written_BN: Tensor) -> tuple[float, float]:
-    """Share of tokens that transformers would have written there too, and by how much it liked another one better.
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Of our greedy tokens, at each of their places: shares, and distances between scores."""
 
-    It is given our tokens, so that one draw does not make all that follow count as different.
+    as_theirs: float  # what transformers writes there, too
+    as_exact: float  # what fp32 writes there
+    theirs_as_exact: float  # of what transformers writes there, what fp32 does
+    behind: float  # by how much fp32 likes its own token better, on average
+    theirs_behind: float
+    draws: float  # share of ours that fp32 likes as much as its own, or less by MARGIN at most
+
+
+@torch.inference_mode()
+def agreement(theirs: Any, exact: Any, prompts_BT: Tensor, written_BN: Tensor) -> Agreement:
+    """What transformers, and transformers in fp32 (`exact`), would have written in our places.
+
+    They are given our tokens, so that one draw does not make all that follow count as different.
     """
-    all_BT = torch.cat((prompts_BT, written_BN), 1)[:16].to(model.device)
-    logits = model(all_BT[:, :-1]).logits[:, prompts_BT.shape[1] - 1 :].float()
-    ours = logits.gather(2, all_BT[:, prompts_BT.shape[1] :, None])[..., 0]
-    behind = logits.amax(-1) - ours
-    return float((behind == 0).float().mean()), float(behind.max())
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    new = written_BN.shape[1]
+    for all_BT in torch.cat((prompts_BT, written_BN), 1)[:MOST_COMPARED].split(16):
+        all_BT = all_BT.to(theirs.device)
+        its_BN = theirs(all_BT[:, :-1], logits_to_keep=new).logits.argmax(-1)
+        exact_BNV = exact(all_BT[:, :-1], logits_to_keep=new).logits.float()
+        best_BN, ours_BN = exact_BNV.amax(-1), all_BT[:, -new:]
+        behind, its_behind = (best_BN - exact_BNV.gather(2, ids[..., None])[..., 0] for ids in (ours_BN, its_BN))
+        seen.append(((ours_BN == its_BN).float(), behind, its_behind))
+    same, behind, its_behind = (torch.cat(each) for each in zip(*seen, strict=True))
+    return Agreement(
+        *(float(each.float().mean()) for each in (same, behind == 0, its_behind == 0, behind, its_behind)),
+        draws=float((behind <= MARGIN).float().mean()),
+    )
+
+
+def exact_model(model: Any) -> Any:
+    """transformers' model with the same weights in fp32."""
+    exact = copy.deepcopy(model).float()
+    exact.set_experts_implementation("eager")
+    return exact
 
 
 def claim(what: str, value: float, unit: str, target: float, *, least: bool = True) -> dict[str, object]:

@@ -107,7 +107,7 @@ def test_the_kernels_choose_what_plain_torch_chooses(vocabulary: int, dtype: tor
     for seed, width in ((0, 1), (1, 4)):
         chance = np.random.default_rng(seed)
         grammar = GRAMMAR if vocabulary == len(TOKENS) and width > 1 else None
-        states = len(GRAMMAR.next_SC) if grammar else 0
+        states, width = (len(GRAMMAR.next_SC), width) if grammar else (0, 1)  # only a grammar adds tokens to a choice
         rows = Rows.zeros(33, vocabulary, width, states, 0, torch.device("cuda"))
         rows.left_B.copy_(torch.from_numpy(chance.integers(6, 40, 33)))
         rows.left_B[3] = 0

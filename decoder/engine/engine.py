@@ -190,9 +190,10 @@ class Engine:
                 f"{name} has {count} positions, and {left} more are for what is written; there is room for "
                 f"{self.length}: shorten the prompt or ask for fewer new tokens",
             )
-        for token in (*request.ids, *request.eos, *request.forbidden):
-            if not 0 <= token < vocabulary:
-                raise PromptError("token-out-of-vocabulary", f"{name} has token {token} of {vocabulary}")
+        for tokens in (request.ids, request.eos, request.forbidden):
+            for token in (min(tokens), max(tokens)) if tokens else ():
+                if not 0 <= token < vocabulary:
+                    raise PromptError("token-out-of-vocabulary", f"{name} has token {token} of {vocabulary}")
         if request.embeddings_PD is not None and request.embeddings_PD.shape[1:] != (width,):
             shape = list(request.embeddings_PD.shape)
             raise PromptError("embeddings-shape", f"{name} has embeddings {shape}; expected [positions, {width}]")

@@ -1,4 +1,4 @@
-"""A step of the decoder in six Triton kernels a layer, for few new positions on a GPU.
+"""A step of the decoder in six to eight Triton kernels a layer, for few new positions on a GPU.
 
 At a batch of one a step is bound by the number of kernels, not by what they do: PyTorch takes about fifty a layer.
 These read each weight once and the cache up to where it is used. For grouped-query attention and a mixture of experts:
@@ -23,6 +23,12 @@ from decoder.moe import MixtureOfExperts
 
 PROGRAMS = 264  # enough to keep a large GPU busy
 POSITIONS = 64  # of the cache that are looked at together
+FEW = 8  # rows up to which hardly any share an expert
+
+
+def _depth(size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the size."""
+    return min(most, size & -size)
 
 
 def fits(decoder: Decoder) -> bool:
@@ -71,6 +77,8 @@ class Fused:
         keys, values = stored
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         block = 16 if rows <= 16 else 32 if rows <= 64 else 64
+        # Few rows leave shared memory for longer steps through the weights.
+        depth = 128 if rows <= 16 and x_RD.element_size() == 2 and dim <= 64 else 64
         q_RHd = x_RD.new_empty(rows, heads, dim)
         norm = config.qk_norm == "head"
         _qkv[(triton.cdiv(rows, block), heads + 2 * kv_heads)](
@@ -98,12 +106,13 @@ class Fused:
             HALF=dim // 2,
             NORM=norm,
             ROWS=block,
-            DEPTH=64,
+            DEPTH=_depth(width, depth),
         )
         # Few rows leave most of the GPU idle: then each row of the cache is looked at in parts.
         splits = max(1, min(16, PROGRAMS // (rows * kv_heads), cache.places // POSITIONS))
         splits = 1 << (splits.bit_length() - 1)
-        part = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=x_RD.device)
+        mixed_RHd = torch.empty_like(q_RHd)
+        part = torch.empty(rows, heads, splits, dim if splits > 1 else 0, dtype=torch.float32, device=x_RD.device)
         peak, total = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=x_RD.device)
         _attend[(rows, kv_heads, splits)](
             q_RHd,
@@ -113,6 +122,7 @@ class Fused:
             keys.stride(1),
             cache.used_B,
             counts_B,
+            mixed_RHd,
             part,
             peak,
             total,
@@ -125,10 +135,12 @@ class Fused:
             SPLITS=splits,
             POSITIONS=POSITIONS,
         )
+        if splits > 1:
+            _join[(rows * heads,)](part, peak, total, mixed_RHd, DIM=dim, SPLITS=splits, num_warps=1)
         out = 16 if rows <= 32 else 64
         _out[(triton.cdiv(rows, block), triton.cdiv(width, out))](
-            part, peak, total, attention.out.weight, x_RD, rows, width,
-            HEADS=heads, DIM=dim, SPLITS=splits, ROWS=block, OUT=out,
+            mixed_RHd, attention.out.weight, x_RD, rows, width,
+            DEPTHS=heads * dim, DEPTH=_depth(heads * dim, depth), ROWS=block, OUT=out,
         )  # fmt: skip
 
     def _experts(self, layer: Any, x_RD: Tensor) -> None:
@@ -139,6 +151,7 @@ class Fused:
         normed_RD = torch.empty_like(x_RD)
         chosen_RK = torch.empty(rows, config.active, dtype=torch.int32, device=x_RD.device)
         share_RK = torch.empty(rows, config.active, dtype=torch.float32, device=x_RD.device)
+        gates = triton.next_power_of_2(config.count)
         _route[(rows,)](
             x_RD,
             layer.feed_forward_norm.weight,
@@ -151,33 +164,39 @@ class Fused:
             config.scale,
             WIDTH=width,
             EXPERTS=config.count,
-            PADDED=triton.next_power_of_2(config.count),
+            PADDED=gates,
             ACTIVE=config.active,
             ACTIVE_PADDED=triton.next_power_of_2(config.active),
             SIGMOID=config.score == "sigmoid",
             BALANCED=config.balanced,
             NORMALISED=config.normalised,
-            DEPTH=64,
+            DEPTH=_depth(width, max(16, min(256, 8192 // gates))),
+            num_warps=8,
         )
         h = x_RD.new_empty(pairs, hidden)
-        block = 16 if pairs <= 8 * config.count else 32
-        blocks, padded = triton.cdiv(rows, block), max(16, triton.next_power_of_2(pairs))
-        sizes = {"ROWS": block, "PAIRS": padded, "ACTIVE": config.active}
-        tile = 16 if rows <= 32 else 64
-        _up[(config.count, triton.cdiv(hidden, tile), blocks)](
-            normed_RD, chosen_RK, experts.w13_E2ID, h, pairs, WIDTH=width, HIDDEN=hidden, TILE=tile, DEPTH=64, **sizes
-        )
-        if rows <= 8:
-            depth = triton.next_power_of_2(min(hidden, 256))
-            _down_rows[(rows, triton.cdiv(width, 16))](
-                h, chosen_RK, share_RK, experts.w2_EDI, x_RD,
-                WIDTH=width, HIDDEN=hidden, ACTIVE=config.active, TILE=16, DEPTH=depth,
-            )  # fmt: skip
-        else:
-            y = x_RD.new_empty(pairs, width)
-            _down[(config.count, triton.cdiv(width, tile), blocks)](
-                h, chosen_RK, experts.w2_EDI, y, pairs, WIDTH=width, HIDDEN=hidden, TILE=tile, DEPTH=16, **sizes
+        sizes = {"WIDTH": width, "HIDDEN": hidden, "ACTIVE": config.active}
+        if rows <= FEW:
+            _up_rows[(pairs, hidden // 4)](
+                normed_RD, chosen_RK, experts.w13_E2ID, h, TILE=4, DEPTH=_depth(width, 512), **sizes
             )
+            depth = triton.next_power_of_2(min(hidden, 256))
+            _down_rows[(rows, width // 8)](h, chosen_RK, share_RK, experts.w2_EDI, x_RD, TILE=8, DEPTH=depth, **sizes)
+        else:
+            # Sorted by expert, so that each reads its weights once for all rows that chose it.
+            order = torch.empty(pairs, dtype=torch.int32, device=x_RD.device)
+            bounds = torch.empty(2, config.count, dtype=torch.int32, device=x_RD.device)
+            padded = triton.next_power_of_2(pairs)
+            _sort[(config.count,)](chosen_RK, order, bounds, pairs, EXPERTS=config.count, PAIRS=padded, num_warps=8)
+            sizes["ROWS"] = 16 if pairs <= 8 * config.count else 32 if pairs <= 16 * config.count else 64
+            tile = 16 if rows <= 32 else 32
+            _up[(config.count, triton.cdiv(hidden, tile))](
+                normed_RD, order, bounds, experts.w13_E2ID, h, EXPERTS=config.count, TILE=tile, DEPTH=64, **sizes
+            )
+            y = x_RD.new_empty(pairs, width)
+            _down[(config.count, width // 64)](
+                h, order, bounds, experts.w2_EDI, y,
+                EXPERTS=config.count, TILE=64, DEPTH=_depth(hidden, 64), **sizes,
+            )  # fmt: skip
             _sum[(rows,)](y, share_RK, x_RD, WIDTH=width, ACTIVE=config.active, PADDED=triton.next_power_of_2(width))
         if mixture.shared is not None:
             x_RD.add_(mixture.shared(normed_RD))
@@ -263,6 +282,7 @@ def _attend(  # type: ignore[no-untyped-def]
     head_stride,
     used,
     counts,
+    out,
     part,
     peak,
     total,
@@ -304,50 +324,56 @@ def _attend(  # type: ignore[no-untyped-def]
         mixed = mixed * fade[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
         weight = weight * fade + tl.sum(p, axis=1)
         top = higher
-    to = head * SPLITS + split
-    tl.store(part + to[:, None] * DIM + c[None, :], mixed, mask=(g < GROUP)[:, None])
-    tl.store(peak + to, top, mask=g < GROUP)
-    tl.store(total + to, weight, mask=g < GROUP)
+    if SPLITS == 1:
+        mixed = (mixed / weight[:, None]).to(out.dtype.element_ty)
+        tl.store(out + head[:, None] * DIM + c[None, :], mixed, mask=(g < GROUP)[:, None])
+    else:
+        to = head * SPLITS + split
+        tl.store(part + to[:, None] * DIM + c[None, :], mixed, mask=(g < GROUP)[:, None])
+        tl.store(peak + to, top, mask=g < GROUP)
+        tl.store(total + to, weight, mask=g < GROUP)
+
+
+@triton.jit
+def _join(  # type: ignore[no-untyped-def]
+    part, peak, total, out, DIM: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Joins the parts of one head of one row."""
+    head = tl.program_id(0).to(tl.int64)
+    at, c = head * SPLITS + tl.arange(0, SPLITS), tl.arange(0, DIM)
+    top = tl.load(peak + at)
+    share = tl.exp(top - tl.max(top, axis=0))  # a part without positions has a peak of -inf
+    mixed = tl.sum(share[:, None] * tl.load(part + at[:, None] * DIM + c[None, :]), axis=0)
+    mixed = mixed / tl.sum(share * tl.load(total + at), axis=0)
+    tl.store(out + head * DIM + c, mixed.to(out.dtype.element_ty))
 
 
 @triton.jit
 def _out(  # type: ignore[no-untyped-def]
-    part,
-    peak,
-    total,
+    mixed,
     weight,
     x,
     rows,
     width,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """Joins the parts of each head, projects, and adds to the residual stream."""
+    """Projects what the heads made, and adds it to the residual stream."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    out, c = tl.program_id(1) * OUT + tl.arange(0, OUT), tl.arange(0, DIM)
+    inside = (row < rows)[:, None]
+    out = tl.program_id(1) * OUT + tl.arange(0, OUT)
+    real = (out < width)[None, :]
     result = tl.zeros([ROWS, OUT], tl.float32)
-    for head in range(HEADS):
-        at = (row * HEADS + head) * SPLITS
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        for split in tl.static_range(SPLITS):
-            top = tl.maximum(top, tl.load(peak + at + split, mask=inside, other=0.0))
-        mixed = tl.zeros([ROWS, DIM], tl.float32)
-        sum_ = tl.zeros([ROWS], tl.float32)
-        for split in tl.static_range(SPLITS):
-            share = tl.exp(tl.load(peak + at + split, mask=inside, other=0.0) - top)
-            sum_ += share * tl.load(total + at + split, mask=inside, other=1.0)
-            each = tl.load(part + (at + split)[:, None] * DIM + c[None, :], mask=inside[:, None], other=0.0)
-            mixed += share[:, None] * each
-        mixed = (mixed / sum_[:, None]).to(weight.dtype.element_ty)
-        from_ = weight + out[None, :] * (HEADS * DIM) + head * DIM + c[:, None]
-        result = tl.dot(mixed, tl.load(from_, mask=(out < width)[None, :], other=0.0), result, input_precision="ieee")
+    for start in range(0, DEPTHS, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        each = tl.load(mixed + row[:, None] * DEPTHS + at[None, :], mask=inside, other=0.0)
+        from_ = weight + out[None, :] * DEPTHS + at[:, None]
+        result = tl.dot(each, tl.load(from_, mask=real, other=0.0), result, input_precision="ieee")
     to = x + row[:, None] * width + out[None, :]
-    mask = inside[:, None] & (out < width)[None, :]
-    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + result).to(to.dtype.element_ty), mask=mask)
+    result = tl.load(to, mask=inside & real, other=0.0).to(tl.float32) + result
+    tl.store(to, result.to(to.dtype.element_ty), mask=inside & real)
 
 
 @triton.jit
@@ -379,15 +405,15 @@ def _route(  # type: ignore[no-untyped-def]
         each = tl.load(x + row * WIDTH + start + tl.arange(0, DEPTH)).to(tl.float32)
         squares += each * each
     root = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
-    logit = tl.zeros([PADDED], tl.float32)
+    products = tl.zeros([PADDED, DEPTH], tl.float32)
     for start in range(0, WIDTH, DEPTH):
         at = start + tl.arange(0, DEPTH)
         each = tl.load(x + row * WIDTH + at).to(tl.float32) * root * tl.load(gain + at).to(tl.float32)
         rounded = each.to(normed.dtype.element_ty)
         tl.store(normed + row * WIDTH + at, rounded)
         gate = tl.load(weight + e[:, None] * WIDTH + at[None, :], mask=(e < EXPERTS)[:, None], other=0.0)
-        logit += tl.sum(gate * rounded.to(tl.float32)[None, :], axis=1)
-    logit = tl.where(e < EXPERTS, logit, float("-inf"))
+        products += gate * rounded.to(tl.float32)[None, :]
+    logit = tl.where(e < EXPERTS, tl.sum(products, axis=1), float("-inf"))
     if SIGMOID:
         score = 1.0 / (1.0 + tl.exp(-logit))
     else:
@@ -411,79 +437,86 @@ def _route(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mine(chosen, expert, block, pairs, ROWS: tl.constexpr, PAIRS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The pairs (row times ACTIVE plus place) of one block of those that chose an expert, and which are any."""
+def _sort(  # type: ignore[no-untyped-def]
+    chosen, order, bounds, pairs, EXPERTS: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Puts the pairs (row times ACTIVE plus place) that chose one expert behind those of the experts before it."""
+    expert = tl.program_id(0)
     p = tl.arange(0, PAIRS)
-    mine = (tl.load(chosen + p, mask=p < pairs, other=-1) == expert).to(tl.int32)
-    rank = tl.cumsum(mine, axis=0) - 1
-    nth = block * ROWS + tl.arange(0, ROWS)
-    match = (rank[None, :] == nth[:, None]) & (mine[None, :] == 1)
-    return tl.sum(tl.where(match, p[None, :], 0), axis=1), nth < tl.sum(mine, axis=0)
+    its = tl.load(chosen + p, mask=p < pairs, other=EXPERTS)
+    mine = (its == expert).to(tl.int32)
+    first = tl.sum((its < expert).to(tl.int32), axis=0)
+    tl.store(order + first + tl.cumsum(mine, axis=0) - 1, p, mask=mine == 1)
+    tl.store(bounds + expert, first)
+    tl.store(bounds + EXPERTS + expert, first + tl.sum(mine, axis=0))
 
 
 @triton.jit
 def _up(  # type: ignore[no-untyped-def]
     x,
-    chosen,
+    order,
+    bounds,
     w13,
     h,
-    pairs,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
     ACTIVE: tl.constexpr,
 ):
-    """Gate and up projection and SwiGLU of one expert, for the rows that chose it."""
+    """Gate and up projection and SwiGLU of one expert, for the rows that chose it; results stay in that order."""
     expert = tl.program_id(0)
-    pair, any_ = _mine(chosen, expert, tl.program_id(2), pairs, ROWS, PAIRS)
-    if tl.max(any_.to(tl.int32), axis=0) > 0:
-        i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        own = w13 + expert.to(tl.int64) * 2 * HIDDEN * WIDTH
+    end = tl.load(bounds + EXPERTS + expert)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    real = (i < HIDDEN)[None, :]
+    own = w13 + expert.to(tl.int64) * 2 * HIDDEN * WIDTH
+    for first in range(tl.load(bounds + expert), end, ROWS):
+        nth = first + tl.arange(0, ROWS)
+        row = tl.load(order + nth, mask=nth < end, other=0) // ACTIVE
         gate = tl.zeros([ROWS, TILE], tl.float32)
         up = tl.zeros([ROWS, TILE], tl.float32)
         for start in range(0, WIDTH, DEPTH):
             at = start + tl.arange(0, DEPTH)
-            each = tl.load(x + (pair // ACTIVE)[:, None] * WIDTH + at[None, :], mask=any_[:, None], other=0.0)
+            each = tl.load(x + row[:, None] * WIDTH + at[None, :])
             from_ = own + i[None, :] * WIDTH + at[:, None]
-            real = (i < HIDDEN)[None, :]
             gate = tl.dot(each, tl.load(from_, mask=real, other=0.0), gate, input_precision="ieee")
             up = tl.dot(each, tl.load(from_ + HIDDEN * WIDTH, mask=real, other=0.0), up, input_precision="ieee")
-        to = h + pair[:, None] * HIDDEN + i[None, :]
-        result = gate / (1.0 + tl.exp(-gate)) * up
-        tl.store(to, result.to(h.dtype.element_ty), mask=any_[:, None] & (i < HIDDEN)[None, :])
+        result = (gate / (1.0 + tl.exp(-gate)) * up).to(h.dtype.element_ty)
+        tl.store(h + nth[:, None] * HIDDEN + i[None, :], result, mask=(nth < end)[:, None] & real)
 
 
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]
     h,
-    chosen,
+    order,
+    bounds,
     w2,
     y,
-    pairs,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
     ACTIVE: tl.constexpr,
 ):
-    """Down projection of one expert, for the rows that chose it."""
+    """Down projection of one expert, for the rows that chose it; results go back to their pairs."""
     expert = tl.program_id(0)
-    pair, any_ = _mine(chosen, expert, tl.program_id(2), pairs, ROWS, PAIRS)
-    if tl.max(any_.to(tl.int32), axis=0) > 0:
-        o = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        own = w2 + expert.to(tl.int64) * WIDTH * HIDDEN
+    end = tl.load(bounds + EXPERTS + expert)
+    o = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    own = w2 + expert.to(tl.int64) * WIDTH * HIDDEN
+    for first in range(tl.load(bounds + expert), end, ROWS):
+        nth = first + tl.arange(0, ROWS)
+        mine = (nth < end)[:, None]
+        pair = tl.load(order + nth, mask=nth < end, other=0)
         result = tl.zeros([ROWS, TILE], tl.float32)
         for start in range(0, HIDDEN, DEPTH):
             at = start + tl.arange(0, DEPTH)
-            each = tl.load(h + pair[:, None] * HIDDEN + at[None, :], mask=any_[:, None], other=0.0)
+            each = tl.load(h + nth[:, None] * HIDDEN + at[None, :], mask=mine, other=0.0)
             result = tl.dot(each, tl.load(own + o[None, :] * HIDDEN + at[:, None]), result, input_precision="ieee")
-        to = y + pair[:, None] * WIDTH + o[None, :]
-        tl.store(to, result.to(y.dtype.element_ty), mask=any_[:, None])
+        tl.store(y + pair[:, None] * WIDTH + o[None, :], result.to(y.dtype.element_ty), mask=mine)
 
 
 @triton.jit
@@ -501,6 +534,34 @@ def _sum(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _up_rows(  # type: ignore[no-untyped-def]
+    x,
+    chosen,
+    w13,
+    h,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """As `_up`, one pair alone."""
+    pair = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    own = w13 + tl.load(chosen + pair).to(tl.int64) * 2 * HIDDEN * WIDTH
+    gate = tl.zeros([TILE, DEPTH], tl.float32)
+    up = tl.zeros([TILE, DEPTH], tl.float32)
+    for start in range(0, WIDTH, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        each = tl.load(x + pair // ACTIVE * WIDTH + at).to(tl.float32)[None, :]
+        from_ = own + i[:, None] * WIDTH + at[None, :]
+        gate += tl.load(from_).to(tl.float32) * each
+        up += tl.load(from_ + HIDDEN * WIDTH).to(tl.float32) * each
+    gate, up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+    tl.store(h + pair * HIDDEN + i, (gate / (1.0 + tl.exp(-gate)) * up).to(h.dtype.element_ty))
+
+
+@triton.jit
 def _down_rows(  # type: ignore[no-untyped-def]
     h,
     chosen,
@@ -513,7 +574,7 @@ def _down_rows(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Both of the above for one row, where few share an expert."""
+    """As `_down` and `_sum`, one row alone."""
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * TILE + tl.arange(0, TILE)
     result = tl.zeros([TILE], tl.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from decoder.engine.rows import AT_END, NOT_FINITE, DeviceGrammar, Rows
 
 BLOCK = 1024  # tokens that a program looks at together
-PROGRAMS = 264  # enough to keep a large GPU busy
+PROGRAMS = 1056  # enough to keep a large GPU busy
 PARTS = 64  # of a row at most
 
 

@@ -149,8 +149,9 @@ class Runner:
         for row, plan in enumerate(plans):
             if plan.request.embeddings_PD is not None:
                 x_BTD[row, : plan.count - len(plan.ids)] = plan.request.embeddings_PD.to(x_BTD)
-            # Attention multiplies what it must not see by 0: a token that gives NaN would survive that.
-            x_BTD[row, plan.count :] = x_BTD[row, plan.count - 1]
+            if plan.count < longest:
+                # Attention multiplies what it must not see by 0: a token that gives NaN would survive that.
+                x_BTD[row, plan.count :] = x_BTD[row, plan.count - 1]
         return x_BTD
 
     def _new_rows(self, plans: list[Plan]) -> Rows:
