@@ -56,6 +56,7 @@ STILL = {
     "erase": 0.0,
     "keep_reference": 1.0,
 }
+POOL_SHARE = 0.45  # of the time of a run that is limited, at most, for the pool
 HELD_OUT_DRAWS = 4  # of each validation picture, mirrored and shifted by chance
 
 _TYPE_TOKENS = torch.cat((BOX_TYPE_TOKENS, MAP_TYPE_TOKENS))  # in the order of an impression
@@ -108,21 +109,20 @@ def look(glancing: GlanceNet, detectors: Sequence[Detector], stream: Stream, bat
             return look_from_all_sides(detectors, pictures)
         return detectors[0](pictures)
 
+    whole = None
+    if stream.line in WHOLE_SIDE:
+        size = (WHOLE_SIDE[stream.line],) * 2
+        whole = small if size == small.shape[-2:] else F.interpolate(x, size=size, mode="area")
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         glance = glancing(small)
-        if stream.line == "ct":
-            items = select_regions(glance.maps_BTHW, (side, side), keep=REGIONS)
-            type_tokens = MAP_TYPE_TOKENS.to(device)
-        else:
-            whole = None
-            if stream.line in WHOLE_SIDE:
-                size = (WHOLE_SIDE[stream.line],) * 2
-                whole = small if size == small.shape[-2:] else F.interpolate(x, size=size, mode="area")
-            found = dense(x)
-            if whole is not None:
-                found = found._replace(presence_BT=dense(whole).presence_BT)
-            items = items_of(found, stream.line)
-            type_tokens = BOX_TYPE_TOKENS.to(device)
+        found = None if stream.line == "ct" else dense(x)
+        if found is not None and whole is not None:
+            found = found._replace(presence_BT=dense(whole).presence_BT)
+    # Not under autocast, as in the reader: boxes are pixels, of which bfloat16 would lose some.
+    if found is None:
+        items, type_tokens = select_regions(glance.maps_BTHW, (side, side), keep=REGIONS), MAP_TYPE_TOKENS.to(device)
+    else:
+        items, type_tokens = items_of(found, stream.line), BOX_TYPE_TOKENS.to(device)
     words = torch.full_like(items.types, PAD)
     if stream.line == "ct":
         # A class map stands for the whole picture: it is right where the picture has the type.
@@ -299,7 +299,7 @@ def _extents(boxes_BK4: Tensor) -> Tensor:
 def look_at(
     glance: GlanceNet, detectors: Sequence[Detector], streams: list[Stream], recipe: dict[str, Any], run: Run
 ) -> Looks:
-    """Draws every stream `pool_rounds` times."""
+    """Draws every stream `pool_rounds` times, or less often where the run is limited in time."""
     known = {stream.name: stream for stream in streams}
     parts: list[Looks] = []
     rounds = recipe["pool_rounds"]
@@ -307,8 +307,11 @@ def look_at(
         for name, table in recipe["streams"].items():
             batch = draw(known[name], table["batch"], table["side"], augmentation(table))
             parts.append(look(glance, detectors, known[name], batch, findings=table.get("findings", True)))
-        if (i + 1) % 50 == 0 or i + 1 == rounds:
+        late = run.seconds > POOL_SHARE * run.limit_s
+        if (i + 1) % 50 == 0 or i + 1 == rounds or late:
             run.log(pool=sum(map(len, parts)))
+        if late:
+            break
     return joined(parts)
 
 
@@ -347,7 +350,8 @@ def held_out_losses(model: ScanScribeModel, looks: Looks, batch: int) -> tuple[f
     spoken = _WORD_TOKENS[1:].to(looks.line.device)
     sums = looks.scores.new_zeros(4)
     for index in torch.arange(len(looks), device=looks.line.device).split(batch):
-        losses, targets = token_losses(model, looks.rows(index))
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=index.device.type == "cuda"):
+            losses, targets = token_losses(model, looks.rows(index))
         pointing, wording = torch.isin(targets, decisions), torch.isin(targets, spoken)
         sums += torch.stack((losses[pointing].sum(), pointing.sum(), losses[wording].sum(), wording.sum()))
     pointed, points, worded, words = sums.tolist()
