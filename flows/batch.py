@@ -37,7 +37,7 @@ from pipelines.store import home
 from pipelines.study import Rejection
 
 PICTURES_A_BATCH: Final = 16
-PICTURES_SHOWN: Final = 12  # with the summary of a run
+ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
 MOST_OUT: Final = 1024  # units that workers have or wait for
 LOOK_S: Final = 0.2
@@ -203,12 +203,14 @@ def summarise(summary: RunSummary) -> None:
         "| report | kind | findings | disposition | confidence |",
         "|---|---|---|---|---|",
     ]
-    for entry in summary.reported:
+    for entry in summary.reported[:ROWS_SHOWN]:
         confidence = "" if entry.confidence is None else f"{entry.confidence:.0%}"
         lines.append(f"| {entry.id} | {entry.kind} | {entry.findings} | {entry.disposition or ''} | {confidence} |")
+    if (more := len(summary.reported) - ROWS_SHOWN) > 0:
+        lines.append(f"| and {more} more | | | | |")
     pictures = [(entry.id, summary.out / entry.thumbnail) for entry in summary.reported if entry.thumbnail]
     for name, path in pictures[:PICTURES_SHOWN]:
         with contextlib.suppress(OSError):
             data = base64.b64encode(path.read_bytes()).decode()
-            lines += ["", f"![{name}](data:image/jpeg;base64,{data})"]
+            lines += ["", f"{name}  ", f"![{name}](data:image/jpeg;base64,{data})"]
     create_markdown_artifact(key="scanscribe-batch", markdown="\n".join(lines), description="What came of the run")
