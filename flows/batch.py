@@ -10,6 +10,7 @@ import base64
 import contextlib
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Final
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import wait
+from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.crew import Crew, Handed
@@ -29,6 +30,7 @@ from flows.notify import is_critical
 from flows.seeing import Seeing
 from flows.server import LocalServer
 from flows.space import shortage
+from pipelines.desk import may_be_gpu
 from pipelines.ingest import Unit
 from pipelines.ingest.refusals import REMEDIES
 from pipelines.run import RunSummary, Session
@@ -37,6 +39,8 @@ from pipelines.store import home
 from pipelines.study import Rejection
 
 PICTURES_A_BATCH: Final = 16
+PICTURES_A_GPU_BATCH: Final = 64  # and of one that goes to a worker
+MOST_TASKS: Final = 24  # at a time: a study is one, and its task takes a while beside the reading
 ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
 MOST_OUT: Final = 1024  # units that workers have or wait for
@@ -51,11 +55,12 @@ class Batch:
     units: tuple[Unit, ...]
 
 
-# One worker: there is one model on one device, and `Session.process` already decodes ahead of it.
+# Several tasks at a time: while the model reads the units of one, those of the next are decoded, and the reports of the
+# last are written.
 @flow(
     name="scanscribe-batch",
     flow_run_name="job-{job}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]  # its futures are Prefect's own
+    task_runner=ThreadPoolTaskRunner(max_workers=MOST_TASKS),  # type: ignore[arg-type]  # its futures are Prefect's own
     persist_result=False,
     validate_parameters=False,
 )
@@ -66,7 +71,8 @@ def batch(job: str) -> RunSummary:
     with Session(load_job(job), asked.listener, told=telling) as session:
         if telling:
             telling.session = session
-        batches = group(discover(session))
+        gpu = may_be_gpu(session.job.device)
+        batches = group(discover(session), PICTURES_A_GPU_BATCH if gpu or asked.crewing else PICTURES_A_BATCH)
         if asked.crewing:
             let_workers_report(session, batches, asked.server, asked.crewing)
         else:
@@ -100,15 +106,18 @@ class Telling:
 
 def report_here(session: Session, batches: Sequence[Batch], min_free: int) -> None:
     """Each batch is a task of this process."""
-    done = []
+    at_once = MOST_TASKS if may_be_gpu(session.job.device) else 2
+    running: deque[PrefectFuture[None]] = deque()
     try:
         for each in batches:
-            done.append(read_and_report.with_options(task_run_name=each.name).submit(session, each, min_free))
-        for future in done:
+            running.append(read_and_report.with_options(task_run_name=each.name).submit(session, each, min_free))
+            if len(running) >= at_once:
+                running.popleft().result()
+        for future in running:
             future.result()
     except BaseException:
-        session.stop()  # let the task that is at work end after the unit it is at
-        wait(done)
+        session.stop()  # let the tasks that are at work end after the units that they are at
+        wait(list(running))
         raise
 
 
@@ -183,11 +192,15 @@ def export(session: Session) -> RunSummary:
     return session.finish()
 
 
-def group(units: Sequence[Unit]) -> tuple[Batch, ...]:
-    """Batches in the order of the units: each study is one, and up to 16 pictures that follow each other are one."""
+def group(units: Sequence[Unit], pictures: int = PICTURES_A_BATCH) -> tuple[Batch, ...]:
+    """Batches in the order of the units: each study is one, and so are up to so many pictures that follow each other.
+
+    Sizes play no part here: of whatever is decoded, `pipelines.look` lets frames of one size through together, as many
+    as its budget of pixels allows.
+    """
     batches: list[Batch] = []
     for kind, run in itertools.groupby(units, key=lambda unit: unit.kind):
-        size, name = (1, "study") if kind == "series" else (PICTURES_A_BATCH, "pictures")
+        size, name = (1, "study") if kind == "series" else (pictures, "pictures")
         members = tuple(run)
         for start in range(0, len(members), size):
             batches.append(Batch(f"batch {len(batches) + 1}: {name}", members[start : start + size]))
@@ -199,6 +212,9 @@ def summarise(summary: RunSummary) -> None:
     lines = [
         f"{len(summary.reported)} reported, {len(summary.already_reported)} already there, "
         f"{len(summary.rejected)} refused, {summary.seconds:.1f} s.",
+        "",
+        *timing(summary),
+        "The reports are in the output folder: open its index.html.",
         "",
         "| report | kind | findings | disposition | confidence |",
         "|---|---|---|---|---|",
@@ -214,3 +230,13 @@ def summarise(summary: RunSummary) -> None:
             data = base64.b64encode(path.read_bytes()).decode()
             lines += ["", f"{name}  ", f"![{name}](data:image/jpeg;base64,{data})"]
     create_markdown_artifact(key="scanscribe-batch", markdown="\n".join(lines), description="What came of the run")
+
+
+def timing(summary: RunSummary) -> list[str]:
+    """What the time went into."""
+    if not summary.reported:
+        return []
+    rate = len(summary.reported) / max(summary.seconds, 1e-9)
+    waited = "" if summary.device_wait is None else f", the device waited {summary.device_wait:.0%} of the time"
+    first = "" if summary.first_report_seconds is None else f", the first after {summary.first_report_seconds:.1f} s"
+    return [f"{rate:.3g} reports a second{first}{waited}.", ""]

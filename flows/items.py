@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from flows.ledger import Claim, LeaseLostError, Ledger
+from flows.ledger import Claim, LeaseLostError, Ledger, LedgerError
 from flows.log import EventLog
 from flows.notify import is_critical
 from flows.quarantine import leave_quarantine, quarantine
-from pipelines.ingest import FileRef
+from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.refusals import REMEDIES
 from pipelines.run import Session
 from pipelines.run_folder import IndexEntry, OutputError
@@ -29,6 +31,8 @@ PASSING: Final = frozenset(
         "changed-meanwhile",
     )
 )
+_CHANGED: Final = "It is not what was planned: the file has changed, or this worker has another model or other rules."
+_SAME_EVERYWHERE: Final = "Run again; see that all machines have the same model, rules and version of the program."
 _TOO_OFTEN: Final = "Report it as a fault of the program, with the input if that can be shared."
 
 
@@ -90,15 +94,64 @@ class Items:
         self, session: Session, claim: Claim, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
     ) -> float | None:
         """Work on a claimed item and put on record what came of it."""
-        item, started, busy = claim.request[:16], time.monotonic(), session.device_seconds
+        started, busy = time.monotonic(), session.device_seconds
         if claim.exhausted:
-            why = Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
-            return self._fail(claim, session.conclude(why), files)
+            return self._fail(claim, session.conclude(_died(files)), files)
         with self._ledger.holding(claim):
             outcome = work()
         if outcome is None:  # not for now
             self._ledger.release(claim)
             return time.time() + self._interval
+        return self._record(claim, outcome, files, session.device_seconds - busy, time.monotonic() - started)
+
+    def settle_together(self, session: Session, batch: Sequence[tuple[str, list[str], Unit]]) -> None:
+        """Work on what of a batch (key, files, unit) is due, all of it together.
+
+        What is not on record when the disk or the ledger breaks it off, or the session is stopped, is given back as if
+        it had not been claimed.  Raises OutputError and LedgerError.
+        """
+        claims: dict[str, tuple[Claim, list[str]]] = {}
+        units: dict[Unit, str] = {}
+        for key, files, unit in batch:
+            claim = self._claim(session, key, files)
+            if isinstance(claim, float):
+                continue
+            if claim.exhausted:
+                self._fail(claim, session.conclude(_died(files)), files)
+            else:
+                claims[key], units[unit] = (claim, files), key
+        lock, last = threading.Lock(), [time.monotonic(), session.device_seconds]
+
+        def heard(unit: Unit, outcome: IndexEntry | Rejection) -> None:
+            with lock:
+                key = units[unit]
+                claim, files = claims[key]
+                if isinstance(outcome, IndexEntry) and outcome.request != key:
+                    outcome = Rejection(unit.path, "changed-meanwhile", _CHANGED, _SAME_EVERYWHERE)
+                # They overlap: what counts is the time since the last one was done.
+                spent = time.monotonic() - last[0], session.device_seconds - last[1]
+                last[:] = time.monotonic(), session.device_seconds
+                try:
+                    self._record(claim, outcome, files, spent[1], spent[0])
+                except LeaseLostError:
+                    self._log("lease-lost", item=key[:16])
+                del claims[key]
+
+        try:
+            with self._ledger.holding(*(claim for claim, _ in claims.values())):
+                session.process(list(units), heard)
+        except OSError as error:
+            raise OutputError(f"The disk failed ({error.strerror}): see that it has space.") from None
+        finally:
+            for claim, _ in claims.values():
+                with contextlib.suppress(LedgerError, LeaseLostError):
+                    self._ledger.release(claim)
+
+    def _record(
+        self, claim: Claim, outcome: IndexEntry | Rejection, files: list[str], read: float, seconds: float
+    ) -> float | None:
+        """Put on record what came of a claimed item: `read` seconds of the device and `seconds` in all went into it."""
+        item = claim.request[:16]
         if isinstance(outcome, Rejection):
             return self._fail(claim, outcome, files)
         leave_quarantine(self._out, claim.request)
@@ -115,8 +168,8 @@ class Items:
             version=outcome.version,
             files=len(files),
             attempt=claim.attempt,
-            read=round(session.device_seconds - busy, 6),
-            seconds=round(time.monotonic() - started, 3),
+            read=round(read, 6),
+            seconds=round(seconds, 3),
         )
         return None
 
@@ -165,6 +218,10 @@ class Items:
         self.tally.refused += 1
         self._log("quarantined", item=item, code=why.code, attempts=claim.attempt, files=len(files))
         return None
+
+
+def _died(files: list[str]) -> Rejection:
+    return Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
 
 
 def refusal_key(why: Rejection, path: Path) -> str:

@@ -229,17 +229,18 @@ class Ledger:
         self._change(claim, due=self._clock() + self.lease_s)
 
     @contextlib.contextmanager
-    def holding(self, claim: Claim) -> Iterator[None]:
-        """Extends the lease of a claim three times a lease for as long as the block runs."""
-        over = threading.Event()
+    def holding(self, *claims: Claim) -> Iterator[None]:
+        """Extends the leases of claims three times a lease for as long as the block runs."""
+        over, held = threading.Event(), list(claims)
 
         def beat() -> None:
             while not over.wait(self.lease_s / 3):
                 with contextlib.suppress(LedgerError):  # it may be back at the next beat
-                    try:
-                        self.beat(claim)
-                    except LeaseLostError:  # the owner hears of it when it is done
-                        return
+                    for claim in list(held):
+                        try:
+                            self.beat(claim)
+                        except LeaseLostError:  # it is done, or lost: the owner hears of that when it is done
+                            held.remove(claim)
 
         thread = threading.Thread(target=beat, name="heart-beat", daemon=True)
         thread.start()

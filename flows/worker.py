@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, Final
 
 from prefect import task
@@ -30,9 +29,8 @@ from flows.server import LocalServer, ServerError, state_folder
 from flows.space import MIN_FREE, Room
 from pipelines import run
 from pipelines.run import Session
-from pipelines.run_folder import IndexEntry, OutputError
+from pipelines.run_folder import OutputError
 from pipelines.store import home
-from pipelines.study import Rejection
 
 PAUSE_S: Final = 2.0  # before another try when the server or the ledger fails
 
@@ -81,6 +79,8 @@ class Worker:
     def stop(self) -> None:
         """Let `run` return soon. Safe in a signal handler."""
         self._stopping.set()
+        if (desk := self._desk) is not None:
+            desk.session.stop()
 
     def run(self) -> Tally:
         """Serve until `stop`. Raises ModelError, DeviceTakenError, and ServerError where none comes up at the start."""
@@ -161,12 +161,10 @@ class Worker:
         try:
             desk = self._open(plain)
             desk.session.refresh()
-            for each in batch:
-                while not desk.room() and not self._stopping.is_set():
-                    self._stopping.wait(PAUSE_S)
-                if self._stopping.is_set():
-                    break
-                desk.items.settle(desk.session, each.request, list(each.files), partial(_attempt, desk.session, each))
+            while not desk.room() and not self._stopping.is_set():
+                self._stopping.wait(PAUSE_S)
+            if not self._stopping.is_set():
+                desk.items.settle_together(desk.session, [(b.request, list(b.files), b.unit) for b in batch])
         except (OutputError, LedgerError) as error:
             self._log("broken", message=str(error), code=error.code)
             self._stopping.wait(PAUSE_S)
@@ -190,15 +188,6 @@ class Worker:
             self._desk.session.__exit__(None, None, None)
             self._desk.ledger.__exit__(None, None, None)
         self._desk = None
-
-
-def _attempt(session: Session, handed: Handed) -> IndexEntry | Rejection:
-    prepared = session.prepare(handed.unit)
-    if not isinstance(prepared, Rejection) and session.request(handed.unit) != handed.request:
-        reason = "It is not what was planned: the file has changed, or this worker has another model or other rules."
-        remedy = "Run again; see that all machines have the same model, rules and version of the program."
-        prepared = Rejection(handed.unit.path, "changed-meanwhile", reason, remedy)
-    return session.conclude(prepared)
 
 
 _worker: Worker | None = None  # of this process

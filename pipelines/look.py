@@ -105,9 +105,10 @@ class Looker:
         """What is seen of each study; equal to looking at each alone, within rounding."""
         seen: dict[int, Seen] = {}
         for i, each in enumerate(sights):
-            if each.large is not None:
-                seen[i] = self._look_at_tiles(*each.large, each.kind)
-        others = [i for i, each in enumerate(sights) if each.large is None]
+            if each.large:
+                assert each.source is not None
+                seen[i] = self._look_at_tiles(*each.source, each.kind)
+        others = [i for i, each in enumerate(sights) if not each.large]
         glanced = self._glance_all([sights[i].glances for i in others])
         pictures = []
         for i, glance in zip(others, glanced, strict=True):

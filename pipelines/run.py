@@ -10,39 +10,45 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from pipelines import ingest
+from pipelines.desk import (
+    Desk,
+    Desks,
+    Opened,
+    Version,
+    desks_for,
+    failed,
+    golden_unusable,
+    may_be_gpu,
+    work_of,
+    written,
+)
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS, load_patterns
-from pipelines.measures import NOT_MEASURED, measure_study
-from pipelines.reading import NotFiniteError
-from pipelines.reporting import build_report, report_images
+from pipelines.reading import Reading
+from pipelines.reporting import report_id
 from pipelines.run_folder import IndexEntry, OutdatedVersionError, OutputError, RunFolder, cannot_write
 from pipelines.store import find
-from pipelines.study import ImageStudy, Rejection
+from pipelines.study import Rejection
 from reports.bundle import Bundle, BundleError, load_bundle
 from reports.files import clear_leftovers
 from reports.formats import RunReports, check_formats, formats
 from reports.lot.sampling import LotPlan
-from reports.rules import DEFAULT_RULES, WORST_FIRST, load_rules
-from reports.schema import Report
+from reports.rules import DEFAULT_RULES, load_rules
 from reports.texts import LANGUAGES, Language
 from reports.writing import (
-    THUMBNAIL,
     FormatError,
-    fault,
     report_formats,
     run_formats,
     write_formats,
-    write_report,
     write_run_formats,
 )
 
@@ -87,6 +93,9 @@ class Progress:
 
 
 Listener = Callable[[Progress], None]
+Heard = Callable[[ingest.Unit, "IndexEntry | Rejection"], None]  # of what came of a unit
+MOST_OPEN: Final = 2 << 30  # bytes of decoded pixels that wait to be read or written
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,7 @@ class RunSummary:
     without_golden_sample: int  # pictures for which the folder of golden samples has none
     seconds: float
     first_report_seconds: float | None  # from the start of the run until the first report was on disk
+    device_wait: float | None  # share of the time from the first to the last reading in which there was nothing to read
     files: dict[str, str] = field(default_factory=dict)  # format over the whole run -> file, relative to the folder
     errors: dict[str, str] = field(default_factory=dict)  # format over the whole run -> why it could not be written
 
@@ -147,16 +157,25 @@ class Session:
         self._rules = load_rules(job.rules, self._model.own_line.types if self._model.own_line else ())
         self._patterns = load_patterns(job.identifiers)
         self._folder = RunFolder(job.out, member=member)
-        self._reported: list[IndexEntry] = []
+        self._desk: Desk | Desks = Desk(job)
+        self._threads: contextlib.ExitStack | None = None  # of `process`, when it is first called
+        self._device = threading.Lock()  # one batch at a time
+        self._changed = threading.Condition()  # guards the folder and all that is counted here
+        self._places = 0  # units come in the summary as they were given
+        self._reported: dict[int, IndexEntry] = {}
+        self._already: dict[int, IndexEntry] = {}
         self._made: set[str] = set()  # the requests of this run's reports
-        self._already: list[IndexEntry] = []
+        self._in_flight: set[str] = set()  # the requests that are being read or written
+        self._subjects: set[str] = set()  # what is being written about
+        self._open_bytes = self._work = self._total_work = 0
         self._rejected: dict[Rejection, None] = {}  # what the header pass refuses is refused by its series, too
         self._passed_over = self._without_golden_sample = 0
         self._done = self._total = 0
         self.device_seconds = 0.0  # that the model spent on reading
+        self._read_from = self._read_until = 0.0
         self._first_report: float | None = None
         self._stop = threading.Event()
-        self._at_work = threading.Lock()  # the folder is not let go while a thread may still write into it
+        self._at_work = 0  # threads in `process`; the folder is not let go while one may still write into it
 
     def __enter__(self) -> Session:
         return self
@@ -165,11 +184,15 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        with self._at_work:
-            if isinstance(error, KeyboardInterrupt):  # what is done can be looked at
-                with contextlib.suppress(OutputError):
-                    self._folder.write_html_index()
-            self._folder.__exit__(kind, error, trace)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._at_work)
+        if self._threads is not None:
+            self._threads.close()
+        self._desk.close()
+        if isinstance(error, KeyboardInterrupt):  # what is done can be looked at
+            with contextlib.suppress(OutputError):
+                self._folder.write_html_index()
+        self._folder.__exit__(kind, error, trace)
 
     def stop(self) -> None:
         """Ask `process` in another thread to return after the unit that it is at."""
@@ -185,7 +208,7 @@ class Session:
         self.start(self.job.inputs, plan.rejections)
         self._passed_over = len(plan.passed_over)
         self._without_golden_sample = sum(map(self._references.lacks, plan.units))
-        self._total = len(plan.units)
+        self._total, self._total_work = len(plan.units), work_of(plan.units)
         self._tell("report", 0, self._total)
         return plan.units
 
@@ -208,19 +231,122 @@ class Session:
         """Put on record what is refused of some inputs, in place of what was refused of them earlier."""
         self._folder.start(inputs, rejections)
 
-    def process(self, units: Sequence[ingest.Unit]) -> None:
-        """Report each unit or put it on record as rejected. The next unit is decoded while the model reads this one."""
-        with self._at_work, ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
-            if not units or self._stop.is_set():
+    def process(self, units: Sequence[ingest.Unit], heard: Heard | None = None) -> None:
+        """Report each unit or put it on record as rejected; `heard` is told of each, in any thread.
+
+        While the model reads some units, the next ones are decoded and the reports of former ones are written. Several
+        threads may be in here at a time.
+        """
+        with self._changed:
+            if self._stop.is_set():
                 return
-            ahead = [decoder.submit(self.prepare, units[0])]
-            for following in (*units[1:], None):
-                if self._stop.is_set():
-                    return
-                prepared = ahead.pop().result()
-                if following is not None:
-                    ahead.append(decoder.submit(self.prepare, following))
-                self.conclude(prepared)
+            self._at_work += 1
+            first, self._places = self._places, self._places + len(units)
+            self._get_ready(units)
+        pending: set[Future[tuple[int, Prepared]]] = set()
+        writing: set[Future[None]] = set()
+        twice: list[tuple[int, Opened]] = []
+        ready: list[tuple[int, Opened]] = []
+        coming = enumerate(units, first)
+        try:
+            while not self._stop.is_set():
+                while len(pending) + len(ready) < self._most_ahead and self._open_bytes < MOST_OPEN:
+                    if (following := next(coming, None)) is None:
+                        break
+                    pending.add(self._openers.submit(self._prepare_at, *following))
+                if not (pending or ready):
+                    break
+                over = wait(pending, return_when=FIRST_COMPLETED).done if pending and not ready else _over(pending)
+                pending -= over
+                for place, prepared in sorted((future.result() for future in over), key=lambda each: each[0]):
+                    if not isinstance(prepared, Opened):
+                        self._say(self.conclude(prepared, place), _unit_of(prepared, units, place - first), heard)
+                    elif self._claims(prepared):
+                        ready.append((place, prepared))
+                    else:
+                        twice.append((place, prepared))
+                together, ready = ready[: self._together], ready[self._together :]
+                for (place, opened), (reading, seconds) in zip(
+                    together, self._read([o for _, o in together]), strict=True
+                ):
+                    writing.add(self._writers.submit(self._write_at, place, opened, reading, seconds, heard))
+                over_writing = _over(writing)
+                writing -= over_writing
+                for done in over_writing:
+                    done.result()
+            for done in writing:
+                done.result()
+            while twice and not self._stop.is_set():
+                place, opened = twice[0]
+                self._say(self.conclude(opened, place), opened.unit, heard)
+                del twice[0]
+        finally:
+            for each in pending:
+                each.cancel()
+            wait(pending)
+            wait(writing)
+            left = [future.result()[1] for future in pending if not (future.cancelled() or future.exception())]
+            for prepared in (*left, *(opened for _, opened in (*ready, *twice))):
+                if isinstance(prepared, Opened):
+                    self._let_go(prepared)
+            with self._changed:
+                self._in_flight -= {opened.request for _, opened in ready}
+                self._at_work -= 1
+                self._changed.notify_all()
+
+    def _get_ready(self, units: Sequence[ingest.Unit]) -> None:
+        """Threads and desks as the work and the device are worth them."""
+        self._work += work_of(units)
+        gpu = may_be_gpu(self.job.device)
+        desks = desks_for(max(self._work, self._total_work)) if gpu else 0
+        if isinstance(self._desk, Desk) and desks:
+            self._desk = Desks(self.job, desks, self._desk)
+        elif self._threads is not None:
+            return
+        # On a CPU model and desk share the cores: one thread of each keeps them busy, and reports come one by one.
+        openers, writers = (2 * desks, 2 * desks) if desks else (4, 2) if gpu else (1, 1)
+        self._together, self._most_ahead = (64, 128 + openers) if gpu else (1, 2)
+        former, self._threads = self._threads, contextlib.ExitStack()
+        if former is not None:
+            self._threads.push(former)
+        self._openers, self._writers = (
+            self._threads.enter_context(ThreadPoolExecutor(count, thread_name_prefix=name))
+            for count, name in ((openers, "open"), (writers, "write"))
+        )
+
+    def _prepare_at(self, place: int, unit: ingest.Unit) -> tuple[int, Prepared]:
+        return place, self.prepare(unit)
+
+    def _claims(self, opened: Opened) -> bool:
+        """Whether nobody in this run has reported that content, or is about to; from then on this one is."""
+        with self._changed:
+            if opened.request and (opened.request in self._in_flight or opened.request in self._made):
+                return False
+            self._in_flight.add(opened.request)
+            return True
+
+    def _read(self, opened: Sequence[Opened]) -> list[tuple[Reading | Exception, float]]:
+        """What the model says of each, and the seconds that it took."""
+        if not opened:
+            return []
+        with self._device:
+            reader = load_reader(self.job.model, self.job.device)
+            started = time.perf_counter()
+            readings = reader.read_many([each.sight for each in opened])
+            now = time.perf_counter()
+            self._read_from = self._read_from or started
+            self._read_until = now
+            self.device_seconds += now - started
+        return [(reading, (now - started) / len(opened)) for reading in readings]
+
+    def _write_at(
+        self, place: int, opened: Opened, reading: Reading | Exception, seconds: float, heard: Heard | None
+    ) -> None:
+        self._say(self._conclude_read(opened, reading, seconds, place), opened.unit, heard)
+
+    def _say(self, outcome: IndexEntry | Rejection, unit: ingest.Unit, heard: Heard | None) -> None:
+        if heard is not None:
+            heard(unit, outcome)
 
     def finish(self) -> RunSummary:
         """Write what is over the whole folder, the HTML index last, and say what came of the run."""
@@ -229,16 +355,23 @@ class Session:
         return RunSummary(
             out=self.job.out,
             index=index,
-            reported=tuple(self._reported),
-            already_reported=tuple(self._already),
+            reported=tuple(self._reported[place] for place in sorted(self._reported)),
+            already_reported=tuple(self._already[place] for place in sorted(self._already)),
             rejected=tuple(self._rejected),
             passed_over=self._passed_over,
             without_golden_sample=self._without_golden_sample,
             seconds=time.perf_counter() - self._started,
             first_report_seconds=self._first_report,
+            device_wait=self.device_wait,
             files=files,
             errors=errors,
         )
+
+    @property
+    def device_wait(self) -> float | None:
+        """The share of the time between the first and the last reading in which the device had nothing to read."""
+        whole = self._read_until - self._read_from
+        return max(0.0, 1 - self.device_seconds / whole) if whole > 0 else None
 
     def request(self, unit: ingest.Unit) -> str:
         """SHA-256 over all that the report of `unit` depends on, from the files' bytes; empty where one is unreadable.
@@ -258,11 +391,13 @@ class Session:
         entry = self._folder.finished(request, self._formats)
         if entry is None:
             return False
-        (self._already if before else self._reported).append(entry)
-        if before:
-            self._reject_missing(unit, entry)
-        self._rejected |= dict.fromkeys(entry.refused)
-        self._count()
+        with self._changed:
+            (self._already if before else self._reported)[self._places] = entry
+            self._places += 1
+            if before:
+                self._reject_missing(unit, entry)
+            self._rejected |= dict.fromkeys(entry.refused)
+            self._count()
         return True
 
     def refused(self, rejection: Rejection) -> None:
@@ -279,7 +414,6 @@ class Session:
 
         Puts nothing on record; `conclude` does.  Safe in another thread.
         """
-        started = time.perf_counter()
         golden = self._references.of(unit)
         request = "" if isinstance(golden, Rejection) else self._request(unit, golden)
         if done := self._folder.finished(request, self._formats):
@@ -287,36 +421,100 @@ class Session:
         if known := self._folder.known(request):
             with contextlib.suppress(BundleError):  # what is damaged is made again from its source
                 return _Stored(unit, known, load_bundle(self.job.out / known.id))
-        study = ingest.load(unit, self._patterns)
-        if isinstance(study, Rejection):
-            return study
-        if study.units == "display" and (side := self.job.mm_per_pixel):
-            study = replace(study, geometry=replace(study.geometry, spacing_mm=(side, side), spacing_from="user"))
-        reference = ingest.load(golden) if isinstance(golden, ingest.Unit) else golden
-        if isinstance(reference, Rejection):
-            reason = f"Its golden sample cannot be used: {reference.reason}"
-            return Rejection(unit.path, "golden-sample-unreadable", reason, reference.remedy)
-        if reference is not None and not _same_proportions(study, reference):
-            reason = "Its golden sample has other proportions: it cannot be the same view."
-            remedy = "Give the golden sample of this very view, cut alike."
-            return Rejection(unit.path, "golden-sample-mismatch", reason, remedy)
-        return _Decoded(unit, request, study, reference, time.perf_counter() - started)
+        if isinstance(golden, Rejection):
+            return golden_unusable(unit, golden)
+        opened = self._desk.open(unit, golden, request)
+        if isinstance(opened, Opened):
+            with self._changed:
+                self._open_bytes += opened.size
+        return opened
 
-    def conclude(self, prepared: Prepared) -> IndexEntry | Rejection:
-        """Report what was prepared, or put it on record as refused or done before; says which. Raises OutputError."""
-        outcome: IndexEntry | Rejection
-        if isinstance(prepared, Rejection):
-            outcome = self._reject(prepared)
-        elif isinstance(prepared, _Already):
-            outcome = self._note_done(prepared.unit, prepared.entry)
-        elif isinstance(prepared, _Stored):
-            outcome = self._complete(prepared)
-        elif prepared.request in self._made and (done := self._folder.known(prepared.request)):  # twice in one run
-            outcome = self._note_done(prepared.unit, done)
-        else:
-            outcome = self._report(prepared)
-            if self._told is not None and isinstance(outcome, IndexEntry):
-                self._told(outcome)
+    def conclude(self, prepared: Prepared, place: int | None = None) -> IndexEntry | Rejection:
+        """Report what was prepared, or put it on record as refused or done before; says which. Raises OutputError.
+
+        `place` is where it comes in the summary, by default at the end.
+        """
+        if place is None:
+            with self._changed:
+                place, self._places = self._places, self._places + 1
+        if isinstance(prepared, Opened):
+            with self._changed:
+                self._changed.wait_for(lambda: prepared.request not in self._in_flight)
+                if prepared.request in self._made and (done := self._folder.known(prepared.request)):  # twice in a run
+                    self._let_go(prepared)
+                    return self._settle(self._note_done(prepared.unit, done, place))
+                self._in_flight.add(prepared.request)
+            try:
+                [(reading, seconds)] = self._read([prepared])
+            except BaseException:  # the model does not load
+                self._let_go(prepared)
+                with self._changed:
+                    self._in_flight.discard(prepared.request)
+                raise
+            return self._conclude_read(prepared, reading, seconds, place)
+        with self._changed:
+            if isinstance(prepared, Rejection):
+                return self._settle(self._reject(prepared))
+            if isinstance(prepared, _Already):
+                return self._settle(self._note_done(prepared.unit, prepared.entry, place))
+            return self._settle(self._complete(prepared, place))
+
+    def _conclude_read(
+        self, opened: Opened, reading: Reading | Exception, seconds: float, place: int
+    ) -> IndexEntry | Rejection:
+        """Write the report on what was read, and note it as done."""
+        try:
+            outcome = (
+                failed(opened.unit, reading)
+                if isinstance(reading, Exception)
+                else self._report(opened, reading, seconds)
+            )
+            with self._changed:
+                for missing in opened.refused:
+                    self._reject(missing)
+                if isinstance(outcome, Rejection):
+                    return self._settle(self._reject(outcome))
+                self._reported[place] = outcome
+                self._made.add(opened.request)
+                if self._first_report is None:
+                    self._first_report = time.perf_counter() - self._started
+                if self._told is not None:
+                    self._told(outcome)
+                return self._settle(outcome)
+        finally:
+            self._let_go(opened)
+            with self._changed:
+                self._in_flight.discard(opened.request)
+                self._changed.notify_all()
+
+    def _report(self, opened: Opened, reading: Reading, seconds: float) -> IndexEntry | Rejection:
+        """Write a report as the next version of what the folder holds on its subject."""
+        model = load_reader(self.job.model, self.job.device).info
+        digest, language = self._rules.digest, self.job.language
+        known_as = report_id(opened.identity, opened.reference_key, model, self.job.kind, digest, language)
+        with self._changed:
+            self._changed.wait_for(lambda: opened.subject not in self._subjects)
+            self._subjects.add(opened.subject)
+        try:
+            while True:
+                with self._changed:
+                    version = version_of(known_as, self._folder, opened.request, opened.subject)
+                outcome = self._desk.report(opened, reading, model, version, seconds)
+                if isinstance(outcome, Rejection):
+                    return outcome
+                with contextlib.suppress(OutdatedVersionError), self._changed:  # another session came first: once more
+                    return self._folder.add(outcome)
+        finally:
+            with self._changed:
+                self._subjects.discard(opened.subject)
+                self._changed.notify_all()
+
+    def _let_go(self, opened: Opened) -> None:
+        self._desk.clear(opened)
+        with self._changed:
+            self._open_bytes -= opened.size
+
+    def _settle(self, outcome: IndexEntry | Rejection) -> IndexEntry | Rejection:
         if self._told is not None and isinstance(outcome, Rejection):
             self._told(outcome)
         self._count()
@@ -326,36 +524,22 @@ class Session:
         self._done += 1
         self._tell("report", self._done, self._total)
 
-    def _note_done(self, unit: ingest.Unit, entry: IndexEntry) -> IndexEntry:
+    def _note_done(self, unit: ingest.Unit, entry: IndexEntry, place: int) -> IndexEntry:
         """The report is there."""
-        self._already.append(entry)
+        self._already[place] = entry
         self._reject_missing(unit, entry)
         return entry
 
-    def _complete(self, stored: _Stored) -> IndexEntry:
+    def _complete(self, stored: _Stored, place: int) -> IndexEntry:
         """The report is there, in other formats than the job's: write those that it lacks."""
-        entry, directory = stored.entry, self.job.out / stored.entry.id
-        here = {name for name, file in entry.formats.items() if (self.job.out / file).is_file()}
-        files, errors = self._write(
-            write_formats, directory, stored.bundle, [n for n in self._formats if n not in here]
-        )
+        entry, out = stored.entry, self.job.out
+        here = {name for name, file in entry.formats.items() if (out / file).is_file()}
+        lacking = [name for name in self._formats if name not in here]
+        files, errors = written(out, write_formats, out / entry.id, stored.bundle, lacking)
         errors = {name: why for name, why in entry.errors.items() if name not in self._formats} | errors
-        self._reported.append(self._folder.add(replace(entry, formats=files, errors=errors)))
+        entry = self._reported[place] = self._folder.add(replace(entry, formats=files, errors=errors))
         self._reject_missing(stored.unit, entry)
-        return self._reported[-1]
-
-    def _write(
-        self, write: Callable[[Path, Bundle, Sequence[str]], dict[str, Path]], *what: Any
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """What was written by format, and why what was not was not. Raises OutputError."""
-        errors: dict[str, str] = {}
-        try:
-            files = write(*what)
-        except FormatError as error:
-            files, errors = error.written, error.errors
-        except OSError as error:
-            raise cannot_write(error) from None
-        return {name: str(path.relative_to(self.job.out)) for name, path in files.items()}, errors
+        return entry
 
     def _reject_missing(self, unit: ingest.Unit, entry: IndexEntry) -> None:
         """What a report that is there had to do without is still refused, by the name that it has in this run."""
@@ -378,75 +562,6 @@ class Session:
             return ""
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _report(self, prepared: _Decoded) -> IndexEntry | Rejection:
-        """Read one study with the model and write its report, then note it as done."""
-        study, reference = prepared.study, prepared.reference
-        for missing in study.rejected_sources:
-            self._reject(missing)
-        started = time.perf_counter()
-        reader = load_reader(self.job.model, self.job.device)
-        try:
-            reading = reader.read(study, kind=self.job.kind, reference=reference)
-            read = time.perf_counter()
-            self.device_seconds += read - started
-            measures = measure_study(study) if reading.kind == "ct" else NOT_MEASURED
-            report = build_report(
-                study,
-                reading,
-                reader.info,
-                kind=self.job.kind,
-                reference=reference,
-                rules=self._rules,
-                language=self.job.language,
-                measures=measures,
-                timing={
-                    "load": round(prepared.seconds, 3),
-                    "read": round(read - started, 3),
-                    "measure": round(time.perf_counter() - read, 3),
-                },
-            )
-            bundle = Bundle(report, report_images(study, report, reference=reference), study.dicom, measures.masks)
-        except Exception as error:  # whatever one input does to the model, the others are still reported
-            return self._reject(_failed(prepared.unit, error))
-        subject = _subject(study, prepared.unit)
-        while True:
-            try:
-                return self._put(prepared, replace(bundle, report=report), subject, started)
-            except OutdatedVersionError:  # another session has reported the same subject meanwhile
-                continue
-
-    def _put(self, prepared: _Decoded, bundle: Bundle, subject: str, started: float) -> IndexEntry:
-        """Write a report as the next version of what the folder holds on its subject, then note it as done."""
-        report = as_version(bundle.report, self._folder, prepared.request, subject)
-        directory = self.job.out / report.id
-        files, errors = self._write(write_report, directory, replace(bundle, report=report), self._formats)
-        entry = IndexEntry(
-            id=report.id,
-            kind=report.kind,
-            title=report.title,
-            request=prepared.request,
-            inputs=tuple({"path": source.name, "sha256": source.sha256} for source in report.source.inputs),
-            findings=len(report.findings),
-            types=tuple(dict.fromkeys(finding.type for finding in report.findings)),
-            severity=_worst(report),
-            disposition=report.disposition,
-            confidence=max((finding.confidence for finding in report.findings), default=None),
-            formats=files,
-            thumbnail=str((directory / THUMBNAIL).relative_to(self.job.out)),
-            errors=errors,
-            model=f"{report.model.name} {report.model.version}",
-            seconds=round(prepared.seconds + time.perf_counter() - started, 3),
-            refused=prepared.study.rejected_sources,
-            version=report.version,
-            supersedes=report.supersedes,
-            subject=subject,
-        )
-        self._reported.append(self._folder.add(entry))
-        self._made.add(prepared.request)
-        if self._first_report is None:
-            self._first_report = time.perf_counter() - self._started
-        return self._reported[-1]
-
     def _reject(self, rejection: Rejection) -> Rejection:
         self._rejected[rejection] = None
         self._folder.reject(rejection)
@@ -455,15 +570,6 @@ class Session:
     def _tell(self, stage: Literal["look", "report"], done: int, total: int) -> None:
         if self._listener is not None:
             self._listener(Progress(stage, done, total))
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    unit: ingest.Unit
-    request: str
-    study: ImageStudy
-    reference: ImageStudy | None
-    seconds: float  # to read and decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,7 +585,7 @@ class _Stored:
     bundle: Bundle
 
 
-Prepared = _Decoded | _Already | _Stored | Rejection  # what `Session.prepare` hands to `Session.conclude`
+Prepared = Opened | _Already | _Stored | Rejection  # what `Session.prepare` hands to `Session.conclude`
 
 
 def write_over_run(
@@ -502,39 +608,29 @@ def write_over_run(
     return {name: path.name for name, path in files.items()}, errors
 
 
-def as_version(report: Report, folder: RunFolder, request: str, subject: str) -> Report:
-    """The report as a version of what the folder holds on its subject.
+def version_of(report_id: str, folder: RunFolder, request: str, subject: str) -> Version:
+    """Which version a report is of what the folder holds on its subject.
 
     A report on something new is version 1. One that was made on the same request is the former again, so that it keeps
     its id and version. Any other supersedes the former.
     """
     former = folder.current(subject)
     if former and former.request == request:
-        return report.model_copy(update={"id": former.id, "version": former.version, "supersedes": former.supersedes})
-    taken = folder.entry(report.id)
+        return Version(former.id, former.version, former.supersedes)
+    taken = folder.entry(report_id)
     # The same content was reported before something else, or on another request: a new report all the same.
     if taken and (taken.superseded_by or taken.request != request):
-        parts = [report.id, subject, former.id if former else ""]
-        report = report.model_copy(update={"id": hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]})
-    if former:
-        report = report.model_copy(update={"version": former.version + 1, "supersedes": former.id})
-    return report
+        parts = [report_id, subject, former.id if former else ""]
+        report_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return Version(report_id, former.version + 1, former.id) if former else Version(report_id)
 
 
-def _worst(report: Report) -> str | None:
-    """The severity of the worst finding."""
-    found = {finding.severity for finding in report.findings}
-    return next((severity for severity in WORST_FIRST if severity in found), None)
+def _over(futures: set[Future[_T]]) -> set[Future[_T]]:
+    return {future for future in futures if future.done()}
 
 
-def _subject(study: ImageStudy, unit: ingest.Unit) -> str:
-    """A hash of what a report is about, so that a later one on it can be told: the part of a DICOM series, or file and
-    page."""
-    first = unit.files[0]
-    place = [os.path.abspath(first.path), first.member, unit.page, unit.image]
-    about: list[object] = ["series", study.series_uid] if study.series_uid else ["file", *place]
-    about += [unit.part] if unit.part > 1 else []  # the first keeps its reports when the series gets a second
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+def _unit_of(prepared: Prepared, units: Sequence[ingest.Unit], number: int) -> ingest.Unit:
+    return units[number] if isinstance(prepared, Rejection) else prepared.unit
 
 
 class References:
@@ -637,12 +733,6 @@ def device_name(device: str) -> str:
     return device
 
 
-def _same_proportions(study: ImageStudy, reference: ImageStudy) -> bool:
-    """Whether the sides of both pictures have the same ratio, to within a tenth."""
-    (height, width), (golden_height, golden_width) = study.pixels.shape[1:3], reference.pixels.shape[1:3]
-    return 0.9 < (width * golden_height) / (height * golden_width) < 1 / 0.9
-
-
 def _shared_ending(one: str, other: str) -> int:
     """How many characters at their ends two names share."""
     pairs = zip(reversed(one), reversed(other), strict=False)
@@ -651,27 +741,3 @@ def _shared_ending(one: str, other: str) -> int:
 
 def _stem(unit: ingest.Unit) -> str:
     return Path(unit.files[0].basename).stem
-
-
-def _failed(unit: ingest.Unit, error: Exception) -> Rejection:
-    """The rejection for an input on which the model failed."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return Rejection(
-            path=unit.path,
-            code="out-of-memory",
-            reason="There was not enough memory to read it.",
-            remedy="Close other programs and run again; with a small GPU, add --device cpu.",
-        )
-    if isinstance(error, NotFiniteError):
-        return Rejection(
-            path=unit.path,
-            code=error.code,
-            reason="The model's numbers for it were not finite.",
-            remedy="Look at the picture: if it is as it should be, this is a fault of the model: report it.",
-        )
-    return Rejection(
-        path=unit.path,
-        code="model-failed",
-        reason=f"Reading it failed inside the program ({fault(error)}).",
-        remedy="Run `scanscribe doctor`; if it finds nothing to mend, this is a fault of the program: report it.",
-    )

@@ -81,7 +81,8 @@ class Sight:
     lungs: tuple[Frame, ...] = ()  # the slices of a volume once more
     closer: dict[int, Frame] = field(default_factory=dict)  # by longest side
     colour: float = 0.0  # how colourful the picture is
-    large: tuple[ImageStudy, ImageStudy | None] | None = None  # with its golden sample
+    large: bool = False  # read tile by tile, from its source
+    source: tuple[ImageStudy, ImageStudy | None] | None = None  # with its golden sample; absent where it lies elsewhere
 
     @property
     def volume(self) -> bool:
@@ -98,9 +99,9 @@ def sight(study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None
             tuple(frame(window(study.pixels[s], *WINDOWS[name]), GLANCE, square=True) for s in chosen)
             for name in WINDOWS
         )
-        return Sight(kind, size, chosen, soft, lung)
+        return Sight(kind, size, chosen, soft, lung, source=(study, reference))
     if study.units == "display" and tiles.is_large(study.pixels[0]):
-        return Sight(kind, size, large=(study, reference))
+        return Sight(kind, size, large=True, source=(study, reference))
     middle = len(study.pixels) // 2  # of a volume that is to be read as a defect picture; a picture has one slice
     pixels = study.pixels[middle]
     grey = window(pixels, *(study.window or SOFT_TISSUE)) if study.units == "HU" else grey8(pixels)
@@ -113,6 +114,7 @@ def sight(study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None
         (frame(grey, GLANCE, golden, square=True),),
         closer={side: frame(grey, side, golden, square=False) for side in sorted(sides)},
         colour=colourfulness(pixels),
+        source=(study, reference),
     )
 
 

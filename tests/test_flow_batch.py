@@ -76,7 +76,7 @@ def test_a_flow_that_cannot_write_ends_with_the_run_s_own_error(
         raise OSError(28, "No space left on device")
 
     TinyReader().install(monkeypatch)
-    monkeypatch.setattr("pipelines.run.write_report", full)
+    monkeypatch.setattr("pipelines.desk.write_report", full)
     with pytest.raises(OutputError, match="No space left on device"):
         run_batch(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
     assert capfd.readouterr() == ("", "")

@@ -329,7 +329,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipelines.run.write_report", full)
+    monkeypatch.setattr("pipelines.desk.write_report", full)
     with pytest.raises(OutputError, match="No space left on device"):
         execute(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
 

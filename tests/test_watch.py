@@ -363,9 +363,9 @@ def test_a_full_disk_stops_the_work_until_there_is_room(tmp_path: Path, monkeypa
 
 
 def test_a_disk_that_fills_up_in_the_middle_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipelines.run
+    import pipelines.desk
 
-    full, write_report = threading.Event(), pipelines.run.write_report
+    full, write_report = threading.Event(), pipelines.desk.write_report
 
     def writes(*what: Any) -> Any:
         if full.is_set():
@@ -373,7 +373,7 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing(tmp_path: Path, monkey
         return write_report(*what)
 
     full.set()
-    monkeypatch.setattr("pipelines.run.write_report", writes)
+    monkeypatch.setattr("pipelines.desk.write_report", writes)
     monkeypatch.setattr("flows.watch.PAUSE_S", 0.1)
     with watching(tmp_path, tries=1) as running:
         picture(running.inbox / "a.png", 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipelines.reading import FindingReading, ModelIdentity, Reading
+from pipelines.sight import Sight
 from pipelines.store import Calibration, StoredModel
 from pipelines.study import ImageStudy
 
@@ -28,6 +30,17 @@ class TinyReader:
         """Let every run of this process use this reader."""
         monkeypatch.setattr("pipelines.run.find", lambda model: self.stored)
         monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: self)
+
+    def read_many(self, sights: Sequence[Sight]) -> list[Reading | Exception]:
+        return [self._outcome(each) for each in sights]
+
+    def _outcome(self, seen: Sight) -> Reading | Exception:
+        assert seen.source is not None
+        study, reference = seen.source
+        try:
+            return self.read(study, kind=seen.kind, reference=reference)
+        except Exception as error:
+            return error
 
     def read(self, study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None = None) -> Reading:
         time.sleep(self.seconds)

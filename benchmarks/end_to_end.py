@@ -1,0 +1,173 @@
+"""From files on disk to written reports: photos a second, CT studies a minute, one study, how long the device waits.
+
+    .venv/bin/python benchmarks/end_to_end.py [--quick] [--device cuda] [--ct FOLDER] [--profile]
+
+Photos are 1600 x 1200 JPEGs of steel, tiles and boards, made from the samples; CT studies have 64 slices of 512 x 512,
+each a copy of the series in FOLDER under UIDs of its own, or of the phantom. Reports are JSON and HTML. The model is
+loaded, and one run went before (it counts nowhere). Medians of the runs; the last line of the output is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import cProfile
+import json
+import os
+import pstats
+import shutil
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import torch
+from PIL import Image
+from pydicom.uid import generate_uid
+from racing import claim, machine
+
+from pipelines import ingest
+from pipelines.run import Job, RunSummary, execute, load_reader
+from pipelines.sight import sight
+from pipelines.study import Rejection
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ("steel/scratches.png", "tile/crack.png", "board/board.png")
+SLICES = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few inputs, one run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ct", type=Path, help="folder of a CT series with 64 slices or more")
+    parser.add_argument("--photos", type=int, help="how many (default 1,536 on a GPU, 24 on a CPU)")
+    parser.add_argument("--studies", type=int, help="how many (default 64 on a GPU, 3 on a CPU)")
+    parser.add_argument("--runs", type=int, help="of each (default 3)")
+    parser.add_argument("--profile", action="store_true", help="say where the time of this process goes")
+    asked = parser.parse_args()
+    gpu = asked.device.startswith("cuda")
+    count = asked.photos or (6 if asked.quick else 1536 if gpu else 24)
+    studies = asked.studies or (1 if asked.quick else 64 if gpu else 3)
+    runs = asked.runs or (1 if asked.quick else 3)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        with ProcessPoolExecutor() as pool:
+            photos = list(pool.map(draw_photo, [place / "photos" / f"{n:05}.jpg" for n in range(count)], chunksize=16))
+            made = list(pool.map(copy_study, [asked.ct] * studies, [place / "ct" / f"{n:04}" for n in range(studies)]))
+        warm = run(place / "photos" / photos[0].name, place / "out", asked.device)
+        run(made[0], place / "out", asked.device)
+        claims = [claim("first report of a process, model and all", warm.first_report_seconds or 0, unit="s")]
+        if asked.profile:
+            with cProfile.Profile() as profile:
+                run(place / "photos", place / "out", asked.device)
+            pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
+        whole = [run(place / "photos", place / "out", asked.device) for _ in range(runs)]
+        claims += rates("photos", [count / each.seconds for each in whole], "photos/s", whole, gpu)
+        whole = [run(place / "ct", place / "out", asked.device) for _ in range(runs)]
+        claims += rates("CT studies", [60 * studies / each.seconds for each in whole], "studies/min", whole, gpu)
+        claims += reading(photos[: 256 if gpu else 6], asked.device)
+        alone = [run(made[0], place / "out", asked.device) for _ in range(1 if asked.quick else 5)]
+        seconds = statistics.median(each.seconds for each in alone)
+        claims.append(claim(f"one CT study of {SLICES} slices", seconds, 1 if gpu else 10, unit="s", most=True))
+        entry = alone[-1].reported[0]
+        timing = json.loads((place / "out" / entry.formats["json"]).read_text())["timing_s"]
+        print("Within it, in seconds:", ", ".join(f"{name} {value}" for name, value in timing.items()))
+    for each in claims:
+        target = "" if each["target"] is None else f" (target: {each['target']})"
+        print(f"{each['claim']}: {each['value']} {each['unit']}{target}")
+    print(json.dumps({"benchmark": "end_to_end", "machine": machine([asked.device]), "claims": claims}))
+
+
+def rates(what: str, values: list[float], unit: str, runs: list[RunSummary], gpu: bool) -> list[dict[str, object]]:
+    """How many of them in a time, and what share of it the device waits."""
+    print(f"{what}: {', '.join(f'{value:.4g}' for value in values)} {unit}")
+    waits = [each.device_wait or 0.0 for each in runs]
+    target = 0.2 if gpu and len(os.sched_getaffinity(0)) >= 16 else None
+    return [
+        claim(f"{what}, from disk to written reports", statistics.median(values), unit=unit),
+        claim(f"{what}: share of the run that the device waits", statistics.median(waits), target, most=True),
+    ]
+
+
+def reading(photos: list[Path], device: str) -> list[dict[str, object]]:
+    """What the device does alone: photos that are decoded and framed, as many together as in a run on a GPU."""
+    reader = load_reader("default", device)
+    sights = []
+    for path in photos:
+        study = ingest.load(ingest.plan([path]).units[0])
+        assert not isinstance(study, Rejection)
+        sights.append(replace(sight(study), source=None))
+    spent: dict[str, list[float]] = {"encode": [], "decode": []}
+    for _ in range(4):
+        whole = dict.fromkeys(spent, 0.0)
+        for start in range(0, len(sights), 64):
+            for each in reader.read_many(sights[start : start + 64]):
+                assert not isinstance(each, Exception)
+                for name in whole:
+                    whole[name] += each.timing_s[name]
+        for name, seconds in whole.items():
+            spent[name].append(seconds / len(sights) * 1000)
+    return [
+        claim(f"a photo in memory: {name}", statistics.median(values[1:]), unit="ms") for name, values in spent.items()
+    ]
+
+
+def run(inputs: Path, out: Path, device: str) -> RunSummary:
+    """Report into an empty folder."""
+    shutil.rmtree(out, ignore_errors=True)
+    summary = execute(Job((inputs,), out, device=device))
+    assert summary.complete and summary.reported, [each.reason for each in summary.rejected]
+    return summary
+
+
+def draw_photo(path: Path) -> Path:
+    """A photo of its own: a sample, larger and moved."""
+    path.parent.mkdir(exist_ok=True)
+    number = int(path.stem)
+    with Image.open(ROOT / "examples" / SAMPLES[number % len(SAMPLES)]) as sample:
+        pixels = np.asarray(sample.convert("RGB").resize((1600, 1200)))
+    moved = np.roll(pixels, (7 * number % 1200, 11 * number % 1600), axis=(0, 1))
+    Image.fromarray(moved).save(path, quality=92)
+    return path
+
+
+def copy_study(source: Path | None, folder: Path) -> Path:
+    """A CT series of 64 slices under UIDs of its own."""
+    files = sorted((source or ROOT / "examples" / "ct" / "phantom-series").rglob("*"))
+    slices = [pydicom.dcmread(path) for path in files if path.is_file()]
+    slices.sort(key=lambda each: float(each.ImagePositionPatient[2]))
+    if len(slices) < SLICES:
+        slices = [stretched(slices, k) for k in range(SLICES)]
+    folder.mkdir(parents=True)
+    study, series = generate_uid(), generate_uid()
+    for k, each in enumerate(slices[:SLICES]):
+        each.StudyInstanceUID, each.SeriesInstanceUID, each.SOPInstanceUID = study, series, generate_uid()
+        each.file_meta.MediaStorageSOPInstanceUID = each.SOPInstanceUID
+        each.save_as(folder / f"{k:03}.dcm", enforce_file_format=True)
+    return folder
+
+
+def stretched(slices: list[pydicom.Dataset], k: int) -> pydicom.Dataset:
+    """Slice `k` of a volume that is taller and wider than the phantom."""
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    found = copy.deepcopy(slices[k * len(slices) // SLICES])
+    pixels = found.pixel_array
+    factor = 512 // pixels.shape[0]
+    found.PixelData = np.kron(pixels, np.ones((factor, factor), pixels.dtype)).tobytes()
+    found.Rows, found.Columns = pixels.shape[0] * factor, pixels.shape[1] * factor
+    found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    found["PixelData"].VR = "OW"
+    found.PixelSpacing = [value / factor for value in found.PixelSpacing]
+    x, y, _ = found.ImagePositionPatient
+    found.ImagePositionPatient = [x, y, 5.0 * k]
+    found.SliceThickness, found.InstanceNumber = 5.0, k + 1
+    return found
+
+
+if __name__ == "__main__":
+    main()
