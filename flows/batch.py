@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.crew import Crew, Handed
+from flows.crew import Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
 from flows.ledger import Ledger
 from flows.log import EventLog
@@ -39,7 +39,8 @@ from pipelines.store import home
 from pipelines.study import Rejection
 
 PICTURES_A_BATCH: Final = 16
-PICTURES_A_GPU_BATCH: Final = 64  # and of one that goes to a worker
+PICTURES_A_GPU_BATCH: Final = 64  # and the most of one that goes to a worker
+LEAST_A_BATCH: Final = 8
 MOST_TASKS: Final = 24  # at a time: a study is one, and its task takes a while beside the reading
 ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
@@ -71,8 +72,12 @@ def batch(job: str) -> RunSummary:
     with Session(load_job(job), asked.listener, told=telling) as session:
         if telling:
             telling.session = session
-        gpu = may_be_gpu(session.job.device)
-        batches = group(discover(session), PICTURES_A_GPU_BATCH if gpu or asked.crewing else PICTURES_A_BATCH)
+        units = discover(session)
+        if asked.crewing:  # small enough that all have something to do until the end
+            a_worker = len(units) // max(1, 4 * len(workers(asked.server.url())))
+            batches = group(units, min(max(a_worker, LEAST_A_BATCH), PICTURES_A_GPU_BATCH))
+        else:
+            batches = group(units, PICTURES_A_GPU_BATCH if may_be_gpu(session.job.device) else PICTURES_A_BATCH)
         if asked.crewing:
             let_workers_report(session, batches, asked.server, asked.crewing)
         else:
