@@ -76,7 +76,7 @@ class Fused:
         rows, width = x_RD.shape
         keys, values = stored
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        block = 16 if rows <= 16 else 32 if rows <= 64 else 64
+        block = 16 if rows <= 16 else 32 if rows <= 256 else 64
         # Few rows leave shared memory for longer steps through the weights.
         depth = 128 if rows <= 16 and x_RD.element_size() == 2 and dim <= 64 else 64
         q_RHd = x_RD.new_empty(rows, heads, dim)
@@ -137,7 +137,7 @@ class Fused:
         )
         if splits > 1:
             _join[(rows * heads,)](part, peak, total, mixed_RHd, DIM=dim, SPLITS=splits, num_warps=1)
-        out = 16 if rows <= 32 else 64
+        out = 16 if rows <= 32 else 32
         _out[(triton.cdiv(rows, block), triton.cdiv(width, out))](
             mixed_RHd, attention.out.weight, x_RD, rows, width,
             DEPTHS=heads * dim, DEPTH=_depth(heads * dim, depth), ROWS=block, OUT=out,
