@@ -85,6 +85,8 @@ def main() -> None:
 
 def measure(asked: argparse.Namespace) -> None:
     """Runs all arms and writes what each found on the validation pictures."""
+    read_manifest(asked.data / asked.line / "manifest.jsonl")  # faults come here, not in every worker
+    load_config(asked.base)
     deadline = time.time() + asked.seconds
     arms, sizes = (ARMS[1:2], SIZES[:1]) if asked.quick else (ARMS, SIZES)
     tasks = [
