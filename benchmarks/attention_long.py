@@ -7,8 +7,9 @@
 Time: one layer of the bundled decoder's width (192, 6 heads of 32), random weights; fp32 on a CPU, bf16 on a GPU.
 "Attention" is what is between the projections, "layer" is end to end: projections, rotation, attention, output.
 Prefill is a whole text at once (eight on a GPU); decode is one position of eight texts (64 on a GPU) behind a static
-cache of that length, captured as a CUDA graph on a GPU. Full attention is torch's causal scaled_dot_product_attention,
-flash on a GPU. Both kinds run by turns; medians of the runs, and the spread between quartiles.
+cache of that length. On a GPU both kinds are CUDA graphs, so that neither is bound by launching kernels. Full attention
+is torch's causal scaled_dot_product_attention, flash on a GPU. Both kinds run by turns; medians of the runs, and the
+spread between quartiles.
 
 Needle: a text of noise holds pairs of a key and a value; behind it stand keys, whose values are to be told. Pairs lie
 further back than the window reaches. Small decoders with either attention are trained alike, on new texts at each step.
@@ -165,7 +166,7 @@ def cases(width: int, stage: str, length: int, device: torch.device) -> dict[str
         at, stored = places(config, stage, length, batch, device, dtype)
         mixed = (x, *layer.project(x, at), at, stored)
         for part, call in (("attention", bind(layer.mix, *mixed)), ("layer", bind(layer, x, at, stored))):
-            found[part].append(captured(call) if device.type == "cuda" and stage == "decode" else call)
+            found[part].append(captured(call) if device.type == "cuda" else call)
     return found
 
 

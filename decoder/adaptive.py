@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoder.attention import FullAttention, FullAttentionConfig, Places, Stored, attend
+from decoder.rotary import on_gpu
 
 ALIGNED: Final = 8  # masks of attention kernels want rows of whole 16 bytes
-HALVES: Final = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,12 @@ class AdaptiveAttentionConfig(FullAttentionConfig):
     def __post_init__(self) -> None:
         if self.stride < 1 or self.window < 1 or self.window % self.stride:
             raise ValueError(f"a window of {self.window} positions is not made of whole blocks of {self.stride}")
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels of `decoder.windows` can run it."""
+        sizes = (self.window, self.stride, self.head_dim)
+        return all(size & (size - 1) == 0 for size in sizes) and self.window >= 16 and 16 <= self.head_dim <= 128
 
     def build(self, width: int, norm_eps: float) -> nn.Module:
         return AdaptiveAttention(self, width, norm_eps)
@@ -102,11 +108,13 @@ class AdaptiveAttention(FullAttention):
     def mix(
         self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
     ) -> Tensor:
-        kv_BTJe = torch.cat((k_BTJd, v_BTJd), -1)
+        if at.masks is None and on_gpu(q_BTHd) and self.config.fused:
+            return self._fused(x_BTD, q_BTHd, k_BTJd, v_BTJd, at, stored)
         if at.masks is None:
-            near_BTHd, far_BTHd = self._at_once(q_BTHd, kv_BTJe, at, stored)
+            near_BTHd, far_BTHd = self._at_once(q_BTHd, k_BTJd, v_BTJd, at, stored)
         else:
             assert stored is not None
+            kv_BTJe = torch.cat((k_BTJd, v_BTJd), -1)
             parts, start = [], 0
             for masks in at.masks:
                 end = start + masks[0].shape[1]
@@ -118,43 +126,65 @@ class AdaptiveAttention(FullAttention):
         gate_BTH1 = self.gate(x_BTD).sigmoid()[..., None].to(near_BTHd.dtype)
         return torch.lerp(far_BTHd, near_BTHd, gate_BTH1)
 
-    def pool(self, kv: Tensor, absent: Tensor | None = None) -> Tensor:
-        """Rows `[..., P, J, e]` of blocks to one each, `[..., J, e]`, without those `absent`, `[..., P]`."""
-        salience = torch.einsum("...jd,jd->...j", kv[..., : self.config.head_dim].float(), self.salience_Jd.float())
+    def pool(self, k: Tensor, v: Tensor, absent: Tensor | None = None) -> Tensor:
+        """Keys and values `[..., P, J, d]` of blocks to one row each, `[..., J, e]`, without those `absent`."""
+        salience = torch.einsum("...jd,jd->...j", k.float(), self.salience_Jd.float())
         if absent is not None:
             # Not -inf: a block of which nothing is there yet must be finite, too, as masks multiply it by 0.
             salience = salience.masked_fill(absent[..., None], torch.finfo(torch.float32).min)
-        return torch.einsum("...pje,...pj->...je", kv, salience.softmax(-2).to(kv.dtype))
+        weight = salience.softmax(-2).to(k.dtype)
+        return torch.cat([torch.einsum("...pjd,...pj->...jd", each, weight) for each in (k, v)], -1)
 
-    def _at_once(self, q_BTHd: Tensor, kv_BTJe: Tensor, at: Places, stored: Stored | None) -> tuple[Tensor, Tensor]:
+    def _at_once(
+        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
+    ) -> tuple[Tensor, Tensor]:
         """Results of both kinds for positions from 0 on."""
-        config, count = self.config, q_BTHd.shape[1]
-        whole = count // config.stride * config.stride
-        # The null key is the first.
-        blocks_BMJe = F.pad(self.pool(kv_BTJe[:, :whole].unflatten(1, (-1, config.stride))), (0, 0, 0, 0, 1, 0))
+        stride = self.config.stride
+        whole = q_BTHd.shape[1] // stride * stride
+        blocks_BMJe = self.pool(*(each[:, :whole].unflatten(1, (-1, stride)) for each in (k_BTJd, v_BTJd)))
+        blocks_BMJe = F.pad(blocks_BMJe, (0, 0, 0, 0, 1, 0))  # the null key is the first
         if stored is not None:
             stored[1][:, :, : blocks_BMJe.shape[1]] = blocks_BMJe.transpose(1, 2)
-            self._keep(kv_BTJe, at, 0, stored)
-        if q_BTHd.is_cuda and q_BTHd.dtype in HALVES and not torch.is_grad_enabled():
-            return self._ragged(q_BTHd, kv_BTJe, blocks_BMJe)
-        return self._near(q_BTHd, kv_BTJe), self._far(q_BTHd, blocks_BMJe)
+            self._keep(torch.cat((k_BTJd, v_BTJd), -1), at, 0, stored)
+        return self._near(q_BTHd, k_BTJd, v_BTJd), self._far(q_BTHd, blocks_BMJe)
 
-    def _near(self, q_BTHd: Tensor, kv_BTJe: Tensor) -> Tensor:
-        """Local results: the first window by itself, each other one with the one before it, all as one batch."""
-        config, batch, count = self.config, q_BTHd.shape[0], q_BTHd.shape[1]
-        scale, window = config.head_dim**-0.5, min(config.window, count)
-        first = attend(q_BTHd[:, :window], *_halves(kv_BTJe[:, :window].transpose(1, 2)), None, scale)
-        if count == window:
-            return first
-        filled = (F.pad(t, (0, 0, 0, 0, 0, -count % window)) for t in (q_BTHd, kv_BTJe))
-        q_BNWHd, kv_BNWJe = (t.unflatten(1, (-1, window)) for t in filled)
-        pairs = torch.cat((kv_BNWJe[:, :-1], kv_BNWJe[:, 1:]), 2).flatten(0, 1)
-        seen = (
-            torch.arange(2 * window, device=pairs.device) - window <= torch.arange(window, device=pairs.device)[:, None]
-        )
-        mask = _added(seen, q_BTHd.dtype)[None].expand(len(pairs), -1, -1)
-        others = attend(q_BNWHd[:, 1:].flatten(0, 1), *_halves(pairs.transpose(1, 2)), mask, scale)
-        return torch.cat((first, others.unflatten(0, (batch, -1)).flatten(1, 2)[:, : count - window]), 1)
+    def _fused(
+        self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
+    ) -> Tensor:
+        """The whole of `mix` for positions from 0 on, by kernels that are there on a GPU only."""
+        from decoder import windows  # which needs Triton
+
+        (batch, count), config = q_BTHd.shape[:2], self.config
+        if stored is None:
+            blocks_BJMe = k_BTJd.new_empty(batch, config.kv_heads, count // config.stride + 1, 2 * config.head_dim)
+        else:
+            blocks_BJMe = stored[1]
+            self._keep(torch.cat((k_BTJd, v_BTJd), -1), at, 0, stored)
+        windows.pool(k_BTJd, v_BTJd, self.salience_Jd, config.stride, blocks_BJMe)
+        return windows.attend(config, q_BTHd, k_BTJd, v_BTJd, blocks_BJMe, self.gate(x_BTD))
+
+    def _near(self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor) -> Tensor:
+        """Local results: the first window by itself, whole ones with the one before them as one batch, then the rest.
+
+        Windows overlap in memory; only more than one sequence makes copies of them.
+        """
+        config, (batch, count) = self.config, q_BTHd.shape[:2]
+        scale, window = config.head_dim**-0.5, config.window
+        results, whole = [], count // window * window
+        k_BJTd, v_BJTd = k_BTJd.transpose(1, 2), v_BTJd.transpose(1, 2)
+        results.append(attend(q_BTHd[:, :window], k_BJTd[:, :, :window], v_BJTd[:, :, :window], None, scale))
+        seen = torch.arange(2 * window, device=q_BTHd.device) - window
+        mask_TS = _added(seen <= torch.arange(window, device=q_BTHd.device)[:, None], q_BTHd.dtype)
+        if whole > window:
+            q = q_BTHd[:, window:whole].unflatten(1, (-1, window)).flatten(0, 1)
+            k, v = (each[:, :whole].unfold(1, 2 * window, window).flatten(0, 1).mT for each in (k_BTJd, v_BTJd))
+            out = attend(q, k, v, mask_TS[None].expand(len(q), -1, -1), scale)
+            results.append(out.unflatten(0, (batch, -1)).flatten(1, 2))
+        if window <= whole < count:
+            k, v = k_BJTd[:, :, whole - window :], v_BJTd[:, :, whole - window :]
+            mask_TS = mask_TS[: count - whole, : window + count - whole]
+            results.append(attend(q_BTHd[:, whole:], k, v, mask_TS[None].expand(batch, -1, -1), scale))
+        return torch.cat(results, 1)
 
     def _far(self, q_BTHd: Tensor, blocks_BMJe: Tensor) -> Tensor:
         """Global results: each window looks at the blocks before it, the first at the null key, whose value is 0."""
@@ -173,40 +203,6 @@ class AdaptiveAttention(FullAttention):
             out = F.scaled_dot_product_attention(q_BHTd, k, v, scale=scale, enable_gqa=grouped)
             results.append(out.transpose(1, 2))
         return torch.cat(results, 1)
-
-    def _ragged(self, q_BTHd: Tensor, kv_BTJe: Tensor, blocks_BMJe: Tensor) -> tuple[Tensor, Tensor]:
-        """Both results by flash attention over windows as sequences, each of which has its own stretch of the keys."""
-        config, (batch, count) = self.config, q_BTHd.shape[:2]
-        windows, ratio, device = -(-count // config.window), config.window // config.stride, q_BTHd.device
-        window_N = torch.arange(windows, device=device).repeat(batch)
-        row_N = torch.arange(batch, device=device).repeat_interleave(windows)
-        starts_N = F.pad(row_N * count + window_N * config.window, (0, 1), value=batch * count).int()
-        first_N = (window_N - 1).clamp(min=0) * config.window
-        end_N = ((window_N + 1) * config.window).clamp(max=count)
-
-        def flash(kv: Tensor, first_N: Tensor, seen_N: Tensor, longest: int, causal: bool) -> Tensor:
-            k, v = kv.flatten(0, 1).chunk(2, -1)
-            # Where a stretch of keys starts and how many of them are seen: stretches overlap, which is why the
-            # starts are not sums of the numbers.
-            return torch.ops.aten._flash_attention_forward(
-                q_BTHd.flatten(0, 1),
-                k,
-                v,
-                starts_N,
-                F.pad(first_N, (0, 1)).int(),
-                config.window,
-                longest,
-                0.0,
-                causal,
-                False,
-                scale=config.head_dim**-0.5,
-                seqused_k=seen_N.int(),
-            )[0].unflatten(0, (batch, count))
-
-        near = flash(kv_BTJe, row_N * count + first_N, end_N - first_N, 2 * config.window, True)
-        longest = (windows - 1) * ratio + 1
-        far = flash(blocks_BMJe, row_N * blocks_BMJe.shape[1], window_N * ratio + 1, longest, False)
-        return near, far
 
     def _further(
         self, q_BTHd: Tensor, kv_BTJe: Tensor, at: Places, start: int, masks: tuple[Tensor, Tensor], stored: Stored
@@ -228,7 +224,9 @@ class AdaptiveAttention(FullAttention):
             raw_BJRe = torch.cat((raw_BJRe, kv_BTJe.transpose(1, 2)), 2)
         absent_BNP = members_BNP >= first_B1[..., None] + count
         place_BN = (block_BN + 1).clamp(max=blocks_BJMe.shape[2] - 1)
-        blocks_BJMe[at.rows_B1, :, place_BN] = self.pool(raw_BJRe[at.rows_B1[..., None], :, place_BNP], absent_BNP)
+        blocks_BJMe[at.rows_B1, :, place_BN] = self.pool(
+            *_halves(raw_BJRe[at.rows_B1[..., None], :, place_BNP]), absent_BNP
+        )
         if not single:
             self._keep(kv_BTJe, at, start, stored)
         scale = config.head_dim**-0.5

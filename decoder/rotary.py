@@ -14,6 +14,12 @@ import torch
 from torch import Tensor, nn
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels of our own serve: halves on a GPU, no gradients; a compiler makes its own."""
+    halves = x.dtype in (torch.float16, torch.bfloat16)
+    return x.is_cuda and halves and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True, slots=True)
 class Yarn:
     """A context longer than the one trained on: slow frequencies are interpolated, fast ones stay."""
@@ -76,6 +82,10 @@ class Rope:
 
     def rotate(self, x_BTHR: Tensor, cos_BT1r: Tensor, sin_BT1r: Tensor) -> Tensor:
         """Rotates each pair; results lie in halves either way, alike for queries and keys, so that products hold."""
+        if on_gpu(x_BTHR):
+            from decoder import windows  # which needs Triton
+
+            return windows.rotate(x_BTHR, cos_BT1r, sin_BT1r, self.interleaved)
         a, b = (x_BTHR[..., 0::2], x_BTHR[..., 1::2]) if self.interleaved else x_BTHR.chunk(2, -1)
         return torch.cat((a * cos_BT1r - b * sin_BT1r, b * cos_BT1r + a * sin_BT1r), -1).to(x_BTHR.dtype)
 

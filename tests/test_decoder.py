@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -340,6 +343,41 @@ def test_adaptive_attention_is_what_it_says() -> None:
         gate = attention.gate(x[0, t]).sigmoid()[:, None, None]
         expected.append(attention.out((gate * near + (1 - gate) * far).flatten()))
     torch.testing.assert_close(attention(x, at, None)[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_the_kernels_for_prompts_give_what_pytorch_gives() -> None:
+    """In Triton's interpreter, which a process has to be started with."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+KERNELS = """
+import torch
+from decoder import AdaptiveAttentionConfig, windows
+from decoder.attention import Places
+from decoder.rotary import Rope, Rotary
+
+torch.manual_seed(0)
+sizes = ((100, 4, 2, 32, 32, 8), (31, 2, 2, 16, 16, 4), (130, 2, 1, 16, 64, 16))
+for count, heads, kv_heads, dim, window, stride in sizes:
+    config = AdaptiveAttentionConfig(heads=heads, kv_heads=kv_heads, head_dim=dim, window=window, stride=stride)
+    assert config.fused
+    attention = config.build(64, 1e-6).requires_grad_(False)
+    attention.salience_Jd.normal_()
+    x, q, kv = torch.randn(2, count, 64), torch.randn(2, count, heads, dim), torch.randn(2, count, kv_heads, 2 * dim)
+    given = (x, q, *kv.chunk(2, -1), Places(torch.arange(count)[None], torch.arange(2)[:, None], None, None, None))
+    one, other = (tuple(torch.full((2, *shape), 7.0) for shape in config.stored(count)) for _ in range(2))
+    torch.testing.assert_close(attention._fused(*given, one), attention.mix(*given, other), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+for interleaved in (False, True):
+    for rows in (1, 3):
+        x, rope = torch.randn(3, 70, 10, 32)[:, :, 2:6], Rope(interleaved=interleaved)
+        cos, sin = Rotary(rope, 32)(torch.arange(70)[None] + torch.arange(rows)[:, None])
+        torch.testing.assert_close(windows.rotate(x, cos, sin, interleaved), rope.rotate(x, cos, sin))
+"""
 
 
 def test_windows_of_broken_blocks_are_refused() -> None:
