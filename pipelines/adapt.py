@@ -124,7 +124,7 @@ def adapt(
 
     network = ScanScribeModel(ModelConfig.from_dict(base.config))
     load_into(network, base.weights)
-    detector = network.detector.to(reader.device)
+    detector = network.detectors[0].to(reader.device)
     stream = load_stream(STREAM, examples.train, longest=examples.line.longest, own_types=examples.line.types)
     state = train_adapter(run, stream, detector, examples.line.types, reader.device)
     state = {key: value.half().cpu().contiguous() for key, value in state.items()}

@@ -48,10 +48,11 @@ class Labelled:
     reference: ImageStudy | None
 
 
-def join_weights(glance: Path, detector: Path, writer: Path, out: Path) -> None:
-    """One file of three: tensors get the prefix that the whole network gives them."""
+def join_weights(glance: Path, detectors: Sequence[Path], writer: Path, out: Path) -> None:
+    """One file of all parts: tensors get the prefix that the whole network gives them."""
     tensors: dict[str, Tensor] = {}
-    for path, prefix in ((glance, "glance."), (detector, "detector."), (writer, "")):
+    parts = [(path, f"detectors.{i}.") for i, path in enumerate(detectors)]
+    for path, prefix in ((glance, "glance."), *parts, (writer, "")):
         with safe_open(path, framework="pt") as file:
             tensors |= {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     out.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
 
 def build(
     glance: Path,
-    detector: Path,
+    detectors: Sequence[Path],
     writer: Path,
     data: Path,
     out: Path,
@@ -213,8 +214,8 @@ def build(
     fields_only: Sequence[str] = (),
 ) -> Calibration:
     """Makes a model folder and calibrates it on the `val` split of every data set below `data`."""
-    join_weights(glance, detector, writer, out)
-    config = load_config(writer)
+    join_weights(glance, detectors, writer, out)
+    config = load_config(writer) | {"detectors": len(detectors)}
     save_settings(out, name=name, version=version, config=config, calibration=Calibration())
     reader = Reader.load(out)
     fit_domain(reader.model.glance, data).save(out / DOMAIN)
@@ -225,8 +226,9 @@ def build(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option in ("glance", "detector", "writer", "data", "out"):
+    for option in ("glance", "writer", "data", "out"):
         parser.add_argument(f"--{option}", type=Path, required=True)
+    parser.add_argument("--detector", type=Path, nargs="+", required=True, help="one, or several that take turns")
     parser.add_argument("--name", default="default")
     parser.add_argument("--version", default="1.0")
     parser.add_argument(

@@ -85,7 +85,7 @@ class _Glanced:
 
 
 class Looker:
-    """Looks at studies with the glance and the detector of a model, and that of an adapter where there is one.
+    """Looks at studies with the glance and the detectors of a model, and that of an adapter where there is one.
 
     Not for use by several threads at once.
     """
@@ -156,7 +156,7 @@ class Looker:
     def _detect(self, frames: Sequence[Frame], *, mirrored: bool) -> Dense:
         x = self._input(frames)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            return look_from_all_sides([self._model.detector], x) if mirrored else self._model.detector(x)
+            return look_from_all_sides(self._model.detectors, x) if mirrored else self._model.detectors[0](x)
 
     def _input(self, frames: Sequence[Frame]) -> Tensor:
         """`[B, 3, H, W]`: as `pipelines.inputs.channels` and `pad` make it, of bytes that were moved to the device."""

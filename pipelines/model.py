@@ -1,4 +1,4 @@
-"""The whole network: glance, detector, bridge, and the decoder that reads both the picture and its evidence.
+"""The whole network: glance, detectors, bridge, and the decoder that reads both the picture and its evidence.
 
 The decoder's prompt is, in this order: the bridge's queries (the picture), one token of all field logits, and one token
 for each evidence slot. What it writes is in the language of `reports.grammar`.
@@ -41,6 +41,7 @@ class ModelConfig:
     detector: DetectorConfig
     bridge: BridgeConfig
     decoder: DecoderConfig
+    detectors: int = 1  # that take turns at the mirror images of a picture
 
     @classmethod
     def default(
@@ -68,6 +69,7 @@ class ModelConfig:
             DetectorConfig(**values["detector"] | {"widths": tuple(values["detector"]["widths"])}),
             BridgeConfig(**values["bridge"]),
             DecoderConfig.from_dict(values["decoder"]),
+            values.get("detectors", 1),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,13 +97,17 @@ class Evidence:
 
 
 class ScanScribeModel(nn.Module):
-    """Glance, detector, bridge and decoder. The first two run on their own; `prompt` joins what they gave."""
+    """Glance, detectors, bridge and decoder. The first two run on their own; `prompt` joins what they gave.
+
+    Pictures that are seen without mirror images are seen by the first detector.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.glance = GlanceNet(config.glance)
-        self.detector = Detector(config.detector)
+        detectors = nn.ModuleList(Detector(config.detector) for _ in range(config.detectors))
+        self.detectors: Sequence[Detector] = detectors  # type: ignore[assignment]  # torch knows modules alone
         self.bridge = Bridge(config.bridge)
         self.decoder = Decoder(config.decoder)
         self.evidence = EvidenceTokens(config.decoder.width, sum(config.glance.fields.values()))

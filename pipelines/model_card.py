@@ -37,8 +37,9 @@ person.**
 
 - Glance: {backbone} with class activation maps of {map_types} CT finding types, and heads for product line, region,
   plane, contrast, laterality and COVID-19. Trained from scratch.
-- Detector: ResNet-18-D with stages {widths} wide, a path-aggregation neck, a dense head (boxes of {box_types} defect
-  types) and a head that tells which types are on the picture. Trained from scratch.
+- Detectors ({detectors}): ResNet-18-D with stages {widths} wide, a path-aggregation neck, a dense head (boxes of
+  {box_types} defect types) and a head that tells which types are on the picture. Trained from scratch. Several take
+  turns at the mirror images of a picture.
 - Domain: a Gaussian of low rank for each product line and CT over the glance's channel statistics; a study that lies
   too far out is held, and nothing of it is reported.
 - Bridge: {queries} learned queries attend over the visual tokens; each becomes a convex combination of the decoder's
@@ -131,6 +132,7 @@ def write_card(model: Path) -> None:
         name=stored.name,
         version=stored.version,
         backbone=config.glance.backbone,
+        detectors=config.detectors,
         widths=", ".join(map(str, config.detector.widths)),
         box_types=config.detector.types,
         map_types=config.glance.map_types,

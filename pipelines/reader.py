@@ -100,14 +100,15 @@ class Reader:
             load_into(network, base.weights)
             domain = DomainModel.load(base.domain) if base.domain_sha256 else None
             if stored.own_line is not None:
-                own = Adapted.load(stored, network.detector, place)
+                own = Adapted.load(stored, network.detectors[0], place)
                 known = DomainModel.load(stored.domain)
                 domain = known if domain is None else domain.joined(known)
         except ValueError as error:
             raise ModelError(str(error)) from None
         network.eval().requires_grad_(False)
         network.glance.fuse()
-        network.detector.fuse()
+        for detector in network.detectors:
+            detector.fuse()
         network.to(place)
         network.to(memory_format=torch.channels_last)
         info = ModelIdentity(stored.name, stored.version, stored.weights_sha256, stored.config_sha256, str(place))

@@ -2,12 +2,13 @@
 
 The file's metadata holds the sizes of the network that the weights belong to. A quantised tensor `name` is stored as
 `name.int8` and `name.scale`; loading gives back float32. Symmetric, rounded to nearest: the largest weight of a channel
-becomes 127.
+becomes 127. A tensor that a network uses in several places is stored once, under its first name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ SMALL = 4096  # tensors with fewer elements stay float16
 def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Writes a state dict and the sizes of its network; integer buffers (batch counters) are left out."""
     stored: dict[str, Tensor] = {}
+    seen = set()
     for name, tensor in state.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or (tensor.data_ptr(), tensor.shape) in seen:
             continue
+        seen.add((tensor.data_ptr(), tensor.shape))
         value = tensor.detach().float().cpu()
         if value.ndim < 2 or value.numel() < SMALL:
             stored[name] = value.half().contiguous()
@@ -53,8 +56,9 @@ def load_config(path: Path) -> dict[str, Any]:
 def load_into(network: nn.Module, path: Path) -> None:
     """Loads a whole network. Raises ValueError that names the tensor that is missing, unknown or of another shape."""
     state, expected = load_weights(path), network.state_dict()
+    given = {expected[name].data_ptr() for name in state if name in expected}
     for name, tensor in expected.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or (name not in state and tensor.data_ptr() in given):
             continue
         if name not in state:
             raise ValueError(f"{path}: tensor {name!r} is missing")
@@ -68,7 +72,8 @@ def load_into(network: nn.Module, path: Path) -> None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Reads a state dict of float32 tensors."""
-    stored = load_file(path)
+    # Before version 1.2 a model had one detector, under that name.
+    stored = {re.sub(r"^detector\.", "detectors.0.", name): tensor for name, tensor in load_file(path).items()}
     state: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if name.endswith(".int8"):

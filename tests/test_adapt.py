@@ -291,17 +291,19 @@ def test_the_same_seed_gives_the_same_adapter(manifest: Path, tmp_path: Path) ->
     base = find("default")
     network = ScanScribeModel(ModelConfig.from_dict(base.config))
     load_into(network, base.weights)
-    before = {name: value.clone() for name, value in network.detector.state_dict().items()}
+    before = {name: value.clone() for name, value in network.detectors[0].state_dict().items()}
     cases = read_manifest(manifest, lines=(LINE,))[:8]
     stream = load_stream("own", cases, longest=96, own_types=LINE.types)
     states = []
     for n, seed in enumerate((1, 1, 2)):
         recipe = fitted(load_recipe("adapt", [*QUICK, f"seed={seed}"]), 96, whole=True)
         run = Run(tmp_path / str(n), recipe, resume=False)
-        states.append(train_adapter(run, stream, network.detector, LINE.types, network.detector.presence.weight.device))
+        states.append(
+            train_adapter(run, stream, network.detectors[0], LINE.types, network.detectors[0].presence.weight.device)
+        )
     assert all(bool((states[0][name] == states[1][name]).all()) for name in states[0])
     assert any(bool((states[0][name] != states[2][name]).any()) for name in states[0])
-    assert all(bool((value == before[name]).all()) for name, value in network.detector.state_dict().items())
+    assert all(bool((value == before[name]).all()) for name, value in network.detectors[0].state_dict().items())
 
 
 def test_whole_groups_are_held_out_and_every_type_with_them() -> None:

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from encoders import Detector, DetectorConfig
+from pipelines.build import join_weights
 from pipelines.manifest import read_manifest
+from pipelines.model import ModelConfig, ScanScribeModel
 from pipelines.training import run as training_run
 from pipelines.training.__main__ import cli
 from pipelines.training.augment import LATERALITY, LEFT_RIGHT, Augmentation, augmentation, draw
@@ -150,9 +154,21 @@ def test_from_manifests_to_weights(data: Path, tmp_path: Path) -> None:
         assert json.loads((out / "recipe.json").read_text())["streams"]["strip"]["batch"] in (2, 4)
 
     written = tmp_path / "writer"
-    trained = [f"--{name}={tmp_path / name / name}.safetensors" for name in ("glance", "detector")]
+    glance, detector = (str(tmp_path / name / f"{name}.safetensors") for name in ("glance", "detector"))
+    trained = ["--glance", glance, "--detector", detector, detector]
     assert cli(["--recipe", recipe(tmp_path, WRITER), "--out", str(written), *arguments, *trained]) == 0
     assert "decoder.embedding.weight" in load_weights(written / "writer.safetensors")
+
+    # Together they are a model with two detectors.
+    join_weights(Path(glance), [Path(detector)] * 2, written / "writer.safetensors", tmp_path / "model")
+    whole = ScanScribeModel(ModelConfig.from_dict(load_config(written / "writer.safetensors")))
+    load_into(whole, tmp_path / "model" / "weights.safetensors")
+    alone = Detector(whole.config.detector)
+    load_into(alone, Path(detector))
+    for each in whole.detectors:
+        assert all(
+            torch.equal(a, b) for a, b in zip(each.state_dict().values(), alone.state_dict().values(), strict=True)
+        )
 
 
 def test_a_backbone_learns_without_labels_and_the_glance_starts_from_it(
@@ -395,6 +411,20 @@ def test_weights_come_back_within_half_a_step(tmp_path: Path) -> None:
     step = state["big"].abs().amax(1, keepdim=True) / 127
     assert ((loaded["big"] - state["big"]).abs() <= step / 2 + 1e-6).all()
     torch.testing.assert_close(loaded["small"], state["small"], atol=2e-3, rtol=1e-3)
+
+
+def test_what_a_network_uses_in_several_places_is_stored_once(tmp_path: Path) -> None:
+    detector, other = Detector(DetectorConfig(types=3)), Detector(DetectorConfig(types=3))
+    save_weights(tmp_path / "w.safetensors", detector.state_dict(), {})
+    stored = load_weights(tmp_path / "w.safetensors")
+    kernels = [name for name in stored if name.startswith("boxes.type_branch") and name.endswith("conv.weight")]
+    assert kernels == [f"boxes.type_branch.0.{i}.conv.weight" for i in (0, 1)]
+    load_into(other, tmp_path / "w.safetensors")
+    for i in range(3):
+        torch.testing.assert_close(other.state_dict()[f"boxes.type_branch.{i}.1.conv.weight"], stored[kernels[1]])
+    save_file({name: value for name, value in stored.items() if name != kernels[0]}, tmp_path / "v.safetensors")
+    with pytest.raises(ValueError, match="is missing"):
+        load_into(other, tmp_path / "v.safetensors")
 
 
 def test_weights_of_another_network_are_refused_by_name(tmp_path: Path) -> None:

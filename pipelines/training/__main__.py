@@ -68,7 +68,7 @@ def cli(argv: list[str]) -> int:
             for detector, path in zip(detectors, args.detector, strict=True):
                 load_into(detector, path)
             model = train_writer(run, args.data, glance, detectors, device)
-            written = {k: v for k, v in model.state_dict().items() if not k.startswith(("glance.", "detector."))}
+            written = {k: v for k, v in model.state_dict().items() if not k.startswith(("glance.", "detectors."))}
             save_weights(args.out / "writer.safetensors", written, model.config.to_dict())
         elif recipe["kind"] == "pretrain":
             backbone = train_backbone(run, args.data, device)

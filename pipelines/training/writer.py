@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoders import Dense, Detector, GlanceNet
 from encoders.flips import look_from_all_sides
@@ -379,9 +379,9 @@ def train_writer(
     pool = look_at(glance, detectors, streams["train"], recipe, run)
     realism = Realism(pool.rows(torch.randperm(len(pool), device=device)[: recipe["measured"]]), held_out)
     config = ModelConfig.default(backbone=glance.config.backbone, visual_width=glance.width, bridge=recipe["bridge"])
-    config = replace(config, glance=glance.config, detector=detectors[0].config)
+    config = replace(config, glance=glance.config, detector=detectors[0].config, detectors=len(detectors))
     model = ScanScribeModel(config)
-    model.glance, model.detector = glance, detectors[0]
+    model.glance, model.detectors = glance, nn.ModuleList(detectors)  # type: ignore[assignment]
     model.to(device).train()
     for network in (glance, *detectors):
         network.eval()
