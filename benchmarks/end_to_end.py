@@ -18,6 +18,7 @@ import pstats
 import shutil
 import statistics
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from pydicom.uid import generate_uid
 from racing import claim, machine
 
 from pipelines import ingest
+from pipelines.desk import Desk, Opened, Version
+from pipelines.reading import Reading
 from pipelines.run import Job, RunSummary, execute, load_reader
 from pipelines.sight import sight
 from pipelines.study import Rejection
@@ -62,9 +65,7 @@ def main() -> None:
         run(made[0], place / "out", asked.device)
         claims = [claim("first report of a process, model and all", warm.first_report_seconds or 0, unit="s")]
         if asked.profile:
-            with cProfile.Profile() as profile:
-                run(place / "photos", place / "out", asked.device)
-            pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
+            profile(photos, made[:2], place / "out", asked.device)
         whole = [run(place / "photos", place / "out", asked.device) for _ in range(runs)]
         claims += rates("photos", [count / each.seconds for each in whole], "photos/s", whole, gpu)
         whole = [run(place / "ct", place / "out", asked.device) for _ in range(runs)]
@@ -114,6 +115,47 @@ def reading(photos: list[Path], device: str) -> list[dict[str, object]]:
     return [
         claim(f"a photo in memory: {name}", statistics.median(values[1:]), unit="ms") for name, values in spent.items()
     ]
+
+
+def profile(photos: list[Path], studies: list[Path], out: Path, device: str) -> None:
+    """Says where the time goes: on a desk, in the reader by how many are read together, and in this process."""
+    reader = load_reader("default", device)
+    for what, inputs in (("photo", photos[:12]), ("CT study", studies)):
+        desk = Desk(Job(tuple(inputs), out, device=device))
+        spent: dict[str, list[float]] = {"open": [], "read": [], "report": []}
+        for number, unit in enumerate(ingest.plan(inputs).units):
+            started = time.perf_counter()
+            opened = desk.open(unit, None, "0" * 64)
+            assert isinstance(opened, Opened)
+            spent["open"].append(time.perf_counter() - started)
+            [reading] = reader.read_many([opened.sight])
+            assert isinstance(reading, Reading)
+            spent["read"].append(sum(reading.timing_s.values()))
+            started = time.perf_counter()
+            desk.report(opened, reading, reader.info, Version(f"{number:016x}"), 0.0)
+            spent["report"].append(time.perf_counter() - started)
+        desk.close()
+        shares = ", ".join(f"{name} {statistics.median(values) * 1000:.1f} ms" for name, values in spent.items())
+        print(f"A {what}, one at a time: {shares}")
+    sights = [replace(sight(ingest.load(unit)), source=None) for unit in ingest.plan(photos[:64]).units]
+    for count in (1, 4, 16, 64):
+        taken = []
+        for _ in range(4):
+            started = time.perf_counter()
+            for start in range(0, len(sights), count):
+                reader.read_many(sights[start : start + count])
+            taken.append((time.perf_counter() - started) / len(sights) * 1000)
+        print(f"Reading {count} photos together: {statistics.median(taken[1:]):.2f} ms a photo")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.startswith("cuda") else []
+    with torch.profiler.profile(activities=activities) as device_time:
+        reader.read_many(sights)
+    order = "self_cuda_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+    print(device_time.key_averages().table(sort_by=order, row_limit=14, max_name_column_width=60))
+    with cProfile.Profile() as host_time:
+        reader.read_many(sights)
+    pstats.Stats(host_time).sort_stats("tottime").print_stats(22)
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def run(inputs: Path, out: Path, device: str) -> RunSummary:
