@@ -57,7 +57,7 @@ class Needles:
     stride: int = 16
 
 
-FULL = Needles(length=2048, pairs=12, asked=24)
+FULL = Needles(length=1024, pairs=6, asked=32, words=16, steps=2400, batch=64, seeds=2, window=64, stride=8)
 QUICK = Needles(length=512, pairs=4, asked=8, words=16, steps=20, batch=4, seeds=1, window=32, stride=8)
 
 
@@ -245,7 +245,7 @@ def recall(name: str, task: Needles, seed: int, place: str) -> float:
         rate = 2e-3 * min(1.0, (step + 1) / 100) * min(1.0, 4 * (task.steps - step) / task.steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        shorter = 4 if step < 0.4 * task.steps else 2 if step < 0.7 * task.steps else 1
+        shorter = 4 if step < 0.6 * task.steps else 2 if step < 0.8 * task.steps else 1
         logits, values = told(task.length // shorter)
         loss = F.cross_entropy(logits.flatten(0, 1), values.flatten())
         optimiser.zero_grad(set_to_none=True)
