@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -116,11 +115,12 @@ def _models() -> Iterator[Check]:
 
 
 def _disk() -> Iterator[Check]:
+    from flows.space import free_bytes
     from pipelines.store import home
 
     places = {"this folder": Path.cwd(), "the state folder": _existing(home())}
     for what, folder in places.items():
-        free = shutil.disk_usage(folder).free
+        free = free_bytes(folder)
         if not os.access(folder, os.W_OK):
             remedy = "set SCANSCRIBE_HOME" if what == "the state folder" else "name another folder with --out"
             yield Check("disk", "warn", f"{what} cannot be written", remedy)
