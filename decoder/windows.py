@@ -91,7 +91,8 @@ def _rotate(  # type: ignore[no-untyped-def]
     inside = (t < count) & (i < HALF)
     turn = row * turn_stride + t * HALF + i
     c, s = tl.load(cos + turn, inside, 0.0), tl.load(sin + turn, inside, 0.0)
-    first, second = (2 * i, 2 * i + 1) if INTERLEAVED else (i, i + HALF)
+    first = 2 * i if INTERLEAVED else i
+    second = 2 * i + 1 if INTERLEAVED else i + HALF
     x += row * row_stride + head * head_stride + t * position_stride
     a = tl.load(x + first * value_stride, inside, 0.0).to(tl.float32)
     b = tl.load(x + second * value_stride, inside, 0.0).to(tl.float32)
