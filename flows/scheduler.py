@@ -137,7 +137,7 @@ class Scheduler:
         how_far = self._ended(schedule, progress(schedule))
         busy = how_far.running is not None
         if schedule.paused:
-            self._keep(name, replace(how_far, standing=Standing(now)))
+            keep_progress(name, replace(how_far, standing=Standing(now)))
         elif now >= self._not_before.get(name, 0.0):
             self._step(schedule, deployment, how_far, now, busy)
         if now < self._next_ask.get(name, 0.0):
@@ -160,7 +160,7 @@ class Scheduler:
             self._stop(schedule.name, run, "overlap" if open_now else "window")
         if not done.skipped and done.start is None:
             if done.standing.waiting != how_far.standing.waiting or now - how_far.standing.settled > ASK_S:
-                self._keep(schedule.name, replace(how_far, standing=done.standing))
+                keep_progress(schedule.name, replace(how_far, standing=done.standing))
             return
         waiting = deployments.due(deployment, now)
         for due, why in done.skipped:
@@ -174,7 +174,7 @@ class Scheduler:
         if done.start is not None:
             self._start(schedule, how_far, done.start, deployments.run_of(deployment, done.start, waiting))
         else:
-            self._keep(schedule.name, how_far)
+            keep_progress(schedule.name, how_far)
 
     def _start(self, schedule: Schedule, how_far: Progress, due: float, flow_run: UUID, *, asked: bool = False) -> None:
         process = subprocess.Popen(
@@ -188,7 +188,7 @@ class Scheduler:
         )
         owner = process_name(process.pid)
         try:
-            self._keep(schedule.name, replace(how_far, running=due, flow_run=str(flow_run), owner=owner))
+            keep_progress(schedule.name, replace(how_far, running=due, flow_run=str(flow_run), owner=owner))
         except OSError:  # what is not on record must not run
             process.kill()
             process.wait()
@@ -242,16 +242,13 @@ class Scheduler:
         said = "stopped" if stopped and result != "done" else result
         last = Last(due, now, said, code or ", ".join(f"{count} {what}" for what, count in facts.items()))
         how_far = replace(how_far, running=None, flow_run=None, owner=None, last=last)
-        self._keep(name, how_far)
+        keep_progress(name, how_far)
         self._runs.pop(name, None)  # only now: what went wrong before is done again
         event = "run-failed" if said in ("failed", "died") else f"run-{said}"
         self._log(
             event, schedule=name, due=_text(due), code=code or ("process-died" if said == "died" else None), **facts
         )
         return how_far
-
-    def _keep(self, name: str, how_far: Progress) -> None:
-        keep_progress(name, how_far)
 
     def _end(self) -> None:
         """Stop what is at work; it goes on at the next start."""

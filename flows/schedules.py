@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from flows.jobs import Lane, as_plain, from_plain
 from flows.server import state_folder
-from flows.timing import ScheduleError, Standing, Timing, Window
+from flows.timing import ScheduleError, Standing, Timing, Window, next_due
 from pipelines.run import Job, check_job
 from reports.files import atomic_write
 
@@ -131,8 +131,6 @@ def keep_progress(name: str, how_far: Progress) -> None:
 
 def next_run(schedule: Schedule, now: float | None = None) -> float | None:
     """When the next run starts at the earliest; None while it is paused. Windows are not looked at."""
-    from flows.timing import next_due
-
     if schedule.paused:
         return None
     now = time.time() if now is None else now

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.ledger import Ledger, State
-from flows.schedules import Last, progress, schedules
+from flows.schedules import Last, next_run, progress, schedules
 from flows.server import running_server
 from flows.services import Service, services
 from flows.space import free_bytes
-from flows.timing import next_due
 from pipelines.store import home
 
 LAST_REPORTS = 5
@@ -98,10 +97,10 @@ def look_at_schedules(now: float | None = None) -> list[Scheduled]:
     for each in schedules():
         how_far = progress(each)
         state = "running" if how_far.running is not None else "paused" if each.paused else "active"
-        waiting = how_far.standing.waiting
-        due = None if each.paused else waiting[0] if waiting else next_due(each.timing, now)
         window = str(each.timing.window) if each.timing.window else None
-        found.append(Scheduled(each.name, each.timing.words, each.timing.zone, window, state, due, how_far.last))
+        found.append(
+            Scheduled(each.name, each.timing.words, each.timing.zone, window, state, next_run(each, now), how_far.last)
+        )
     return found
 
 
