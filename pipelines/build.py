@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,12 +30,12 @@ from pipelines.reading import NotFiniteError, Reading
 from pipelines.store import DOMAIN, WEIGHTS, Calibration, save_settings
 from pipelines.study import ImageStudy
 from pipelines.weights import load_config
-from reports.taxonomy import CT_FIELDS
+from reports.taxonomy import CT_FIELDS, CT_TYPES
 
 HALF = IOUS.index(0.5)
 SHARES = (0.0, 0.3, 0.6)  # tried for the decoder's word on an item
 LEAST = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # probabilities tried; no report names what is under one in five
-LATERALITY_ACCURACY = 0.7  # what answers about the side must reach, on at least a tenth of the cases
+LATERALITY_ACCURACY, ANSWERED = 0.7, 0.3  # what answers about the side must reach, on at least that share of the cases
 TEMPERATURES = np.geomspace(0.5, 8, 33)
 
 
@@ -114,7 +114,7 @@ def fit_answer(probabilities: Sequence[dict[str, float]], truths: Sequence[str],
         rows.append((scaled[best] / sum(scaled.values()), best == truth))
     for least in np.arange(0.3, 1.0, 0.05):
         answered = [right for probability, right in rows if probability >= least]
-        if len(answered) < len(rows) / 10:
+        if len(answered) < len(rows) * ANSWERED:
             break
         if np.mean(answered) >= LATERALITY_ACCURACY:
             return round(float(least), 2)
@@ -152,11 +152,18 @@ def _written(reader: Reader, views: Sequence[Seen]) -> list[Reading]:
     return readings
 
 
-def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequence[str] = ()) -> Calibration:
+def calibrate(
+    reader: Reader,
+    sets: dict[str, list[Labelled]],
+    fields_only: Sequence[str] = (),
+    assessed: Mapping[str, Sequence[str]] | None = None,
+) -> Calibration:
     """Fits every part of the calibration on labelled cases; `reader` must have none.
 
-    Cases are pooled by product line. Of the data sets in `fields_only` the labelled findings are left out.
+    Cases are pooled by product line. Of the data sets in `fields_only` the labelled findings are left out. `assessed`
+    becomes part of the calibration as it stands.
     """
+    known = dict(assessed or {})
     point: dict[str, float] = {}
     report: dict[str, float] = {}
     evidence: dict[str, tuple[float, float]] = {}
@@ -189,7 +196,7 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
         scores: dict[tuple[float, float], float] = {}
         for weight, least in product(SHARES, LEAST):
             reader.calibration = Calibration(
-                evidence={line: evidence[line]}, point={line: weight}, report={line: least}
+                evidence={line: evidence[line]}, point={line: weight}, report={line: least}, assessed=known
             )
             scores[weight, least] = f1(cases, _written(reader, views))
         reader.calibration = Calibration()
@@ -199,7 +206,7 @@ def calibrate(reader: Reader, sets: dict[str, list[Labelled]], fields_only: Sequ
     answer = (
         {"laterality": fit_answer(*pairs["laterality"], temperature["laterality"])} if "laterality" in pairs else {}
     )
-    return Calibration(evidence, temperature, point, report, answer)
+    return Calibration(evidence, temperature, point, report, answer, known)
 
 
 def build(
@@ -212,14 +219,19 @@ def build(
     name: str,
     version: str,
     fields_only: Sequence[str] = (),
+    assessed: Sequence[str] | None = None,
 ) -> Calibration:
-    """Makes a model folder and calibrates it on the `val` split of every data set below `data`."""
+    """Makes a model folder and calibrates it on the `val` split of every data set below `data`.
+
+    `assessed` are the CT finding types that it reports, by default all.
+    """
     join_weights(glance, detectors, writer, out)
     config = load_config(writer) | {"detectors": len(detectors)}
     save_settings(out, name=name, version=version, config=config, calibration=Calibration())
     reader = Reader.load(out)
     fit_domain(reader.model.glance, data).save(out / DOMAIN)
-    calibration = calibrate(reader, load_cases(data, "val"), fields_only)
+    only = {} if assessed is None else {"ct": tuple(assessed)}
+    calibration = calibrate(reader, load_cases(data, "val"), fields_only, only)
     save_settings(out, name=name, version=version, config=config, calibration=calibration)
     return calibration
 
@@ -234,6 +246,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--fields-only", nargs="*", default=(), metavar="SET", help="data sets with unsure finding labels"
     )
+    parser.add_argument(
+        "--assessed",
+        nargs="*",
+        choices=CT_TYPES,
+        metavar="TYPE",
+        help="CT finding types that are told from chance in cross-validation: others are never reported; default: all",
+    )
     args = parser.parse_args()
     print(
         build(
@@ -245,5 +264,6 @@ if __name__ == "__main__":
             name=args.name,
             version=args.version,
             fields_only=args.fields_only,
+            assessed=args.assessed,
         )
     )

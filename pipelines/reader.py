@@ -232,7 +232,8 @@ class Reader:
         weight, least = self._asked(seen.line)
         hints_H = torch.ones(POINTERS)
         for i, candidate in enumerate(kept):
-            hints_H[i] = what_is_asked(self.confidence(candidate.score, seen.line), weight, least)
+            if self._assesses(seen.line, candidate.type):
+                hints_H[i] = what_is_asked(self.confidence(candidate.score, seen.line), weight, least)
         return Request((), prompt_PD, forbidden=[ID[word] for word in forbidden], pins=pins, hints_H=hints_H)
 
     def _words(self, finding_type: str) -> list[str]:
@@ -243,6 +244,10 @@ class Reader:
     def _asked(self, line: str) -> tuple[float, float]:
         """What the decoder's word counts, and what it and the evidence must reach together."""
         return self.calibration.point.get(line, 0.5), self.calibration.report.get(line, 0.5)
+
+    def _assesses(self, line: str, finding_type: str) -> bool:
+        """Whether findings of the type are reported at all."""
+        return finding_type in self.calibration.assessed.get(line, (finding_type,))
 
     def _place(self, seen: Seen, candidate: Candidate) -> tuple[str, str]:
         """Zone and extent of an item; CT items have no extent."""
@@ -270,7 +275,9 @@ class Reader:
                     candidate.slice_index,
                     confidence,
                     # Of more items than the decoder has slots for, the evidence alone decides.
-                    i == shown or named is not None or (i >= slots and confidence >= least),
+                    i == shown
+                    or named is not None
+                    or (i >= slots and confidence >= least and self._assesses(seen.line, candidate.type)),
                     "weak" if seen.line == "ct" else "box",
                     zone,
                     extent,
@@ -295,6 +302,7 @@ class Reader:
             windows=seen.windows,
             quality_flags=seen.flags + ((OUT_OF_DOMAIN,) if strange else ()),
             corrections=() if draft.impression == summarise(draft.findings) else ("impression",),
+            unsure=tuple(name for name in CT_TYPES if not self._assesses("ct", name)) if kind == "ct" else (),
             tokens=tuple(words),
             domain=seen.domain,
             lines=self.lines,

@@ -64,6 +64,7 @@ class Reading:
     quality_flags: tuple[str, ...] = ()
     corrections: tuple[str, ...] = ()  # "impression": the decoder's own contradicts what it pointed at
     timing_s: dict[str, float] = field(default_factory=dict)  # "encode", "decode"
+    unsure: tuple[str, ...] = ()  # finding types that were not shown to be told from chance, so that none is reported
     tokens: tuple[str, ...] = ()  # the decoder's output, for the audit trail
     domain: float | None = None  # how likely the study is of a kind that the model was trained on; None: not judged
     lines: tuple[ProductLine, ...] = PRODUCT_LINES  # that the model tells apart, with their types

@@ -375,6 +375,8 @@ def _defects_not_assessed(reading: Reading, reference: ImageStudy | None) -> Ite
 
 def _ct_not_assessed(study: ImageStudy, reading: Reading, technique: Technique) -> Iterable[NotAssessed]:
     yield NotAssessed.of("other-findings", types=taxonomy.CT_TYPES)
+    if reading.unsure:
+        yield NotAssessed.of("unsure-findings", types=reading.unsure)
     yield NotAssessed.of("absence")
     yield NotAssessed.of("history")
     for name, field in reading.fields.items():

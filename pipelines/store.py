@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +46,9 @@ class Calibration:
     report: dict[str, float] = field(default_factory=dict)
     # The least probability at which a field is answered at all; below it is undetermined.
     answer: dict[str, float] = field(default_factory=dict)
+    # Finding types that were shown to be told from chance, by product line and "ct": no other is reported. All, where a
+    # line has no entry.
+    assessed: dict[str, Sequence[str]] = field(default_factory=dict)
 
     def joined(self, other: Calibration) -> Calibration:
         """With what another one says of further lines; the other's word stands."""

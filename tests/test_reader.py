@@ -18,6 +18,7 @@ from pipelines.inputs import channels, grey8, pad, resize, window
 from pipelines.look import Candidate, Seen
 from pipelines.reader import Reader, point_or_pass
 from pipelines.reading import NotFiniteError, Reading
+from pipelines.reporting import build_report
 from pipelines.sight import Sight, frame, sight
 from pipelines.store import ModelError, find
 from pipelines.study import ImageStudy
@@ -116,6 +117,24 @@ def test_a_volume_names_its_slices_and_windows(reader: Reader) -> None:
     assert all(finding.slice_index in reading.slices_read for finding in reading.findings)
     for field in reading.fields.values():
         assert sum(field.probabilities.values()) == pytest.approx(1)
+
+
+def test_types_that_are_not_told_from_chance_are_named_and_never_reported(reader: Reader) -> None:
+    study = load("ct/phantom-series")
+    seen = reader.look(study)
+    sure = [dataclasses.replace(candidate, score=0.999) for candidate in seen.candidates]
+    seen = dataclasses.replace(seen, candidates=sure)
+    open_minded = dataclasses.replace(reader.calibration, point={}, evidence={}, assessed={})
+    careful = dataclasses.replace(open_minded, assessed={"ct": ("cyst", "effusion")})
+    said = {}
+    for name, calibration in (("all", open_minded), ("two", careful)):
+        other = Reader(reader.model, calibration, reader.info, reader.device)
+        reading = write(other, seen)
+        said[name] = {f.type for f in reading.findings if f.reported}
+    assert len(said["all"]) > 2 and said["two"] == {"cyst", "effusion"}
+    report = build_report(study, reading, reader.info)
+    [unsure] = [item for item in report.not_assessed if item.code == "unsure-findings"]
+    assert "nodule" in unsure.what and "cyst" not in unsure.what and "better than chance" in unsure.reason
 
 
 def test_the_kind_can_be_forced(reader: Reader) -> None:
