@@ -1,6 +1,7 @@
 """Tokens a second on a GPU against Hugging Face transformers, on the same weights: batch 1, 32 and 256, in bfloat16.
 
     .venv/bin/python -m benchmarks.decode_gpu
+    .venv/bin/python -m benchmarks.decode_gpu --models 400M --batches 1 256   # where time is short: those with targets
     .venv/bin/python -m benchmarks.decode_gpu --quick             # one small model, fewer repeats; without a GPU: tiny
     .venv/bin/python -m benchmarks.decode_gpu --models 400M --batches 1 --peers none
 
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the 30M model alone, two repeats, no compiled peers")
     parser.add_argument("--models", nargs="+", default=None, help="30M, 400M")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 256, 32], help="in this order")
     parser.add_argument("--peers", choices=("all", "fast", "none"), default="all", help="fast: none that compiles")
     parser.add_argument("--variants", action="store_true", help="our engine in other ways, too: what each part gains")
     parser.add_argument("--profile", action="store_true", help="which kernels a step of ours spends its time in")
