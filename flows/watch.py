@@ -28,6 +28,7 @@ from flows.space import MIN_FREE, Room
 from pipelines import run
 from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.identifiers import PatternError
+from pipelines.ingest.refusals import MissingPackageError
 from pipelines.run import Job, Session, UsageError
 from pipelines.run_folder import INDEX, IndexEntry, OutputError, written_by_runs
 from pipelines.store import ModelError, home
@@ -36,6 +37,8 @@ from reports.rules import RulesError
 
 BURST_S: Final = 30.0  # of work, until the index is written and other commands can have the output folder
 PAUSE_S: Final = 2.0  # before another try when the disk, the ledger or the folder fails
+# What may be over the next time.
+TROUBLES: Final = (LedgerError, OutputError, ModelError, UsageError, RulesError, PatternError, MissingPackageError)
 SCAN_SHARE: Final = 5  # a full look takes at most this part of the time: 1/5
 
 # What a file that is still being copied can look like.
@@ -121,7 +124,7 @@ class Watcher:
                     self._look()
                     self._work()
                     self._fine("broken")
-                except (LedgerError, OutputError, ModelError, UsageError, RulesError, PatternError) as error:
+                except TROUBLES as error:
                     if self._watching.once:
                         raise
                     self._trouble("broken", f"{error}", code=error.code)

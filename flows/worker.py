@@ -28,6 +28,7 @@ from flows.log import EventLog
 from flows.server import LocalServer, ServerError, state_folder
 from flows.space import MIN_FREE, Room
 from pipelines import run
+from pipelines.ingest.refusals import MissingPackageError
 from pipelines.run import Session
 from pipelines.run_folder import OutputError
 from pipelines.store import home
@@ -165,7 +166,7 @@ class Worker:
                 self._stopping.wait(PAUSE_S)
             if not self._stopping.is_set():
                 desk.items.settle_together(desk.session, [(b.request, list(b.files), b.unit) for b in batch])
-        except (OutputError, LedgerError) as error:
+        except (OutputError, LedgerError, MissingPackageError) as error:
             self._log("broken", message=str(error), code=error.code)
             self._stopping.wait(PAUSE_S)
             self._close()

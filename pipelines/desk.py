@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pipelines import ingest
 from pipelines.ingest.identifiers import load_patterns
+from pipelines.ingest.refusals import MissingPackageError
 from pipelines.measures import NOT_MEASURED, StudyMeasures, measure_study
 from pipelines.reading import ModelIdentity, NotFiniteError, Reading
 from pipelines.reporting import build_report, report_images
@@ -355,7 +356,9 @@ def golden_unusable(unit: ingest.Unit, why: Rejection) -> Rejection:
 
 
 def failed(unit: ingest.Unit, error: Exception) -> Rejection:
-    """The rejection for an input on which the model failed."""
+    """The rejection for an input on which the model failed. Raises MissingPackageError."""
+    if isinstance(error, ModuleNotFoundError):
+        raise MissingPackageError(error.name) from error
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Rejection(
             path=unit.path,

@@ -387,7 +387,9 @@ def _explain(error: Exception) -> tuple[str, str]:
     if code := getattr(error, "code", None):  # the product's own errors
         return str(code), str(error)
     if isinstance(error, ModuleNotFoundError):
-        return "environment", f"The package {error.name} is not installed: run `make setup`, then `scanscribe doctor`."
+        from pipelines.ingest.refusals import MissingPackageError
+
+        return MissingPackageError.code, str(MissingPackageError(error.name))
     if isinstance(error, OSError):
         return "system", f"{error.filename or 'A file'} cannot be used ({error.strerror}): check it and run again."
     traceback.print_exception(error)

@@ -400,3 +400,20 @@ def test_a_killed_run_leaves_whole_files_and_the_next_run_finishes(
     assert len(summary.already_reported) == done
     assert len(lines(index)) == len(summary.reported) + done == 12
     assert not list(out.rglob("*.tmp"))
+
+
+MISSING = """
+import sys
+sys.modules["pypdfium2"] = None  # as if it were not installed
+from scanscribe.cli import main
+main()
+"""
+
+
+def test_a_package_that_is_missing_is_no_fault_of_the_input(tmp_path: Path) -> None:
+    words = ("report", str(picture(tmp_path / "a.png")), "--out", str(tmp_path / "out"), "--json")
+    done = subprocess.run([sys.executable, "-c", MISSING, *words], capture_output=True, text=True, cwd=EXAMPLES.parent)
+    told = json.loads(done.stdout)["error"]
+    assert (done.returncode, told["code"]) == (2, "environment")
+    assert told["message"].startswith("The package pypdfium2 is not installed: run `make setup`")
+    assert not (tmp_path / "out" / "index.jsonl").exists()

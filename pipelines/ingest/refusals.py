@@ -63,14 +63,34 @@ class Refusal(Exception):  # noqa: N818 - a refused input is an expected outcome
         self.reason = reason
 
 
+class MissingPackageError(Exception):
+    """A package that reading needs is not installed: no fault of any input."""
+
+    code = "environment"
+
+    def __init__(self, package: str | None) -> None:
+        super().__init__(package)
+        self.package = package
+
+    def __str__(self) -> str:
+        return f"The package {self.package} is not installed: run `make setup`, then `scanscribe doctor`."
+
+
 def rejection(path: str, code: str, reason: str) -> Rejection:
     """The rejection of `path`, with the remedy that belongs to `code`."""
     return Rejection(path, code, reason, REMEDIES[code])
 
 
 def rejected(path: str, error: Exception) -> Rejection:
-    """What went wrong with `path`, whatever was raised. Texts of foreign errors stay out: they can quote headers."""
+    """What went wrong with `path`, whatever was raised. Texts of foreign errors stay out: they can quote headers.
+
+    Raises MissingPackageError: then nothing is wrong with `path`.
+    """
     match error:
+        case MissingPackageError():
+            raise error
+        case ModuleNotFoundError():
+            raise MissingPackageError(error.name) from error
         case Refusal():
             return rejection(path, error.code, error.reason)
         case PermissionError():
