@@ -6,8 +6,8 @@ Photos are 1600 x 1200 JPEGs of steel, tiles and boards, made from the samples; 
 each a copy of the series in FOLDER under UIDs of its own, or of the phantom. Reports are JSON and HTML. The model is
 loaded, and one run went before (it counts nowhere). Medians of the runs; the last line of the output is a JSON object.
 
-A machine needs torch, numpy, scipy, pillow, safetensors, pyyaml, jinja2, pydantic, pydicom and pypdfium2 of the packages
-in requirements.lock, and for a compressed series in FOLDER its codec (pylibjpeg-openjpeg, pyjpegls or python-gdcm).
+A machine needs torch, numpy, scipy, pillow, safetensors, pyyaml, jinja2, pydantic, pydicom and pypdfium2 in the
+versions of requirements.lock; for a compressed series in FOLDER also pylibjpeg-openjpeg, pyjpegls or python-gdcm.
 """
 
 from __future__ import annotations
