@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from decoder import Decoder, PromptError
-from decoder.engine import Completion, Engine, Request
+from decoder.engine import Completion, Engine, Grammar, Request
 from decoder.engine.grammar import Rules
 from decoder.engine.requests import Plan
 from decoder.engine.runner import RUN
@@ -236,6 +242,91 @@ def test_a_grammar_without_choice_needs_no_decoder(decoder: Decoder) -> None:
     done = Engine(decoder, slots=1, grammar=GRAMMAR).generate([nothing])[0]
     assert [TOKENS[i] for i in done.ids] == ["<bos>", "kind:defect", "line:steel", "<impression>", "<clear>", "<end>"]
     assert (done.decisions, done.ended) == (0, "eos")
+
+
+SMALLEST = 9  # tokens of the vocabulary that random automata have
+
+
+@pytest.fixture(scope="module")
+def small() -> Decoder:
+    return make_decoder("full", width=32, length=40, vocabulary=SMALLEST)
+
+
+@st.composite
+def automata(draw: st.DrawFn) -> np.ndarray:
+    """Tables `[S, V]` of any kind: dead ends, loops without a way out, states that nothing leads to."""
+    states = draw(st.integers(1, 7))
+    chance = np.random.default_rng(draw(st.integers(0, 2**32)))
+    table_SV = chance.integers(0, states, (states, SMALLEST))
+    table_SV[chance.random(table_SV.shape) < draw(st.sampled_from((0.2, 0.6, 0.9)))] = -1
+    table_SV[-1] = -1  # an end
+    return table_SV.astype(np.int32)
+
+
+@given(automata(), st.sets(st.integers(0, SMALLEST - 1), max_size=3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_automaton_it_accepts_what_is_written_within_the_budget(
+    small: Decoder, table_SV: np.ndarray, forbidden: set[int], data: st.DataObject
+) -> None:
+    grammar = Grammar.from_table(table_SV)
+    nearest = shortest(table_SV, forbidden)
+    engine = Engine(small, slots=2, grammar=grammar)
+    if nearest is None:
+        with pytest.raises(PromptError) as caught:
+            engine.generate([Request([1], forbidden=forbidden, max_new_tokens=20)])
+        assert caught.value.code == "nothing-to-write"
+        return
+    if nearest > 1:
+        with pytest.raises(PromptError, match=f"what the grammar asks for takes {nearest}"):
+            engine.generate([Request([1], forbidden=forbidden, max_new_tokens=nearest - 1)])
+    budgets = data.draw(st.lists(st.integers(max(1, nearest), nearest + 12), min_size=3, max_size=3))
+    requests = [
+        Request([n, 2], forbidden=forbidden, max_new_tokens=budget, temperature=n, seed=n)
+        for n, budget in enumerate(budgets)
+    ]
+    for request, done in zip(requests, engine.generate(requests), strict=True):
+        assert grammar.accepts(done.ids) and done.ended == "eos"
+        assert len(done.ids) <= (request.max_new_tokens or 0)
+        assert not forbidden & set(done.ids)
+        if not request.temperature and nearest:
+            assert done.ids == plain_loop(small, request, grammar)
+
+
+def shortest(table_SV: np.ndarray, forbidden: set[int]) -> int | None:
+    """Tokens on the shortest way from state 0 to an end, None where there is no way."""
+    seen, front, steps = {0}, {0}, 0
+    while front:
+        if any((table_SV[state] < 0).all() for state in front):
+            return steps
+        tokens = [token for token in range(table_SV.shape[1]) if token not in forbidden]
+        front = {int(table_SV[state, token]) for state in front for token in tokens} - {-1} - seen
+        seen |= front
+        steps += 1
+    return None
+
+
+# Kernels
+
+
+def test_the_kernels_of_a_step_give_what_the_layers_give() -> None:
+    """In Triton's interpreter, which a process has to be started with."""
+    pytest.importorskip("triton", reason="Triton comes with torch on Linux")
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+KERNELS = f"""
+import torch
+from tests.engine_cases import check_choices, check_fused
+
+torch.set_num_threads(1)
+for slots, count in ((2, 1), (3, 4), (17, 1)):  # pairs by their rows, by rows of several positions, sorted by expert
+    check_fused(slots, count)
+for vocabulary in ({len(TOKENS)}, 2100):
+    check_choices(vocabulary, torch.float32, torch.device("cpu"))
+"""
 
 
 def test_decide_takes_the_place_of_the_likeliest(decoder: Decoder) -> None:

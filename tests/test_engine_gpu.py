@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from decoder.engine import Engine, Request
-from decoder.engine import rows as reference
-from decoder.engine.rows import DeviceGrammar, Rows, pack
 from reports.grammar import ID, POINTERS, TOKENS, from_tokens
-from tests.engine_cases import ATTENTIONS, make_decoder, make_requests, plain_loop, report_grammar
+from tests.engine_cases import ATTENTIONS, check_choices, make_decoder, make_requests, plain_loop, report_grammar
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,42 +99,4 @@ def test_decide_is_a_part_of_the_graph() -> None:
 @pytest.mark.parametrize("vocabulary", [len(TOKENS), 5000, 128000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_choose_what_plain_torch_chooses(vocabulary: int, dtype: torch.dtype) -> None:
-    from decoder.engine import kernels
-
-    for seed, width in ((0, 1), (1, 4)):
-        chance = np.random.default_rng(seed)
-        grammar = GRAMMAR if vocabulary == len(TOKENS) and width > 1 else None
-        states, width = (len(GRAMMAR.next_SC), width) if grammar else (0, 1)  # only a grammar adds tokens to a choice
-        rows = Rows.zeros(33, vocabulary, width, states, 0, torch.device("cuda"))
-        rows.left_B.copy_(torch.from_numpy(chance.integers(6, 40, 33)))
-        rows.left_B[3] = 0
-        rows.temperature_B.copy_(torch.from_numpy(chance.random(33) * (chance.random(33) < 0.5)))
-        rows.seed_B.copy_(torch.from_numpy(chance.integers(-(2**31), 2**31, 33)))
-        if grammar:
-            rules = grammar.rules_of([ID["kind:ct"]])
-            rows.only_BS.copy_(torch.from_numpy(rules.only_S))
-            rows.ways_BS.copy_(torch.from_numpy(rules.ways_S))
-            reachable = np.flatnonzero((rules.ways_S > 0) & (rules.ways_S < 6))
-            rows.state_B.copy_(torch.from_numpy(chance.choice(reachable, 33)))
-        else:
-            forbidden_BV = chance.random((33, vocabulary)) < 0.3
-            words = rows.forbidden_BX.shape[1]
-            rows.forbidden_BX.copy_(torch.from_numpy(np.stack([pack(each, words) for each in forbidden_BV])))
-        logits_BV = (torch.randn(33, vocabulary, device="cuda") * 3).to(dtype)
-        logits_BV[7, 5], logits_BV[8, vocabulary - 1] = float("nan"), float("inf")
-        used_B = torch.from_numpy(chance.integers(1, 99, 33)).cuda()
-        device = DeviceGrammar.of(grammar, used_B.device) if grammar else None
-        mine, its = (rows.take(torch.arange(33, device="cuda")) for _ in range(2))
-        used_mine, used_its = used_B.clone(), used_B.clone()
-        kernels.advance(mine, used_mine, logits_BV, device)
-        reference.advance(its, used_its, logits_BV, device)
-        active = rows.left_B > 0
-        # Noise is rounded in other places: a draw may fall to another token now and then, a greedy choice may not.
-        same = (mine.record_BR == its.record_BR).all(1)[active]
-        assert bool(same[rows.temperature_B[active] == 0].all())
-        assert float(same.float().mean()) > 0.9
-        agree = active.clone()
-        agree[active] = same
-        for name in ("tokens_BW", "count_B", "left_B", "state_B"):
-            assert torch.equal(getattr(mine, name)[agree], getattr(its, name)[agree]), name
-        assert torch.equal(used_mine[agree], used_its[agree])
+    check_choices(vocabulary, dtype, torch.device("cuda"))
