@@ -102,7 +102,7 @@ class LocalServer:
     def _start(self) -> None:
         with self._log().open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "flows.server"],
+                [sys.executable, "-P", "-m", "flows.server"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

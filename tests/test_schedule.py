@@ -135,6 +135,8 @@ def test_missed_runs_are_made_up_for_once_and_prefect_s_page_works(tmp_path: Pat
         until(lambda: load("night-3").paused, 20)
     assert [shown["schedules"][0]["schedule"][key] for key in ("cron", "timezone")] == ["* * * * *", "UTC"]
     assert shown["schedules"][0]["active"] and not shown["paused"]
+    coming = asked(server, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}})
+    assert any(each["deployment_id"] == shown["id"] and each["auto_scheduled"] for each in coming)  # on its page
     assert "only within 00:00-23:59" in shown["description"]
     assert sum(each["event"] == "run-skipped" for each in it.said) >= 4
     done = {each["schedule"]: each for each in it.said if each["event"] == "run-done"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,3 +125,20 @@ def test_a_second_worker_on_a_device_says_so(machines: tuple[Machine, Machine]) 
     wait_for(third.log, " serving ")  # type: ignore[attr-defined]
     assert first.wait(10) == 0
     assert first.log.read_text().splitlines()[-1].split()[1] == "stopped"  # type: ignore[attr-defined]
+
+
+def test_workers_of_other_installations_know_the_tasks_by_the_same_keys(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "flows", tmp_path / "flows")
+    ask = (
+        "from flows.server import import_prefect; import_prefect(); import flows.worker as worker; "
+        "print(worker.__file__, [task.task_key for task in worker.TASKS.values()])"
+    )
+    environment = {**os.environ, "SCANSCRIBE_HOME": str(tmp_path / "home")}
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", ask], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
+        for folder in (ROOT, tmp_path)
+    ]
+    (first, _, keys), (second, _, others) = (each.stdout.partition(" ") for each in told)
+    assert first != second and keys == others
