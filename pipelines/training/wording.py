@@ -5,27 +5,9 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from reports.mentions import STEMS
 from reports.taxonomy import CT_TYPES, TYPE_OF_WORD, WORDS_OF_TYPE
 
-# A word's stems in a caption.
-STEMS: Final = {
-    "mass": r"\bmass",
-    "lesion": r"\blesion",
-    "obstruction": r"\bobstruct",
-    "dilatation": r"\bdilat|\bdisten[ds]",
-    "infiltrate": r"\binfiltrat",
-    "ground-glass-opacity": r"\bground.?glass",
-    "stranding": r"\bstranding",
-    "thrombus": r"\bthromb",
-    "embolus": r"\bembol",
-    "enlarged-lymph-nodes": r"\blymph nodes?|\bnodes\b",
-    "abscess": r"\babscess",
-    "collection": r"\bcollection",
-    "hematoma": r"\bha?ematoma",
-    "aneurysm": r"\baneurysm",
-    "dissection": r"\bdissect",
-    "calculus": r"\bcalcul|lithiasis",
-}
 WORDS: Final = ("", *TYPE_OF_WORD)  # an example holds a word as its place here; the first: the type's own noun
 
 
