@@ -53,7 +53,8 @@ LABELS = {
     "Arterial wall calcification": r"\bcalcif\w* (?:\w+ ){0,4}(?:athero|plaque|aort|arter)"
     r"|\b(?:aort|arter)\w* (?:\w+ ){0,5}calcif|\bathero",
     "Cardiomegaly": r"\bcardiomegal|\bheart size (?:has )?increas|\bheart (?:size )?(?:is|was) (?:large|enlarged)"
-    r"|\bcardiothoracic (?:ratio|index) (?:has )?(?:increas|is in favor)|\bincrease in (?:the )?(?:heart|cardiothoracic)",
+    r"|\bcardiothoracic (?:ratio|index) (?:has )?(?:increas|is in favor)"
+    r"|\bincrease in (?:the )?(?:heart|cardiothoracic)",
     "Pericardial effusion": r"\bpericardial (?:\w+ )?(?:effusion|fluid)",
     "Coronary artery wall calcification": r"\bcoronary (?:\w+ ){0,4}(?:calcif|athero|plaque|stent)"
     r"|(?:calcif|athero)\w* (?:\w+ ){0,8}coronary",

@@ -47,6 +47,7 @@ from reports.grammar import (
     summarise,
     zone_of,
 )
+from reports.language import contradictions
 from reports.taxonomy import (
     CT_FIELDS,
     CT_TYPES,
@@ -57,7 +58,7 @@ from reports.taxonomy import (
     WORDS_OF_TYPE,
     ProductLine,
 )
-from reports.texts import summary
+from reports.texts import nothing_found, statements, summary
 
 SLOTS = 32  # reports that are decoded together
 
@@ -287,17 +288,15 @@ class Reader:
                 )
             )
         findings.sort(key=lambda finding: -finding.confidence)
-        reported = [DraftFinding(0, f.type, f.location, f.extent, f.word) for f in findings if f.reported]
-        # The impression sums up what is reported; where the decoder's own contradicts its findings, that is noted.
         kind = "ct" if seen.line == "ct" else "defect"
         strange = seen.domain is not None and seen.domain < STRANGE
-        return Reading(
+        reading = Reading(
             kind=kind,
             kind_confidence=seen.confidence,
             product_line=None if seen.line == "ct" else seen.line,
             fields=fields,
             findings=tuple(findings),
-            impression=summary(kind, reported),
+            impression="",
             slices_read=seen.slices,
             windows=seen.windows,
             quality_flags=seen.flags + ((OUT_OF_DOMAIN,) if strange else ()),
@@ -307,6 +306,12 @@ class Reader:
             domain=seen.domain,
             lines=self.lines,
         )
+        # The decoder's sentences stand where they agree with what is reported, and what they leave out is added: both
+        # is what the findings themselves sum up to.
+        told = reading.draft()
+        own = statements(kind, draft.impression, told.findings) or [nothing_found(kind, reading.product_line)]
+        refused = dict.fromkeys(each.sentence for each in contradictions(told, own))
+        return replace(reading, impression=summary(kind, told.findings), refused=tuple(refused))
 
     def _without_decoder(self, seen: Seen) -> Reading:
         """What is sure enough is reported, in the catalogue's words."""

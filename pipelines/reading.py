@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from reports.grammar import Draft, DraftFinding
 from reports.taxonomy import PRODUCT_LINES, ProductLine
 
 OUT_OF_DOMAIN: Final = "out-of-domain"  # the quality flag of a study unlike those that the model was trained on
@@ -62,12 +63,22 @@ class Reading:
     slices_read: tuple[int, ...] = (0,)  # which slices of a volume the model looked at
     windows: tuple[str, ...] = ()  # CT display windows that the model looked through
     quality_flags: tuple[str, ...] = ()
-    corrections: tuple[str, ...] = ()  # "impression": the decoder's own contradicts what it pointed at
+    corrections: tuple[str, ...] = ()  # "impression": the decoder's own does not sum up what it pointed at
+    refused: tuple[str, ...] = ()  # sentences of the decoder that contradict the findings: they are in no report
     timing_s: dict[str, float] = field(default_factory=dict)  # "encode", "decode"
     unsure: tuple[str, ...] = ()  # finding types that were not shown to be told from chance, so that none is reported
     tokens: tuple[str, ...] = ()  # the decoder's output, for the audit trail
     domain: float | None = None  # how likely the study is of a kind that the model was trained on; None: not judged
     lines: tuple[ProductLine, ...] = PRODUCT_LINES  # that the model tells apart, with their types
+
+    def draft(self) -> Draft:
+        """What is reported, as sentences about it are held against it (`reports.language`)."""
+        return Draft(
+            self.kind,
+            self.product_line,
+            {name: reading.value for name, reading in self.fields.items()},
+            tuple(DraftFinding(0, f.type, f.location, f.extent, f.word) for f in self.findings if f.reported),
+        )
 
 
 class NotFiniteError(ArithmeticError):

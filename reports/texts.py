@@ -160,22 +160,25 @@ def _impression(report: Report, say: Words) -> str:
         return sentences
     if "out-of-domain" in report.quality_flags:
         return say.sentence("out-of-domain")
-    if report.kind == "ct":
-        return say.sentence("no-finding-ct")
-    if not report.technique.product_line:
-        return say.sentence("product-unknown")
-    return say.sentence("no-finding-defect", line=say.term("line", report.technique.product_line))
+    return nothing_found(report.kind, report.technique.product_line, say.language)
 
 
 def summary(kind: str, findings: Sequence[DraftFinding], language: Language = "en") -> str:
-    """A sentence for each type, how many of it and where; empty when there is none.
+    """A sentence for each type, how many of it and where; empty when there is none."""
+    return words(language).join(statements(kind, summarise(findings), findings, language))
+
+
+def statements(
+    kind: str, rows: Iterable[tuple[str, str, str]], findings: Sequence[DraftFinding], language: Language = "en"
+) -> list[str]:
+    """The sentences of an impression (`reports.grammar.Draft`).
 
     CT findings are put as possibilities: one image rarely proves one. They are named by the word that all of a type
     share, else by the type's noun.
     """
     say = words(language)
     sentences = []
-    for count, name, zone in summarise(findings):
+    for count, name, zone in rows:
         place = say.term("place", zone)
         if kind == "ct":
             shared = {finding.word for finding in findings if finding.type == name}
@@ -184,7 +187,15 @@ def summary(kind: str, findings: Sequence[DraftFinding], language: Language = "e
         else:
             noun = say.noun(name, plural=count != "one")
             sentences.append(say.sentence("counted", count=capital(say.term("count", count)), noun=noun, place=place))
-    return say.join(sentences)
+    return sentences
+
+
+def nothing_found(kind: str, line: str | None, language: Language = "en") -> str:
+    """What is said where no finding is reported: never that all is well."""
+    say = words(language)
+    if kind == "ct":
+        return say.sentence("no-finding-ct")
+    return say.sentence("no-finding-defect", line=say.term("line", line)) if line else say.sentence("product-unknown")
 
 
 def capital(text: str) -> str:

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from decoder.engine import Completion
 from pipelines import ingest
 from pipelines.inputs import channels, grey8, pad, resize, window
 from pipelines.look import Candidate, Seen
@@ -23,6 +25,7 @@ from pipelines.sight import Sight, frame, sight
 from pipelines.store import ModelError, find
 from pipelines.study import ImageStudy
 from reports.grammar import ID, POINTERS, TOKENS, from_tokens
+from reports.language import contradictions
 from reports.taxonomy import CT_FIELDS, DEFECT_TYPES
 from reports.texts import words
 
@@ -96,6 +99,29 @@ def test_what_is_written_parses_and_agrees_with_the_findings(reader: Reader) -> 
         for name in said:
             assert any(words("en").noun(name, plural=p) in reading.impression.lower() for p in (False, True))
         assert all(f.reported for f in reading.findings if f.confidence >= 0.5)
+
+
+def test_a_sentence_of_the_decoder_that_contradicts_the_findings_is_refused(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = reader.look(load("tile/crack.png"))
+    right = write(reader, seen)
+    start = right.tokens.index("<impression>")
+    assert reader._engine is not None
+
+    def writes(*impression: str) -> Reading:
+        ids = [ID[token] for token in (*right.tokens[:start], "<impression>", *impression, "<end>")]
+        engine = SimpleNamespace(generate=lambda requests: [Completion(each, ids, "eos") for each in requests])
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "_engine", engine)
+            return write(reader, seen)
+
+    wrong = writes("count:two", "type:blowhole", "zone:lower left")
+    assert wrong.refused == ("Two blowholes, in the lower left of the image.",)
+    assert "blowhole" not in wrong.impression and wrong.impression == right.impression
+    assert writes("<clear>").refused[0].startswith("No defect of the assessed types")
+    assert writes(*right.tokens[start + 1 : -1]).refused == right.refused == ()
+    assert not contradictions(right.draft(), [right.impression])
 
 
 def test_what_the_picture_as_a_whole_shows_is_reported_where_no_box_is_sure(reader: Reader) -> None:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 
 from pipelines.model import FIELDS, LINE_VALUES
-from pipelines.training.wording import STEMS, word_of
+from pipelines.training.wording import word_of
 from pipelines.training.writer import CT, Looks, Realism, hits, reports_of
 from reports.grammar import ID, PAD, POINTERS, TOKENS, extent_of, from_tokens, summarise, to_tokens, zone_of
+from reports.mentions import STEMS
 from reports.taxonomy import CT_TYPES, PRODUCT_LINES, TYPE_OF_WORD, WORDS_OF_TYPE
 
 LABELS = 40

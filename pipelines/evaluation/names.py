@@ -30,6 +30,8 @@ _NAMES: Final = {
     "narrative_rouge_l": "Impression against caption, ROUGE-L",
     "report_types_match": "Reports with just the labelled finding types",
     "report_exact_match": "Reports right in all finding types and fields",
+    "decoder_contradicts_findings": "Reports in which the decoder's impression contradicts the findings",
+    "report_contradicts_findings": "... after the language check",
     "adaptive": "equally filled bins",
     "uncalibrated": "before calibration",
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.manifest import Box
 from pipelines.reading import FieldReading, ModelIdentity, Reading
+from reports.language import contradictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Prediction:
     fields: dict[str, FieldReading] = field(default_factory=dict)
     findings: tuple[PredictedFinding, ...] = ()
     corrections: tuple[str, ...] = ()  # where the decoder's words did not agree with the evidence
+    refused: tuple[str, ...] = ()  # sentences of the decoder that contradict the findings
+    contradicted: bool | None = None  # whether what is reported does so all the same; None: not looked at
     impression: str = ""
     in_domain: float | None = None  # how likely the image is of a kind that the model was trained on
     flags: tuple[str, ...] = ()  # quality flags of the model
@@ -52,11 +55,13 @@ class Prediction:
             reading.product_line,
             reading.fields,
             tuple(findings),
-            reading.corrections,
-            reading.impression,
-            reading.domain,
-            reading.quality_flags,
-            model,
+            corrections=reading.corrections,
+            refused=reading.refused,
+            contradicted=bool(contradictions(reading.draft(), [reading.impression])),
+            impression=reading.impression,
+            in_domain=reading.domain,
+            flags=reading.quality_flags,
+            model=model,
         )
 
 
@@ -117,8 +122,8 @@ def _from_record(record: dict[str, Any]) -> Prediction:
         PredictedFinding(f.type, _four(f.bbox), float(f.confidence), bool(f.reported), f.raw_confidence)
         for f in findings
     )
-    corrections, flags = (tuple(map(str, record.pop(name, ()))) for name in ("corrections", "flags"))
-    return Prediction(**record, corrections=corrections, flags=flags, fields=fields, findings=boxed)
+    record |= {name: tuple(map(str, record.get(name, ()))) for name in ("corrections", "refused", "flags")}
+    return Prediction(**record | {"fields": fields, "findings": boxed})
 
 
 def _four(values: Iterable[float]) -> Box:

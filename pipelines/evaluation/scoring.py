@@ -47,7 +47,11 @@ def score(
         for figure in _figures(pair_up(cases, answers)):
             trivial.setdefault(figure.name, {})[name] = value_of(figure.statistic, len(cases))
     samples = group_samples([case.group for case in cases], resamples, seed)
-    figures = [*_figures(pairs), *(figure for statements in said for figure in statements.figures())]
+    figures = [
+        *_figures(pairs),
+        *_language_figures(pairs),
+        *(figure for statements in said for figure in statements.figures()),
+    ]
     return {
         "metrics": {
             figure.name: measured(figure, len(cases), samples)
@@ -123,6 +127,14 @@ def _report_figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
     fields = [all(field_value(pair.answer, name) == v for name, v in pair.case.fields.items()) for pair in labelled]
     yield over("report_types_match", labelled, accuracy(types))
     yield over("report_exact_match", labelled, accuracy([a and b for a, b in zip(types, fields, strict=True)]))
+
+
+def _language_figures(pairs: Sequence[Pair]) -> Iterator[Figure]:
+    """How often the decoder contradicts the findings, and how often that is still so in what is reported."""
+    said = [pair for pair in pairs if pair.answer.contradicted is not None]
+    if said:
+        yield over("decoder_contradicts_findings", said, accuracy([bool(pair.answer.refused) for pair in said]))
+        yield over("report_contradicts_findings", said, accuracy([bool(pair.answer.contradicted) for pair in said]))
 
 
 def _confusion(pairs: Sequence[Pair]) -> dict[str, dict[str, Any]]:
