@@ -115,6 +115,8 @@ def adapt(
     base.verify()
     examples = divide(manifest, line, recipe["seed"])
     reader = Reader.load(base.folder, device)
+    if reader.device.type == "cuda" and not any(each.startswith("steps=") for each in overrides):
+        recipe |= {"steps": recipe["gpu_steps"]}
     recipe = fitted(recipe, examples.line.longest, whole=bool(examples.line.weak))
     recipe |= {"data": hashlib.sha256(manifest.read_bytes()).hexdigest(), "base": base.weights_sha256}
     try:

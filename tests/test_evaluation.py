@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -576,6 +577,35 @@ def test_an_interrupted_evaluation_goes_on(data: Path, tmp_path: Path, monkeypat
     assert not read
 
 
+def test_figures_of_several_data_sets_have_means(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    folder.mkdir()
+    data.parent.rename(folder / "first")
+    shutil.copytree(folder / "first", folder / "second")
+    lines = [json.loads(line) for line in (folder / "second" / "manifest.jsonl").read_text().splitlines()]
+    fewer = "".join(json.dumps(line) + "\n" for line in lines[:2])
+    (folder / "second" / "manifest.jsonl").write_text(fewer)
+    page = tmp_path / "page.html"
+    result = evaluate(folder, html=page)
+    first, second = (result["sets"][name]["metrics"] for name in ("first", "second"))
+    shared = set(result["means"])
+    assert shared and shared <= set(first) & set(second)
+    for name in shared:
+        mean = (first[name]["value"] + second[name]["value"]) / 2
+        assert result["means"][name] == {"value": pytest.approx(mean), "n": 2}
+    assert "Means over data sets" in page.read_text()
+
+
+def test_contradictions_are_counted_before_and_after_the_check() -> None:
+    cases = [defect(str(i), CRACK) for i in range(4)]
+    answers = [Prediction("0", "defect", refused=("Two spurs.",), contradicted=False)]
+    answers += [Prediction(str(i), "defect", contradicted=i == 1) for i in (1, 2)]
+    answers.append(Prediction("3", error="blank: nothing"))
+    metrics = score(cases, answers)["metrics"]
+    before, after = metrics["decoder_contradicts_findings"], metrics["report_contradicts_findings"]
+    assert (before["value"], after["value"], before["n"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 3)
+
+
 def test_answers_of_two_models_are_not_mixed(data: Path, tmp_path: Path, monkeypatch) -> None:
     saved = tmp_path / "predictions.jsonl"
     evaluate(data, predictions=saved)
@@ -601,6 +631,7 @@ def test_a_folder_of_data_sets_is_evaluated_one_by_one(data: Path, tmp_path: Pat
         f"{name}.json": each for name, each in result["sets"].items()
     }
     assert result["sets"]["train-only"]["splits"] == {"train": 1}
+    assert result["means"] == {}  # of one data set there is none
     assert len(read_predictions(saved / "first.jsonl")) == 2
     assert "first" in page.read_text() and "train-only" not in page.read_text()
     with pytest.raises(ManifestError, match="no data set"):

@@ -6,7 +6,7 @@ text take their colours from the page, so that they are read by day and by night
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -70,8 +70,8 @@ class Shown:
     line: float = 0  # height of a mark's words, in the picture's own pixels
 
 
-def render_page(sections: Sequence[Section]) -> str:
-    """The page of the data sets."""
+def render_page(sections: Sequence[Section], means: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of the data sets, and of means over them."""
     return (
         _environment()
         .get_template("evaluation.html.j2")
@@ -84,6 +84,7 @@ def render_page(sections: Sequence[Section]) -> str:
                 }
                 for section in sections
             ],
+            means=means,
             names=names,
             plot=PLOT,
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from pipelines import ingest
@@ -93,7 +94,8 @@ def evaluate(
     "metrics", "per_type", "calibration", "confusion", "outside"}`; `scoring.score` and `outside.outside_figures`
     describe the last ones. `predictions` gets one JSON line a case in the manifest's order, those whose image cannot be
     read included, each written when it is known: with `resume` an interrupted evaluation goes on there. Of a folder,
-    returns `{"sets": {name: ...}}`, and `out` and `predictions` are folders with a file for each data set.
+    returns `{"sets": {name: ...}, "means": ...}` (see `means`), and `out` and `predictions` are folders with a file for
+    each data set.
 
     `html` gets a page with tables, diagrams and the worst cases. `outside` is a manifest or a folder of images of other
     kinds than the model knows; they are only used to measure whether it notices.
@@ -245,9 +247,22 @@ def _finish(
         summaries[each.name] = summary
         if each.cases:
             sections.append(Section(summary, pair_up(each.cases, of_set)))
+    mean = means(list(summaries.values()))
     if html is not None:
-        atomic_write(html, render_page(sections))
-    return {"sets": summaries} if data.is_dir() else summaries[sets[0].name]
+        atomic_write(html, render_page(sections, mean))
+    if not data.is_dir():
+        return summaries[sets[0].name]
+    return {"sets": summaries, "means": mean}
+
+
+def means(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each figure that several data sets have, the mean over them, whatever their sizes: `{name: {value, n}}`."""
+    values: dict[str, list[float]] = {}
+    for summary in summaries:
+        for name, metric in summary["metrics"].items():
+            if metric["value"] is not None:
+                values.setdefault(name, []).append(metric["value"])
+    return {name: {"value": fmean(each), "n": len(each)} for name, each in values.items() if len(each) > 1}
 
 
 def _summary(
