@@ -1,7 +1,7 @@
 """Tokens a second on a CPU against Hugging Face transformers, on the same weights: batch 1, 8 and 32, in fp32.
 
     .venv/bin/python -m benchmarks.decode_cpu
-    .venv/bin/python -m benchmarks.decode_cpu --quick             # fewer and shorter runs
+    .venv/bin/python -m benchmarks.decode_cpu --quick             # fewer runs
 
 The model is the one of about 30M parameters of `benchmarks.decode_gpu`. Peers: `generate` as it comes, the same with a
 static cache, and with transformers' grouped matrix product pinned. All sides get the same prompts, write the same
@@ -36,12 +36,12 @@ TARGETS = {1: 2.5, 8: 1.6, 32: 1.3}  # times the best of transformers
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two runs of each side, 17 tokens, batch 1 and 8")
+    parser.add_argument("--quick", action="store_true", help="two runs of each side, batch 1 and 8")
     asked = parser.parse_args()
     print(f"{machine()}, {torch.get_num_threads()} threads", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours = make_model("30M", Path(folder), torch.float32, "cpu")
-    new, claims = 17 if asked.quick else NEW, []
+    claims: list[dict[str, object]] = []
     for batch, target in TARGETS.items():
         if asked.quick and batch > 8:
             continue
@@ -49,12 +49,12 @@ def main() -> None:
         torch.manual_seed(batch)
         prompts_BT = torch.randint(2, ours.config.vocabulary, (batch, PROMPT))
         sides = [
-            engine_side("engine", ours, prompts_BT, new),
+            engine_side("engine", ours, prompts_BT, NEW),
             generate_side("generate", theirs),
-            generate_side("generate, static", theirs, static=PROMPT + new),
+            generate_side("generate, static", theirs, static=PROMPT + NEW),
             generate_side("generate, grouped", theirs, experts=EXPERTS_PINNED),
         ]
-        timings = measure(sides, prompts_BT, new, 2 if asked.quick else 5)
+        timings = measure(sides, prompts_BT, NEW, 2 if asked.quick else 5)
         for name, timing in timings.items():
             print(
                 f"  {name:20} {timing.rate:8,.1f} tokens/s ({timing.least:,.1f} to {timing.most:,.1f})"
@@ -62,7 +62,7 @@ def main() -> None:
                 flush=True,
             )
         best = max(timing.rate for name, timing in timings.items() if name != "engine")
-        told = agreement(theirs, theirs, prompts_BT, sides[0].run(prompts_BT, new))
+        told = agreement(theirs, theirs, prompts_BT, sides[0].run(prompts_BT, NEW))
         claims.append(
             claim(f"batch {batch}: times the best of transformers", timings["engine"].rate / best, "x", target)
         )
