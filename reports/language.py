@@ -250,9 +250,9 @@ _SEVERITIES: Final = {
 _NORMAL: Final = re.compile(
     r"\b(?:normal|normally|unremarkable|healthy|flawless|intact|defect[- ]free|disease[- ]free|fault[- ]free"
     r"|free (?:of|from) (?:any )?(?:defects?|disease|findings?|abnormalit\w+|faults?|damage)"
-    r"|no (?:(?:other|further|acute|significant|visible|obvious|relevant|suspicious|remarkable|evidence of|signs? of"
-    r"|pathologic(?:al)?|additional|any) ){0,3}"
-    r"(?:abnormal\w*|findings?|defects?|disease|patholog\w+|problems?|issues?|faults?|damage|flaws?)"
+    r"|no (?:(?:other|further|acute|cardiopulmonary|significant|visible|obvious|relevant|suspicious|remarkable"
+    r"|evidence of|signs? of|pathologic(?:al)?|additional|any) ){0,3}"
+    r"(?:abnormal\w*|findings?|defects?|disease|patholog\w+|process|problems?|issues?|faults?|damage|flaws?)"
     r"|without (?:any )?(?:abnormal\w*|findings?|defects?|disease|patholog\w+|flaws?)"
     r"|nothing (?:abnormal|suspicious|wrong)"
     r"|(?:is|are|looks?|appears?) (?:clear|clean|fine|good|perfect|sound)\b)"
@@ -265,7 +265,8 @@ _CHINESE_NORMAL: Final = re.compile("正常|未见异常|无异常|无缺陷|未
 _DISPOSITION: Final = re.compile(
     r"\b(?:(?:be|is|was|are|were|to) (?P<done>accept|reject|rework|scrapp)(?:ed|able)?\b"
     r"|(?P<noun>rework|scrap|rejection|acceptance) (?:is )?(?:recommended|needed|required|proposed)"
-    r"|(?:recommend|propose)\w* (?P<other>rework|scrap|rejection|acceptance))"
+    r"|(?:recommend|propose)\w* (?P<other>rework|scrap|rejection|acceptance)"
+    r"|\b(?P<verdict>pass|fail)(?:es|s|ed)? (?:the )?(?:inspection|control|quality)\b)"
 )
 _VALUE: Final = re.compile(
     r"(?<![a-z\d.,])(?P<n>[−-]?\d+(?:,\d{3})*(?:\.\d+)?)(?!\d)(?P<x>\s*(?:x|×|by|to|-|–)\s*(?=\d))?"
@@ -426,8 +427,8 @@ def _as_a_whole(facts: _Facts, clause: Clause, named: list[_Found], refuse: Refu
         if facts.kind == "ct" and re.search(rf"\b{plane}\b", text) and facts.plane != plane:
             refuse("technique", plane, f"the plane is {facts.plane or 'not known'}")
     if proposal := _DISPOSITION.search(text):
-        said = proposal["done"] or proposal["noun"] or proposal["other"]
-        meant = "accept" if said.startswith("accept") else "rework" if said == "rework" else "reject"
+        said = proposal["done"] or proposal["noun"] or proposal["other"] or proposal["verdict"]
+        meant = "accept" if said.startswith(("accept", "pass")) else "rework" if said == "rework" else "reject"
         if facts.disposition != meant:
             refuse("disposition", proposal[0], f"the disposition is {facts.disposition or 'not given'}")
     _numbers(facts, text, named, refuse)

@@ -69,7 +69,7 @@ DEFECT_STEMS: Final = {
     "patches": r"\bpatch(?:es)?\b",
     "pitted-surface": r"\bpitt(?:ed|ing)\b",
     "rolled-in-scale": r"\brolled[- ]in[- ]scale\b",
-    "scratches": r"\bscratch(?:es)?\b",
+    "scratches": r"\bscratch(?:es|ing|ed)?\b",
     "blowhole": r"\bblow[- ]?holes?\b",
     "break": r"\bbreaks?\b|\bbreakage\b",
     "crack": r"\bcrack(?:s|ed|ing)?\b",
@@ -86,14 +86,14 @@ DEFECT_STEMS: Final = {
 FOREIGN: Final = (
     r"\bpneumonia|\btumou?r|\bcancer|\bcarcinoma|\bmalignan|\bmetasta|\blymphoma|\bpneumothora|\binfarct|\bcirrho"
     r"|\bappendicitis|\bdiverticul|\bpancreatitis|\bcolitis|\bfibrosis|\bo?edema\b|\bcardiomegaly|\bbronchiectas"
-    r"|\bcorrosion|\brust\b|\bdelaminat|\bporosity|\bburrs?\b|\bdents?\b"
+    r"|\btuberculosis|\bcorrosion|\brust\b|\bdelaminat|\bporosity|\bburrs?\b|\bdents?\b"
 )
 
 _ENGLISH_END: Final = re.compile(r"(?<=[.!?])[\"”')\]]*\s+|[\n\r;•]+|\s\"\s?")
 _CHINESE_END: Final = re.compile(r"(?<=[。！？；])|\n+")
 _CHINESE: Final = re.compile("[\u4e00-\u9fff]")
 _CLAUSE: Final = re.compile(
-    r"\b(?:but|however|although|though|except|whereas|while|despite|yet|aside from|apart from|other than)\b|:"
+    r"\b(?:but|however|although|though|except|whereas|while|despite|yet|aside from|apart from|other than)\b"
 )
 _VERB: Final = (
     r"(?:is|are|was|were|be|been|being)\b(?: also| still)? ?(?:\w+ )?"
@@ -107,7 +107,7 @@ _BEFORE: Final = re.compile(
     r"|\b(?:isn|aren|wasn|weren|doesn|don|didn)['’]t\b"
 )
 _BEHIND: Final = re.compile(
-    r"\b(?:(?:is|are|was|were|has been|have been|can|could)(?: not|n['’]t)\b|cannot\b"
+    r"^-?free\b|\b(?:(?:is|are|was|were|has been|have been|can|could)(?: not|n['’]t)\b|cannot\b"
     r"|not (?:seen|observed|detected|found|present|identified|noted|visible|evident)"
     r"|(?:is|are|was|were) (?:absent|excluded|ruled out|negative|resolved|normal)"
     r"|within normal|none\b|neither\b|no longer\b)"

@@ -72,6 +72,11 @@ def test_true_sentences_stand_and_altered_ones_are_refused() -> None:
         ("A severe scratch.", ["severity"]),
         ("The strip should be rejected.", ["disposition"]),
         ("Corrosion is seen.", ["not-found"]),
+        ("Neither crazing nor pitting was seen; in the centre sits a small inclusion.", []),
+        ("It does not show any scratching.", ["negated"]),
+        ("Scratch-free surface.", ["negated"]),
+        ("Scratches: none.", ["negated"]),
+        ("The part passes inspection.", ["disposition"]),
     ],
 )
 def test_sentences_about_a_defect(text: str, expected: list[str]) -> None:
@@ -91,6 +96,8 @@ def test_sentences_about_a_defect(text: str, expected: list[str]) -> None:
         ("Findings are typical of COVID-19.", ["not-found"]),
         ("No evidence of COVID-19.", []),
         ("Pneumonia of the left lung.", ["not-found"]),
+        ("No acute cardiopulmonary process.", ["cleared"]),
+        ("Clinical correlation is recommended. Other findings are not excluded.", []),
         ("Coronal view of a cyst.", ["technique"]),
         ("图像中央可能有囊肿。", []),
         ("图像左上部可能有囊肿。", ["place"]),
