@@ -29,6 +29,7 @@ from pipelines.reading import ModelIdentity, NotFiniteError, Reading
 from pipelines.reporting import build_report, report_images
 from pipelines.run_folder import IndexEntry, cannot_write
 from pipelines.sight import Sight, sight
+from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
 from reports.bundle import Bundle
 from reports.rules import WORST_FIRST, load_rules
@@ -81,7 +82,8 @@ class Desk:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._formats = report_formats(job.formats)
-        self._rules, self._patterns = load_rules(job.rules), load_patterns(job.identifiers)
+        self._rules = load_rules(job.rules, find(job.model).own_types)
+        self._patterns = load_patterns(job.identifiers)
         self._tokens = itertools.count()
         self._studies: dict[int, _Study] = {}
         self._measuring: ThreadPoolExecutor | None = None

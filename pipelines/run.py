@@ -154,7 +154,7 @@ class Session:
         self._listener, self._told = listener, told
         self._formats = report_formats(job.formats)
         self._references = References(job.reference)
-        self._rules = load_rules(job.rules, self._model.own_line.types if self._model.own_line else ())
+        self._rules = load_rules(job.rules, self._model.own_types)
         self._patterns = load_patterns(job.identifiers)
         self._folder = RunFolder(job.out, member=member)
         self._desk: Desk | Desks = Desk(job)

@@ -89,6 +89,11 @@ class StoredModel:
         own = ProductLine(self.own_line.name, self.own_line.name, self.own_line.types)
         return (*(line for line in PRODUCT_LINES if line.name != own.name), own)
 
+    @property
+    def own_types(self) -> tuple[str, ...]:
+        """The finding types that an adapted model brings."""
+        return self.own_line.types if self.own_line else ()
+
     def find_base(self) -> StoredModel:
         """The model that this adapted one needs. Raises `ModelError` where it is not installed."""
         assert self.base is not None
