@@ -275,9 +275,9 @@ class RunFolder:
         try:
             return write_index(
                 self.path,
-                [asdict(entry) for entry in self.entries if entry.superseded_by is None],
+                _Current(self._entries.values()),
                 [asdict(rejection) for rejection in self.rejections],
-                formers={entry.id: _page(entry) for entry in self.entries if entry.superseded_by},
+                formers={entry.id: _page(entry) for entry in self._entries.values() if entry.superseded_by},
                 files=run_file_links(self.path),
             )
         except OSError as error:
@@ -313,6 +313,23 @@ def _entries(lines: Iterable[dict[str, Any]]) -> Iterator[IndexEntry]:
 
 def _rejections(lines: Iterable[dict[str, Any]]) -> Iterator[Rejection]:
     return (Rejection(**line) for line in lines if set(line) == {"path", "code", "reason", "remedy"})
+
+
+class _Current(Collection[dict[str, Any]]):
+    """The current ones of some entries as plain values, each made when it is asked for."""
+
+    def __init__(self, entries: Collection[IndexEntry]) -> None:
+        self._entries = entries
+        self._size = sum(entry.superseded_by is None for entry in entries)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (asdict(entry) for entry in self._entries if entry.superseded_by is None)
+
+    def __contains__(self, line: object) -> bool:
+        return any(line == each for each in self)
 
 
 class _Lines:

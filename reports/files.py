@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -14,8 +14,8 @@ from typing import Final
 _TEMPORARY: Final = re.compile(r"\.(.+\.)?\d+-[0-9a-f]+\.tmp")
 
 
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes a file under a temporary name in the same folder, syncs it and renames it.
+def atomic_write(path: Path, data: bytes | str | Iterable[bytes]) -> None:
+    """Writes a file, whole or part by part, under a temporary name in the same folder, syncs it and renames it.
 
     Whatever happens, `path` is the old file, the new one, or absent: never half of one.  Raises OSError (a full disk,
     no right to write); the temporary file is then gone.
@@ -23,7 +23,10 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            if isinstance(data, bytes | str):
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            else:
+                file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from os.path import relpath
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ DISPOSITIONS: Final = ("reject", "hold", "rework", "accept")  # the most urgent 
 
 def write_index(
     out: Path,
-    lines: Sequence[Mapping[str, Any]],
+    lines: Collection[Mapping[str, Any]],
     rejected: Sequence[Mapping[str, Any]],
     *,
     formers: Mapping[str, str] | None = None,
@@ -33,30 +33,35 @@ def write_index(
     """Writes `OUT/index.html` over current records of `index.jsonl` and those of `rejected.jsonl`; returns its path.
 
     `formers` are the files of superseded reports by their ids, `files` those over the whole run by their formats.
-    Paths are relative to `out`.  Raises OSError.
+    Paths are relative to `out`.  `lines` are passed several times, and the page is written as it is made: of many
+    reports neither need be in memory.  Raises OSError.
     """
     env = environment()
     script = env.get_template("index.js").render()
-    html = env.get_template("index.html.j2").render(
+    counts = {name: Counter[Any]() for name in ("kind", "disposition", "types")}
+    for line in lines:
+        counts["kind"][line["kind"]] += 1
+        counts["disposition"][line.get("disposition")] += 1
+        counts["types"].update(line["types"])
+    html = env.get_template("index.html.j2").generate(
         lines=lines,
         rejected=rejected,
         formers=formers or {},
         files=files or {},
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        kinds=_counted((line["kind"] for line in lines), KINDS),
+        kinds=_ordered(counts["kind"], KINDS),
         kind_titles=KINDS,
-        dispositions=_counted((line["disposition"] for line in lines if line.get("disposition")), DISPOSITIONS),
-        types=sorted(Counter(t for line in lines for t in line["types"]).items()),
+        dispositions=_ordered(counts["disposition"], DISPOSITIONS),
+        types=sorted(counts["types"].items()),
         href=lambda path: _href(out, path),
     )
     path = out / INDEX
-    atomic_write(path, html.encode("utf-8", "replace"))
+    atomic_write(path, (part.encode("utf-8", "replace") for part in html))
     return path
 
 
-def _counted(values: Any, order: Any) -> list[tuple[str, int]]:
-    counts = Counter(values)
+def _ordered(counts: Counter[Any], order: Iterable[str]) -> list[tuple[str, int]]:
     return [(value, counts[value]) for value in order if counts[value]]
 
 
