@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from flows.server import LocalServer
 from tests.orthanc import free_port
 
 
@@ -49,3 +50,22 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
         if as_user:
             shutil.rmtree(data)
+
+
+@pytest.fixture(scope="session")
+def new_state_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes state folders with an empty Prefect data base, of which the first takes ten seconds."""
+    made = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCANSCRIBE_HOME", str(made))
+        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+            patch.delenv(name, raising=False)
+        with LocalServer() as server:
+            server.url()
+
+    def make() -> Path:
+        home = tmp_path_factory.mktemp("state")
+        shutil.copytree(made / "prefect", home / "prefect", ignore=shutil.ignore_patterns("server*"))
+        return home
+
+    return make

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One state folder for the module: making Prefect's data base takes seconds."""
-    home = tmp_path_factory.mktemp("state")
+def state_folder(new_state_folder: Callable[[], Path]) -> Iterator[Path]:
+    """One state folder for the module."""
+    home = new_state_folder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCANSCRIBE_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)

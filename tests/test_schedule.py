@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from tests.tiny_reader import TinyReader
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(new_state_folder: Callable[[], Path]) -> Iterator[str]:
     """One Prefect server for the module, with a data base of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SCANSCRIBE_HOME", str(tmp_path_factory.mktemp("server")))
+        patch.setenv("SCANSCRIBE_HOME", str(new_state_folder()))
         patch.delenv("PREFECT_API_URL", raising=False)
         with LocalServer() as local:
             yield local.url()

@@ -8,29 +8,43 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from flows.ledger import Ledger
-from flows.server import LocalServer
+from flows.log import EventLog
+from flows.server import LocalServer, import_prefect
+from tests.test_cli import run
 from tests.test_run import lines, picture
+from tests.test_watch import until
+from tests.tiny_reader import TinyReader
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def shared(new_state_folder: Callable[[], Path]) -> Iterator[dict[str, str]]:
     """What processes are told so that they share one server; it starts once."""
-    home = tmp_path_factory.mktemp("server")
+    home = new_state_folder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCANSCRIBE_HOME", str(home))
         patch.delenv("PREFECT_API_URL", raising=False)
         patch.delenv("PREFECT_HOME", raising=False)
         with LocalServer() as server:
             yield {"PREFECT_API_URL": server.url(), "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(home / "exchange")}
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Importing Prefect sets its settings for the process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Machine:
@@ -79,14 +93,15 @@ def wait_for(log: Path, word: str, *, count: int = 1, seconds: float = 60) -> No
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("count", [24, pytest.param(240, marks=pytest.mark.chaos)])
 def test_two_workers_share_the_work_and_a_killed_one_hands_it_over_within_its_lease(
-    tmp_path: Path, machines: tuple[Machine, Machine], postgres: str
+    tmp_path: Path, machines: tuple[Machine, Machine], postgres: str, count: int
 ) -> None:
-    count, out = 48, tmp_path / "out"
+    out = tmp_path / "out"
     for number in range(count):
         picture(tmp_path / "in" / f"{number:02}.png", seed=number)
     one, _ = machines
-    workers = [machine.start("worker", "--ledger", postgres, seconds=0.2) for machine in machines]
+    workers = [machine.start("worker", "--ledger", postgres, seconds=0.1) for machine in machines]
     for worker in workers:
         wait_for(worker.log, " serving ")  # type: ignore[attr-defined]
     flow = one.start("batch", str(tmp_path / "in"), "--out", str(out), "--workers", "--ledger", postgres, "--json")
@@ -113,18 +128,38 @@ def test_two_workers_share_the_work_and_a_killed_one_hands_it_over_within_its_le
     assert workers[0].wait(20) == 0
 
 
-def test_a_second_worker_on_a_device_says_so(machines: tuple[Machine, Machine]) -> None:
-    first = machines[0].start("worker", "--device", "cpu")
-    wait_for(first.log, " serving ")  # type: ignore[attr-defined]
-    second = machines[0].start("worker", "--device", "cpu")
-    assert second.wait(30) == 2
-    assert f"Another worker (process {first.pid}) has the device cpu" in second.log.read_text()  # type: ignore[attr-defined]
-    third = machines[0].start("worker", "--device", "cpu", "--wait")
-    wait_for(third.log, " waiting-for-device ")  # type: ignore[attr-defined]
-    first.send_signal(signal.SIGTERM)
-    wait_for(third.log, " serving ")  # type: ignore[attr-defined]
-    assert first.wait(10) == 0
-    assert first.log.read_text().splitlines()[-1].split()[1] == "stopped"  # type: ignore[attr-defined]
+def test_a_second_worker_on_a_device_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")  # none is there, and the device does not need it
+    import_prefect()
+    from flows import worker
+
+    monkeypatch.setattr(worker, "PAUSE_S", 0.05)
+    TinyReader().install(monkeypatch)
+    loaded: list[str] = []
+    monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: loaded.append(device))
+    heard: list[str] = []
+    log = EventLog(hearers=(lambda event, facts: heard.append(event),))
+    one, other = (worker.Worker(worker.Work("cpu", wait=wait), log) for wait in (False, True))
+    threads = [threading.Thread(target=each.run) for each in (one, other)]
+    try:
+        threads[0].start()
+        until(lambda: len(loaded) == 1)  # it has the device
+        code, _, said = run(capfd, monkeypatch, "worker", "--device", "cpu")
+        assert code == 2 and f"Another worker (process {os.getpid()}) has the device cpu" in said
+        threads[1].start()
+        until(lambda: heard == ["waiting-for-device"])
+        one.stop()
+        until(lambda: len(loaded) == 2)
+    finally:
+        one.stop()
+        other.stop()
+        for thread in threads:
+            if thread.ident:
+                thread.join(20)
+    assert heard == ["waiting-for-device", "stopped", "stopped"]
 
 
 def test_workers_of_other_installations_know_the_tasks_by_the_same_keys(tmp_path: Path) -> None:
