@@ -363,9 +363,14 @@ def test_a_reading_becomes_a_prediction() -> None:
         "7", Reading("ct", 0.9, None, fields, (finding,), "words", quality_flags=("kind-uncertain",), domain=0.4), "m 1"
     )
     found = PredictedFinding("crack", BOX, 0.7, False, 0.9)
-    assert made == Prediction(
-        "7", "ct", 0.9, None, fields, (found,), (), "words", 0.4, ("kind-uncertain",), "m 1", error=None
-    )
+    told = {
+        "contradicted": False,
+        "impression": "words",
+        "in_domain": 0.4,
+        "flags": ("kind-uncertain",),
+        "model": "m 1",
+    }
+    assert made == Prediction("7", "ct", 0.9, None, fields, (found,), **told)
     line = json.loads(to_json_lines([made]))
     assert line["findings"][0]["raw_confidence"] == 0.9
     assert line["fields"]["region"]["raw_probabilities"] == {"chest": 0.99}
