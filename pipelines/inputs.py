@@ -19,8 +19,6 @@ LONGEST_SIDE: Final = {"ct": GLANCE, "steel": GLANCE, "tile": 320, "board": 640}
 # Lines whose evidence is also looked for in the picture's mirror images, at four times the cost. Steel: +1.4 points of
 # mAP50 on validation data, tiles +6; boards are at 99.5 without.
 MIRRORED: Final = frozenset({"steel", "tile"})
-# Lines of which every detector sees every mirror image, instead of taking turns, at twice the cost with two detectors.
-SEEN_BY_EACH: Final = frozenset({"steel"})
 # How much the detector's word on the whole picture counts in a box's score (`encoders.select.select_boxes`).
 PRESENCE: Final = {"steel": 0.5, "tile": 0.85, "board": 0.3}
 # Lines of which the surest type of the whole picture is reported even where no box is sure. Steel: image type 0.932 ->

@@ -29,7 +29,6 @@ from pipelines.inputs import (
     LONGEST_SIDE,
     MEAN,
     MIRRORED,
-    SEEN_BY_EACH,
     SHOWN,
     STD,
     WHOLE_SIDE,
@@ -154,12 +153,10 @@ class Looker:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             return self._model.glance(self._input(frames))
 
-    def _detect(self, line: str, frames: Sequence[Frame], *, mirrored: bool) -> Dense:
+    def _detect(self, frames: Sequence[Frame], *, mirrored: bool) -> Dense:
         x = self._input(frames)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            if not mirrored:
-                return self._model.detectors[0](x)
-            return look_from_all_sides(self._model.detectors, x, each=line in SEEN_BY_EACH)
+            return look_from_all_sides(self._model.detectors, x) if mirrored else self._model.detectors[0](x)
 
     def _input(self, frames: Sequence[Frame]) -> Tensor:
         """`[B, 3, H, W]`: as `pipelines.inputs.channels` and `pad` make it, of bytes that were moved to the device."""
@@ -232,10 +229,10 @@ class Looker:
         outcome: dict[int, tuple[Items, int, str | None]] = {}
         for shape, numbers in _by_shape(frames).items():
             for part in self._together(numbers, shape[0] * shape[1], TOGETHER_CLOSER):
-                found = self._detect(line, [frames[n][0] for n in part], mirrored=mirrored)
+                found = self._detect([frames[n][0] for n in part], mirrored=mirrored)
                 wholes = [whole for n in part if (whole := frames[n][1]) is not None]
                 if wholes:
-                    found = found._replace(presence_BT=self._presence(line, wholes, mirrored))
+                    found = found._replace(presence_BT=self._presence(wholes, mirrored))
                 items = items_of(found, line)
                 items = Items(items.boxes.cpu(), items.types.cpu(), items.scores.cpu())
                 present_BT = found.presence_BT.float().sigmoid().cpu()
@@ -256,13 +253,12 @@ class Looker:
                 outcome |= {n: (items, row, None) for row, n in enumerate(part)}
         return [outcome[n] for n in range(len(frames))]
 
-    def _presence(self, line: str, frames: Sequence[Frame], mirrored: bool) -> Tensor:
+    def _presence(self, frames: Sequence[Frame], mirrored: bool) -> Tensor:
         """The logit of each type to be anywhere on a picture, `[B, T]`."""
         rows: dict[int, Tensor] = {}
         for shape, numbers in _by_shape([(each, None) for each in frames]).items():
             for part in self._together(numbers, shape[0] * shape[1], TOGETHER_CLOSER):
-                found = self._detect(line, [frames[n] for n in part], mirrored=mirrored)
-                rows |= zip(part, found.presence_BT, strict=True)
+                rows |= zip(part, self._detect([frames[n] for n in part], mirrored=mirrored).presence_BT, strict=True)
         return torch.stack([rows[n] for n in range(len(frames))])
 
     # Volumes

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import Any, Final
@@ -67,9 +67,9 @@ disposition have no ground truth anywhere and are derived by the written rules o
 
 ## Recipe
 
-The recipes `pretrain`, `glance`, `detector` and `writer` (`docs/training.md`), from scratch. Those of the bundled
-model, as run on one NVIDIA H200, and their logs are in `docs/training/`. {mirrored} are inspected in four mirror
-images.
+The recipes `glance`, `detector` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as
+run on one NVIDIA H200 and their logs are in `docs/training/`: its glance is a part of an earlier joint network
+(`evidence` there), on whose boxes its decoder was trained. {mirrored} are inspected in four mirror images.
 
 ## Measured on validation data
 
@@ -89,8 +89,8 @@ images.
 
 ## Limits
 
-{assessed}
-  Boxes of CT findings are regions of a class activation map, not outlines: a hint where to look.
+- CT findings: the class maps are hardly better than chance for most types, so that few are reported; boxes of CT
+  findings are regions of a class activation map, not outlines. Treat them as a hint where to look.
 - Laterality is left undetermined where validation gave no probability at which answers are right often enough; contrast
   is guessed from one image.
 - COVID-19 was learned from one public set of cropped figures, in which source and label are mixed.
@@ -147,22 +147,9 @@ def write_card(model: Path) -> None:
         size=stored.weights.stat().st_size / 2**20,
         sha=stored.weights_sha256,
         mirrored=" and ".join(sorted(MIRRORED)).capitalize(),
-        assessed=_assessed(stored.calibration.assessed.get("ct")),
         **measured_parts(summaries),
     )
     (model / "MODEL_CARD.md").write_text(card, encoding="utf-8")
-
-
-def _assessed(types: Sequence[str] | None) -> str:
-    """What is said about the CT finding types that are reported."""
-    told = "- CT findings: the class maps are hardly better than chance for most types, so that few are reported."
-    if types is not None:
-        names = ", ".join(name.replace("-", " ") for name in types)
-        told = (
-            f"- CT findings: only {names} were told from chance in cross-validation, and only these are reported; "
-            "reports name the other types as not assessed, and the figures above count them as missed."
-        )
-    return fill(told, 120, subsequent_indent="  ")
 
 
 def measured_parts(summaries: Summaries) -> dict[str, str]:

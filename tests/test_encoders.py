@@ -89,9 +89,6 @@ def test_two_detectors_take_turns_at_the_sides_of_a_picture(detector: Detector) 
     seen = [network(side).presence_BT.sigmoid() for network, side in zip((detector, other) * 2, sides, strict=True)]
     both = look_from_all_sides([detector, other], x).presence_BT.sigmoid()
     torch.testing.assert_close(both, torch.stack(seen).mean(0))
-    every = [network(side).presence_BT.sigmoid() for network in (detector, other) for side in sides]
-    both = look_from_all_sides([detector, other], x, each=True).presence_BT.sigmoid()
-    torch.testing.assert_close(both, torch.stack(every).mean(0))
 
 
 def test_distances_around_a_point_make_its_box() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-NOT_LOSSES = ("seconds", "step", "rate", "map50")
+NOT_LOSSES = ("seconds", "step", "rate")
 
 
 def draw_curves(out: Path, logs: list[Path]) -> None:

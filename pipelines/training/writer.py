@@ -23,7 +23,7 @@ from encoders import Dense, Detector, GlanceNet
 from encoders.flips import look_from_all_sides
 from encoders.select import box_iou, select_regions
 from pipelines.evidence import items_of
-from pipelines.inputs import GLANCE, MIRRORED, SEEN_BY_EACH, WHOLE_SIDE
+from pipelines.inputs import GLANCE, MIRRORED, WHOLE_SIDE
 from pipelines.model import (
     BOX_TYPE_TOKENS,
     FIELDS,
@@ -106,7 +106,7 @@ def look(glancing: GlanceNet, detectors: Sequence[Detector], stream: Stream, bat
 
     def dense(pictures: Tensor) -> Dense:
         if stream.line in MIRRORED:
-            return look_from_all_sides(detectors, pictures, each=stream.line in SEEN_BY_EACH)
+            return look_from_all_sides(detectors, pictures)
         return detectors[0](pictures)
 
     whole = None
