@@ -37,17 +37,17 @@ person.**
 
 - Glance: {backbone} with class activation maps of {map_types} CT finding types, and heads for product line, region,
   plane, contrast, laterality and COVID-19. Trained from scratch.
-- Detectors ({detectors}): ResNet-18-D with stages {widths} wide, a path-aggregation neck, a dense head (boxes of
-  {box_types} defect types) and a head that tells which types are on the picture. Trained from scratch. Several take
-  turns at the mirror images of a picture.
+- Detectors: {detectors}, each a ResNet-18-D with stages {widths} wide, a path-aggregation neck, a dense head (boxes of
+  {box_types} defect types) and a head that tells which types are on the picture. Trained from scratch.
 - Domain: a Gaussian of low rank for each product line and CT over the glance's channel statistics; a study that lies
   too far out is held, and nothing of it is reported.
 - Bridge: {queries} learned queries attend over the visual tokens; each becomes a convex combination of the decoder's
   {vocabulary} token embeddings.
 - Decoder: {layers} layers, width {width}, {experts} experts of which {active} are active for a token ({share:.1%}), and
-  one shared expert; {decoder_parameters:,} parameters. It reads picture and evidence, decides which doubtful items the
-  report points at, and writes types, places, sizes and impression under the report grammar. Where its words disagree
-  with the evidence (type, place, size, fields) or with its own findings (impression), the evidence stands.
+  one shared expert; {decoder_parameters:,} parameters. It reads picture and evidence and writes which items to report,
+  their types, places and sizes, and an impression, under the report grammar. How much its word counts beside the
+  evidence's confidence was fitted on validation data (0 to 1): {say}.
+  Types, places, sizes and fields are the evidence's; an impression that contradicts the findings is replaced.
 - Weights: {size:.1f} MiB; matrices in int8 with a scale for each output channel, the rest float16.
   SHA-256 `{sha}`.
 
@@ -144,6 +144,7 @@ def write_card(model: Path) -> None:
         active=experts.active,
         share=experts.active / experts.count,
         decoder_parameters=decoder.parameters,
+        say=", ".join(f"{line} {weight:g}" for line, weight in stored.calibration.point.items()),
         size=stored.weights.stat().st_size / 2**20,
         sha=stored.weights_sha256,
         mirrored=" and ".join(sorted(MIRRORED)).capitalize(),
