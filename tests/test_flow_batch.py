@@ -82,6 +82,7 @@ def test_a_flow_that_cannot_write_ends_with_the_run_s_own_error(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_flow_stops_before_the_disk_is_full_and_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,7 @@ def test_missed_runs_are_made_up_for_once_and_prefect_s_page_works(tmp_path: Pat
     assert last and last.result == "done"
 
 
+@pytest.mark.chaos
 def test_a_killed_run_and_a_killed_scheduler_go_on_where_they_were(tmp_path: Path, server: str) -> None:
     inputs = drawn(tmp_path / "in", 24)
     create("night-2", Job((inputs,), tmp_path / "out"), due_since(1.5))
