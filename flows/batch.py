@@ -54,6 +54,7 @@ class Batch:
 
     name: str
     units: tuple[Unit, ...]
+    place: int  # of the first among all units of the run: tasks may begin in another order
 
 
 # Several tasks at a time: while the model reads the units of one, those of the next are decoded, and the reports of the
@@ -188,7 +189,7 @@ def read_and_report(session: Session, batch: Batch, min_free: int) -> None:
     """Read the units of one batch with the model and write their reports, while there is room for them."""
     if words := shortage({"reports": session.job.out, "state folder": home()}, min_free):
         raise OutputError(f"{words} The same command then goes on where it stopped.")
-    session.process(batch.units)
+    session.process(batch.units, place=batch.place)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -204,11 +205,14 @@ def group(units: Sequence[Unit], pictures: int = PICTURES_A_BATCH) -> tuple[Batc
     as its budget of pixels allows.
     """
     batches: list[Batch] = []
+    place = 0
     for kind, run in itertools.groupby(units, key=lambda unit: unit.kind):
         size, name = (1, "study") if kind == "series" else (pictures, "pictures")
         members = tuple(run)
         for start in range(0, len(members), size):
-            batches.append(Batch(f"batch {len(batches) + 1}: {name}", members[start : start + size]))
+            together = members[start : start + size]
+            batches.append(Batch(f"batch {len(batches) + 1}: {name}", together, place))
+            place += len(together)
     return tuple(batches)
 
 

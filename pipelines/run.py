@@ -231,17 +231,19 @@ class Session:
         """Put on record what is refused of some inputs, in place of what was refused of them earlier."""
         self._folder.start(inputs, rejections)
 
-    def process(self, units: Sequence[ingest.Unit], heard: Heard | None = None) -> None:
+    def process(self, units: Sequence[ingest.Unit], heard: Heard | None = None, *, place: int | None = None) -> None:
         """Report each unit or put it on record as rejected; `heard` is told of each, in any thread.
 
-        While the model reads some units, the next ones are decoded and the reports of former ones are written. Several
-        threads may be in here at a time.
+        `place` is where the first of them comes in the summary, by default behind those given before. While the model
+        reads some units, the next ones are decoded and the reports of former ones are written. Several threads may be
+        in here at a time.
         """
         with self._changed:
             if self._stop.is_set():
                 return
             self._at_work += 1
-            first, self._places = self._places, self._places + len(units)
+            first = self._places if place is None else place
+            self._places = max(self._places, first + len(units))
             self._get_ready(units)
         pending: set[Future[tuple[int, Prepared]]] = set()
         writing: set[Future[None]] = set()

@@ -323,6 +323,19 @@ def test_the_folder_is_not_let_go_while_a_thread_writes_into_it(
     assert len(lines(job.out / "index.jsonl")) == 1  # the unit that it was at
 
 
+def test_the_summary_keeps_the_order_of_the_inputs_whatever_is_processed_first(
+    tmp_path: Path, reader: TinyReader
+) -> None:
+    for number in range(4):
+        picture(tmp_path / "in" / f"{number}.png", seed=number)
+    with Session(Job((tmp_path / "in",), tmp_path / "out")) as session:
+        units = session.discover()
+        session.process(units[2:], place=2)
+        session.process(units[:2], place=0)
+        summary = session.finish()
+    assert [Path(entry.inputs[0]["path"]).stem for entry in summary.reported] == ["0", "1", "2", "3"]
+
+
 def test_a_full_disk_stops_the_run_with_a_sentence(
     tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
