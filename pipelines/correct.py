@@ -1,4 +1,8 @@
-"""A person's corrections of a report become its next version; the report itself stays as it is."""
+"""A person's corrections of a report become its next version; the report itself stays as it is.
+
+A person's word stands. Where text and structured findings of the new version contradict each other, that is told, and
+the report carries a flag.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,12 @@ from pydantic import ValidationError
 
 from pipelines.run_folder import INDEX, IndexEntry, RunFolder, cannot_write
 from reports.bundle import Bundle, load_bundle
+from reports.language import Contradiction, Sentence, contradictions
 from reports.schema import Report
 from reports.writing import FormatError, report_formats, write_report
 
 CORRECTED: Final = "corrected"  # the quality flag of a report that a person corrected
+CONTRADICTORY: Final = "contradicts-findings"  # of one whose text then does not agree with its findings
 FIXED: Final = (
     *("schema_version", "id", "kind", "status", "created", "version", "supersedes", "superseded_by"),
     *("source", "model"),
@@ -47,6 +53,7 @@ class Correction:
     directory: Path
     report: Report
     changes: tuple[Change, ...]
+    contradictions: tuple[Contradiction, ...]  # of its text with its findings
     errors: dict[str, str]  # formats that could not be written
 
 
@@ -71,10 +78,13 @@ def correct(directory: Path, edits: Path) -> Correction:
                 f"{directory.parent / entry.superseded_by}."
             )
         report, changes = corrected(bundle.report, _read(edits))
+        doubts = contradictory(report)
+        if doubts:
+            report = report.model_copy(update={"quality_flags": (*report.quality_flags, CONTRADICTORY)})
         made, errors = _write(directory.parent / report.id, replace(bundle, report=report), entry, folder)
         folder.add(made)
         folder.write_html_index()
-    return Correction(directory.parent / report.id, report, changes, errors)
+    return Correction(directory.parent / report.id, report, changes, doubts, errors)
 
 
 def corrected(report: Report, edits: dict[str, Any]) -> tuple[Report, tuple[Change, ...]]:
@@ -89,13 +99,14 @@ def corrected(report: Report, edits: dict[str, Any]) -> tuple[Report, tuple[Chan
     places = {change.place for change in changes}
     if "disposition" in places and "disposition_rule" not in places:
         after = after | {"disposition_rule": None}  # no rule gave it
+    flags = [flag for flag in after.get("quality_flags", ()) if flag not in (CORRECTED, CONTRADICTORY)]
     digest = hashlib.sha256(json.dumps([report.id, after], sort_keys=True).encode()).hexdigest()
     after = after | {
         "id": digest[:16],
         "version": report.version + 1,
         "supersedes": report.id,
         "created": datetime.now(UTC).replace(microsecond=0).isoformat(),
-        "quality_flags": [*dict.fromkeys((*after.get("quality_flags", ()), CORRECTED))],
+        "quality_flags": [*flags, CORRECTED],
     }
     try:
         new = Report.model_validate_json(json.dumps(after))
@@ -108,6 +119,12 @@ def corrected(report: Report, edits: dict[str, Any]) -> tuple[Report, tuple[Chan
     if any(e.input_index >= len(new.source.inputs) for finding in new.findings for e in finding.evidence):
         raise CorrectionError("Evidence names an input that there is not: input_index counts source.inputs from 0.")
     return new, changes
+
+
+def contradictory(report: Report) -> tuple[Contradiction, ...]:
+    """What its impression and the descriptions of its findings say that its structured findings do not."""
+    described = (Sentence(finding.description, finding.id) for finding in report.findings)
+    return tuple(contradictions(report, [report.impression, *described]))
 
 
 def merge_patch(target: Any, patch: Any) -> Any:

@@ -192,6 +192,45 @@ def test_a_correction_is_the_next_version_in_the_same_formats(out: Path, reader:
     assert report_of(out, third)["version"] == 3
 
 
+def test_text_that_contradicts_the_findings_stands_with_a_warning(scanscribe, out: Path) -> None:
+    def by(edits: object, *options: str) -> tuple[int, str, str]:
+        [current] = [line["id"] for line in index(out).values() if not line["superseded_by"]]
+        (out.parent / "edits.json").write_text(json.dumps(edits))
+        return scanscribe("correct", out / current, "--by", out.parent / "edits.json", *options)
+
+    # The only scratch goes, and the sentence about it stays.
+    code, printed, said = by({"findings": []})
+    [second] = [line["id"] for line in index(out).values() if not line["superseded_by"]]
+    report = report_of(out, second)
+    assert code == 0 and "Version 2" in printed
+    assert "Warning" in said and report["impression"] in said and "not among the findings" in " ".join(said.split())
+    assert "contradicts-findings" in report["quality_flags"]
+    assert "contradict each other" in (out / second / "report.html").read_text()
+    # The next version is judged anew.
+    code, printed, said = by({"impression": "Dust, wiped off."}, "--json")
+    told = json.loads(printed)
+    assert (code, told["contradictions"], said) == (0, [], "")
+    assert report_of(out, told["id"])["quality_flags"] == [
+        flag for flag in report["quality_flags"] if flag != "contradicts-findings"
+    ]
+    told = json.loads(by({"impression": "A deep crack."}, "--json")[1])
+    [doubt] = told["contradictions"]
+    assert (doubt["code"], doubt["sentence"]) == ("not-found", "A deep crack.")
+
+
+def test_what_is_corrected_throughout_raises_no_warning(scanscribe, out: Path) -> None:
+    [first] = index(out)
+    finding = report_of(out, first)["findings"][0]
+    (out.parent / "moved.json").write_text(json.dumps({"findings": [finding | {"severity": "critical"}]}))
+    code, printed, said = scanscribe("correct", out / first, "--by", out.parent / "moved.json", "--json")
+    assert (code, json.loads(printed)["contradictions"], said) == (0, [], "")
+    [second] = [line["id"] for line in index(out).values() if not line["superseded_by"]]
+    elsewhere = finding | {"location": "lower right" if finding["location"] != "lower right" else "upper left"}
+    (out.parent / "moved.json").write_text(json.dumps({"findings": [elsewhere]}))
+    code, _, said = scanscribe("correct", out / second, "--by", out.parent / "moved.json")
+    assert code == 0 and finding["description"] in said and "it lies elsewhere" in said
+
+
 def test_a_whole_corrected_report_is_taken_too_and_the_changes_are_told(scanscribe, out: Path) -> None:
     [first] = index(out)
     report = report_of(out, first)

@@ -33,7 +33,8 @@ def correct(
         facts = {"id": correction.report.id, "version": correction.report.version}
         facts |= {"supersedes": correction.report.supersedes, "directory": str(correction.directory)}
         changes = [asdict(change) for change in correction.changes]
-        sys.stdout.write(json.dumps(facts | {"changes": changes, "errors": correction.errors}) + "\n")
+        facts |= {"changes": changes, "contradictions": [asdict(each) for each in correction.contradictions]}
+        sys.stdout.write(json.dumps(facts | {"errors": correction.errors}) + "\n")
     else:
         _show(correction)
     raise typer.Exit(SOME_FAILED if correction.errors else OK)
@@ -43,7 +44,7 @@ def _show(correction: Correction) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from scanscribe.console import output, short, unwritten
+    from scanscribe.console import err, output, plain, short, unwritten
 
     def brief(value: Any) -> Text:
         words = json.dumps(value, ensure_ascii=False)
@@ -58,6 +59,10 @@ def _show(correction: Correction) -> None:
     console.print(table)
     for line in unwritten(correction.errors):
         console.print(line, soft_wrap=True)
+    if correction.contradictions:
+        err.print("Warning: text and findings contradict each other. Both stand as corrected:", style="yellow")
+        for each in correction.contradictions:
+            err.print(plain(f"  {each.sentence} — {each.said!r}: {each.reason}"), soft_wrap=True)
     report = correction.report
     console.print(f"Version {report.version}, report {report.id}, supersedes {report.supersedes}.")
     console.print(Text(f"In {short(str(correction.directory))}"), soft_wrap=True)
