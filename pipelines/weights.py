@@ -20,8 +20,11 @@ from torch import Tensor, nn
 SMALL = 4096  # tensors with fewer elements stay float16
 
 
-def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Writes a state dict and the sizes of its network; integer buffers (batch counters) are left out."""
+def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any], *, held_out: float = 0.0) -> None:
+    """Writes a state dict and the sizes of its network; integer buffers (batch counters) are left out.
+
+    `held_out` is the share of the training groups that the network has not seen.
+    """
     stored: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in state.items():
@@ -36,21 +39,31 @@ def save_weights(path: Path, state: dict[str, Tensor], config: dict[str, Any]) -
         scale = value.abs().amax(axes, keepdim=True).clamp(min=1e-12) / 127
         stored[f"{name}.int8"] = (value / scale).round().clamp(-127, 127).to(torch.int8).contiguous()
         stored[f"{name}.scale"] = scale.contiguous()
-    save_file(stored, path, metadata={"config": json.dumps(config)})
+    save_file(stored, path, metadata={"config": json.dumps(config), "held_out": json.dumps(held_out)})
 
 
 def load_config(path: Path) -> dict[str, Any]:
     """The sizes that `save_weights` kept. Raises ValueError for a file that has none, or is no safetensors file."""
     try:
+        config: dict[str, Any] = json.loads(_metadata(path)["config"])
+    except (KeyError, json.JSONDecodeError):
+        raise ValueError(f"{path} does not name the sizes of its network; give what training wrote") from None
+    return config
+
+
+def load_held_out(path: Path) -> float:
+    """The share of the training groups that the network has not seen. Raises ValueError as `load_config` does."""
+    return float(json.loads(_metadata(path).get("held_out", "0.0")))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
         with safe_open(path, framework="pt") as file:
-            config: dict[str, Any] = json.loads((file.metadata() or {})["config"])
+            return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}); give the file that training wrote"
         ) from None
-    except (KeyError, ValueError):
-        raise ValueError(f"{path} does not name the sizes of its network; give what training wrote") from None
-    return config
 
 
 def load_into(network: nn.Module, path: Path) -> None:

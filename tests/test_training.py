@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,8 @@ from pipelines.training.augment import LATERALITY, LEFT_RIGHT, Augmentation, aug
 from pipelines.training.losses import ciou, evidence_loss, presence_loss
 from pipelines.training.pretrain import code_losses, draw_pairs
 from pipelines.training.shrink import shrink
-from pipelines.training.streams import load_streams
-from pipelines.weights import load_config, load_into, load_weights, save_weights
+from pipelines.training.streams import held_out_groups, load_streams
+from pipelines.weights import load_config, load_held_out, load_into, load_weights, save_weights
 
 COMMON = """
 seed = 1
@@ -42,6 +45,7 @@ DETECTOR = (
     + COMMON
     + """
 loss = { boxes = 1.0, presence = 1.0 }
+held_out = 0.0
 [streams.strip]
 batch = 4
 mosaic = 0.5
@@ -53,6 +57,7 @@ GLANCE = (
     + COMMON
     + """
 loss = { fields = 0.5, types = 5.0 }
+held_out = 0.0
 backbone = "resnet18d"
 last_stage = 64
 pretrained = false
@@ -144,7 +149,16 @@ def recipe(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_from_manifests_to_weights(data: Path, tmp_path: Path) -> None:
+def without(data: Path, out: Path, is_left_out: Callable[[dict[str, str]], bool]) -> Path:
+    """A copy of data sets without some lines of their manifests."""
+    shutil.copytree(data, out)
+    for manifest in out.glob("*/manifest.jsonl"):
+        lines = [line for line in manifest.read_text().splitlines() if not is_left_out(json.loads(line))]
+        manifest.write_text("\n".join(lines))
+    return out
+
+
+def test_from_manifests_to_weights(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", str(data), "--device", "cpu"]
     for name, text, losses in (("glance", GLANCE, ("fields", "types")), ("detector", DETECTOR, ("boxes", "presence"))):
         out = tmp_path / name
@@ -156,8 +170,25 @@ def test_from_manifests_to_weights(data: Path, tmp_path: Path) -> None:
     written = tmp_path / "writer"
     glance, detector = (str(tmp_path / name / f"{name}.safetensors") for name in ("glance", "detector"))
     trained = ["--glance", glance, "--detector", detector, detector]
-    assert cli(["--recipe", recipe(tmp_path, WRITER), "--out", str(written), *arguments, *trained]) == 0
-    assert "decoder.embedding.weight" in load_weights(written / "writer.safetensors")
+    writer = ["--recipe", recipe(tmp_path, WRITER), "--out", str(written), *arguments]
+    assert cli([*writer, *trained]) == 2  # both know all pictures
+    assert "--set held_out=0.1" in capsys.readouterr().err
+    stand_ins = []
+    for name, text in (("glance", GLANCE), ("detector", DETECTOR)):
+        out = tmp_path / f"{name}-stand-in"
+        command = ["--recipe", recipe(tmp_path, text), "--set", "held_out=0.4", "--out", str(out), *arguments]
+        assert cli(command) == 0
+        stand_ins += [f"--stand-in-{name}", str(out / f"{name}.safetensors")]
+    writer[1] = recipe(tmp_path, WRITER)
+    assert cli([*writer, *trained, *stand_ins]) == 0
+    weights = load_weights(written / "writer.safetensors")
+    assert "decoder.embedding.weight" in weights
+    # The validation split has no part in it.
+    bare = without(data, tmp_path / "bare", lambda line: line["split"] == "val")
+    writer[3:6:2] = str(tmp_path / "again"), str(bare)
+    assert cli([*writer, *trained, *stand_ins]) == 0
+    again = load_weights(tmp_path / "again" / "writer.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
     # Together they are a model with two detectors.
     join_weights(Path(glance), [Path(detector)] * 2, written / "writer.safetensors", tmp_path / "model")
@@ -169,6 +200,34 @@ def test_from_manifests_to_weights(data: Path, tmp_path: Path) -> None:
         assert all(
             torch.equal(a, b) for a, b in zip(each.state_dict().values(), alone.state_dict().values(), strict=True)
         )
+
+
+def test_groups_that_are_held_out_are_whole_and_unknown_to_the_network(data: Path, tmp_path: Path) -> None:
+    cases = [
+        replace(case, group=f"g{i // 3}") for i, case in enumerate(read_manifest(data / "strip/manifest.jsonl") * 5)
+    ]
+    held = held_out_groups(cases, 0.25)
+    assert held == held_out_groups(cases[::-1], 0.25)
+    assert 0 < sum(case.group in held for case in cases) <= 0.25 * len(cases)
+    assert len(held_out_groups(cases, 0.05)) == 1 and not held_out_groups(cases, 0.0)
+    assert not held_out_groups([replace(case, group="one") for case in cases], 0.5)
+
+    train = read_manifest(data / "strip/manifest.jsonl", split="train")
+    held = held_out_groups(train, 0.4)
+    parts = [load_streams(data, "train", held_out=0.4, inverted=inverted) for inverted in (False, True)]
+    assert [len(streams[-1]) for streams in parts] == [3, 2] and parts[0][-1].name == "strip"
+    assert parts[1][-1].boxes[:, 0, 0].tolist() == pytest.approx(
+        [case.boxes[0].bbox[0] * 256 / 120 for case in train if case.group in held]
+    )
+    rest = without(data, tmp_path / "rest", lambda line: line["group"] in held)
+    weights = []
+    for number, (folder, share) in enumerate(((data, 0.4), (rest, 0.0))):
+        out = tmp_path / str(number)
+        command = ["--recipe", recipe(tmp_path, DETECTOR), "--data", str(folder), "--out", str(out), "--device", "cpu"]
+        assert cli([*command, "--set", f"held_out={share}"]) == 0
+        assert load_held_out(out / "detector.safetensors") == share
+        weights.append(load_weights(out / "detector.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_backbone_learns_without_labels_and_the_glance_starts_from_it(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from pipelines.manifest import ManifestError
 from pipelines.training.encoders import train_detector, train_glance
 from pipelines.training.pretrain import train_backbone
 from pipelines.training.run import DivergedError, Run, load_recipe
-from pipelines.training.writer import train_writer
-from pipelines.weights import load_config, load_into, save_weights
+from pipelines.training.writer import Eyes, train_writer
+from pipelines.weights import load_config, load_held_out, load_into, save_weights
 
 
 def cli(argv: list[str]) -> int:
@@ -34,6 +35,15 @@ def cli(argv: list[str]) -> int:
     parser.add_argument("--glance", type=Path, help="weights of the glance (recipe `writer`)")
     parser.add_argument(
         "--detector", type=Path, nargs="+", help="weights of the detector, or of several that take turns"
+    )
+    parser.add_argument(
+        "--stand-in-glance", type=Path, help="a glance trained with --set held_out=0.1 (recipe `writer`)"
+    )
+    parser.add_argument(
+        "--stand-in-detector",
+        type=Path,
+        nargs="+",
+        help="a detector trained with --set held_out=0.1, or several that take turns (recipe `writer`)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -62,12 +72,12 @@ def cli(argv: list[str]) -> int:
         run = Run(args.out, recipe, resume=args.resume, minutes=args.minutes)
         device = torch.device(args.device)
         if recipe["kind"] == "writer":
-            glance = GlanceNet(GlanceConfig(**load_config(args.glance)))
-            load_into(glance, args.glance)
-            detectors = [Detector(DetectorConfig(**load_config(path))) for path in args.detector]
-            for detector, path in zip(detectors, args.detector, strict=True):
-                load_into(detector, path)
-            model = train_writer(run, args.data, glance, detectors, device)
+            paths = args.glance, args.detector
+            eyes = _eyes(*paths)
+            theirs = args.stand_in_glance or args.glance, args.stand_in_detector or args.detector
+            held_out = _held_out(theirs[0], *theirs[1])
+            stand_ins = eyes if theirs == paths else _eyes(*theirs)
+            model = train_writer(run, args.data, eyes, stand_ins, held_out, device)
             written = {k: v for k, v in model.state_dict().items() if not k.startswith(("glance.", "detectors."))}
             save_weights(args.out / "writer.safetensors", written, model.config.to_dict())
         elif recipe["kind"] == "pretrain":
@@ -82,11 +92,33 @@ def cli(argv: list[str]) -> int:
                 else train_detector(run, args.data, device)
             )
             name = f"{recipe['kind']}.safetensors"
-            save_weights(args.out / name, network.state_dict(), asdict(network.config))
+            sizes = asdict(network.config)
+            save_weights(args.out / name, network.state_dict(), sizes, held_out=recipe["held_out"])
     except (ManifestError, DivergedError, ValueError) as error:
         print(f"scanscribe train: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _eyes(glance: Path, detectors: Sequence[Path]) -> Eyes:
+    """Loads what looks at pictures for the writer. Raises ValueError."""
+    glancing = GlanceNet(GlanceConfig(**load_config(glance)))
+    load_into(glancing, glance)
+    detecting = [Detector(DetectorConfig(**load_config(path))) for path in detectors]
+    for detector, path in zip(detecting, detectors, strict=True):
+        load_into(detector, path)
+    return Eyes(glancing, detecting)
+
+
+def _held_out(*paths: Path) -> float:
+    """The share of the training groups that none of the networks has seen. Raises ValueError where there is none."""
+    shares = {load_held_out(path) for path in paths}
+    if len(shares) > 1 or 0 in shares:
+        raise ValueError(
+            "the writer learns how sure glance and detectors are of pictures that they do not know: train both once "
+            "more with --set held_out=0.1, and give them as --stand-in-glance and --stand-in-detector"
+        )
+    return shares.pop()
 
 
 if __name__ == "__main__":

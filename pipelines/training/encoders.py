@@ -96,7 +96,8 @@ def _train(
     losses: Callable[[Network, Batch], dict[str, Tensor]],
 ) -> Network:
     torch.manual_seed(run.recipe["seed"])
-    mixture = Mixture([stream.to(device) for stream in load_streams(data, "train")], run.recipe)
+    streams = load_streams(data, "train", held_out=run.recipe["held_out"])
+    mixture = Mixture([stream.to(device) for stream in streams], run.recipe)
     network = build().to(device).to(memory_format=torch.channels_last)
     network.train()
     return fit(run, mixture.draw, network, losses, device)

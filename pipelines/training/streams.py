@@ -8,6 +8,8 @@ Shapes: N cases, S canvas side, M labelled boxes (padded).
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -121,14 +123,38 @@ def load_stream(
     return Stream(name, line, *map(torch.from_numpy, (pictures, sizes, boxes, labels, valid, fields, types, words)))
 
 
-def load_streams(data: Path, split: str) -> list[Stream]:
+def held_out_groups(cases: Sequence[Case], share: float) -> set[str]:
+    """Whole groups of a data set, by chance but always the same ones, that hold at most `share` of its images.
+
+    Where every group is larger, the smallest one; where there is but one group, none.
+    """
+    sizes: dict[str, int] = defaultdict(int)
+    for case in cases:
+        sizes[case.group] += 1
+    if share <= 0 or len(sizes) < 2:
+        return set()
+    order = sorted(sizes)
+    random.Random(0).shuffle(order)
+    room, held = share * len(cases), set[str]()
+    for group in order:
+        if sizes[group] <= room:
+            held.add(group)
+            room -= sizes[group]
+    return held or {min(order, key=lambda group: sizes[group])}
+
+
+def load_streams(data: Path, split: str, *, held_out: float = 0.0, inverted: bool = False) -> list[Stream]:
     """Every data set below `data` that has cases of `split`; boards also at glance size.
+
+    The share `held_out` of a data set's groups is left out; `inverted`: it is what is read.
 
     Raises `ManifestError` with the faults of all manifests, ValueError when there is nothing to read.
     """
     streams: list[Stream] = []
     for name, every in read_data_sets(data).items():
         cases = [case for case in every if case.split == split]
+        held = held_out_groups(cases, held_out)
+        cases = [case for case in cases if (case.group in held) == inverted]
         if not cases:
             continue
         stream = load_stream(name, cases)

@@ -1,9 +1,11 @@
 """Trains bridge and decoder: to read what glance and detector found, point at what is real, and word the report.
 
 Both networks are frozen, so that what they see in a pool of augmented pictures is computed once, in the way the reader
-does it (`pipelines.evidence`). What the detector says of pictures that it was trained on is far too good, though: at
-each step the scores are moved so that hits and false alarms are as sure and as frequent as they are on the `val` split
-(`Realism`), and the right report is made anew for what that leaves. The weights kept are those that point best there.
+does it (`pipelines.evidence`). What the detector says of pictures that it was trained on is far too good, though. So a
+part of the training groups is kept out of the pool, and stand-ins, networks of the same recipes that were trained
+without those groups, look at them. At each step the pool's scores are moved so that hits and false alarms are as sure
+and as frequent as there (`Realism`), and the right report is made anew for what that leaves. The weights kept are those
+that point best there. The `val` split is not looked at.
 Shapes: B pictures, K evidence slots, M labelled boxes, L positions of a target, R rows of an impression, V vocabulary.
 """
 
@@ -57,7 +59,7 @@ STILL = {
     "keep_reference": 1.0,
 }
 POOL_SHARE = 0.45  # of the time of a run that is limited, at most, for the pool
-HELD_OUT_DRAWS = 4  # of each validation picture, mirrored and shifted by chance
+HELD_OUT_DRAWS = 4  # of each held-out picture, mirrored and shifted by chance
 
 _TYPE_TOKENS = torch.cat((BOX_TYPE_TOKENS, MAP_TYPE_TOKENS))  # in the order of an impression
 _ZONE_TOKENS = torch.tensor([ID[f"zone:{name}"] for name in ZONES])
@@ -67,6 +69,14 @@ _WORD_TOKENS = torch.tensor([PAD, *(ID[f"word:{name}"] for name in WORDS[1:])])
 _LINE_TOKENS = torch.tensor([ID[f"line:{name}"] if name != "ct" else PAD for name in LINE_VALUES])
 _FIELD_TOKENS = [torch.tensor([ID[f"{name}:{value}"] for value in values]) for name, values in CT_FIELDS.items()]
 _FIELD_COLUMNS = [list(FIELDS).index(name) for name in CT_FIELDS]
+
+
+@dataclass(frozen=True, slots=True)
+class Eyes:
+    """What looks at pictures: a glance, and detectors that take turns."""
+
+    glance: GlanceNet
+    detectors: Sequence[Detector]
 
 
 @dataclass(slots=True)
@@ -97,8 +107,11 @@ def joined(parts: Sequence[Looks]) -> Looks:
 
 
 @torch.no_grad()
-def look(glancing: GlanceNet, detectors: Sequence[Detector], stream: Stream, batch: Batch, *, findings: bool) -> Looks:
-    """What both networks make of a batch. `findings=False`: only the fields are known."""
+def look(eyes: Eyes, stream: Stream, batch: Batch, *, findings: bool, tokens: GlanceNet | None = None) -> Looks:
+    """What both networks make of a batch. `findings=False`: only the fields are known.
+
+    `tokens` is the glance whose visual tokens are given, by default that of `eyes`.
+    """
     x, side, device = batch.x, batch.x.shape[-1], batch.x.device
     small = x if side == GLANCE else F.interpolate(x, size=(GLANCE, GLANCE), mode="area")
     valid, true_types = batch.valid, BOX_TYPE_TOKENS.to(device)[batch.labels]
@@ -106,15 +119,16 @@ def look(glancing: GlanceNet, detectors: Sequence[Detector], stream: Stream, bat
 
     def dense(pictures: Tensor) -> Dense:
         if stream.line in MIRRORED:
-            return look_from_all_sides(detectors, pictures)
-        return detectors[0](pictures)
+            return look_from_all_sides(eyes.detectors, pictures)
+        return eyes.detectors[0](pictures)
 
     whole = None
     if stream.line in WHOLE_SIDE:
         size = (WHOLE_SIDE[stream.line],) * 2
         whole = small if size == small.shape[-2:] else F.interpolate(x, size=size, mode="area")
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        glance = glancing(small)
+        glance = eyes.glance(small)
+        visual_BNC = (glance if tokens is None or tokens is eyes.glance else tokens(small)).visual_BNC
         found = None if stream.line == "ct" else dense(x)
         if found is not None and whole is not None:
             found = found._replace(presence_BT=dense(whole).presence_BT)
@@ -134,7 +148,7 @@ def look(glancing: GlanceNet, detectors: Sequence[Detector], stream: Stream, bat
     ).padded()
     missing = max(0, POINTERS - words.shape[1])
     return Looks(
-        glance.visual_BNC.half(),
+        visual_BNC.half(),
         field_log_probabilities(glance),
         torch.full((len(x),), LINE_VALUES.index(stream.line), device=device),
         evidence.boxes,
@@ -296,9 +310,7 @@ def _extents(boxes_BK4: Tensor) -> Tensor:
     return (share >= 0.01).long() + (share >= 0.1).long()
 
 
-def look_at(
-    glance: GlanceNet, detectors: Sequence[Detector], streams: list[Stream], recipe: dict[str, Any], run: Run
-) -> Looks:
+def look_at(eyes: Eyes, streams: list[Stream], recipe: dict[str, Any], run: Run) -> Looks:
     """Draws every stream `pool_rounds` times, or less often where the run is limited in time."""
     known = {stream.name: stream for stream in streams}
     parts: list[Looks] = []
@@ -306,7 +318,7 @@ def look_at(
     for i in range(rounds):
         for name, table in recipe["streams"].items():
             batch = draw(known[name], table["batch"], table["side"], augmentation(table))
-            parts.append(look(glance, detectors, known[name], batch, findings=table.get("findings", True)))
+            parts.append(look(eyes, known[name], batch, findings=table.get("findings", True)))
         late = run.seconds > POOL_SHARE * run.limit_s
         if (i + 1) % 50 == 0 or i + 1 == rounds or late:
             run.log(pool=sum(map(len, parts)))
@@ -315,10 +327,11 @@ def look_at(
     return joined(parts)
 
 
-def look_at_held_out(
-    glance: GlanceNet, detectors: Sequence[Detector], streams: list[Stream], recipe: dict[str, Any]
-) -> Looks:
-    """Every validation picture as it is, but for shifts and mirror images."""
+def look_at_held_out(stand_ins: Eyes, streams: list[Stream], recipe: dict[str, Any], tokens: GlanceNet) -> Looks:
+    """Every held-out picture as it is, but for shifts and mirror images, as stand-ins see it.
+
+    `tokens` is the glance that the writer reads: another network's visual tokens would mean nothing to it.
+    """
     parts = []
     for stream in streams:
         table = recipe["streams"][stream.name]
@@ -327,7 +340,7 @@ def look_at_held_out(
             for start in range(0, len(stream), table["batch"]):
                 rows = torch.arange(start, min(start + table["batch"], len(stream)), device=stream.pictures.device)
                 batch = draw(stream.rows(rows), len(rows), table["side"], how)
-                parts.append(look(glance, detectors, stream, batch, findings=table.get("findings", True)))
+                parts.append(look(stand_ins, stream, batch, findings=table.get("findings", True), tokens=tokens))
     return joined(parts)
 
 
@@ -359,29 +372,33 @@ def held_out_losses(model: ScanScribeModel, looks: Looks, batch: int) -> tuple[f
 
 
 def train_writer(
-    run: Run, data: Path, glance: GlanceNet, detectors: Sequence[Detector], device: torch.device
+    run: Run, data: Path, eyes: Eyes, stand_ins: Eyes, held_out: float, device: torch.device
 ) -> ScanScribeModel:
-    """Runs the recipe and returns the whole model with averaged weights. Raises as `train_glance` does."""
+    """Runs the recipe and returns the whole model with averaged weights.
+
+    `eyes` become part of the model; `stand_ins` have not seen the share `held_out` of the training groups, and may be
+    the same. Raises as `train_glance` does.
+    """
     recipe = run.recipe
     torch.manual_seed(recipe["seed"])
-    for network in (glance, *detectors):
+    for network in (eyes.glance, *eyes.detectors, stand_ins.glance, *stand_ins.detectors):
         network.to(device).eval().requires_grad_(False)
     wanted = set(recipe["streams"])
-    streams = {}
-    for split in ("train", "val"):
-        streams[split] = [s.to(device) for s in load_streams(data, split) if s.name in wanted]
-        if missing := wanted - {s.name for s in streams[split]}:
-            raise ValueError(
-                f"the recipe names data sets that have no {split!r} split: {', '.join(sorted(missing))}; "
-                "`val` tells how sure the detector is of pictures that it does not know"
-            )
-    held_out = look_at_held_out(glance, detectors, streams["val"], recipe)
-    pool = look_at(glance, detectors, streams["train"], recipe, run)
-    realism = Realism(pool.rows(torch.randperm(len(pool), device=device)[: recipe["measured"]]), held_out)
+    known, unknown = (
+        [s.to(device) for s in load_streams(data, "train", held_out=held_out, inverted=inverted) if s.name in wanted]
+        for inverted in (False, True)
+    )
+    for streams, what in ((known, "training images"), (unknown, "groups to hold out")):
+        if missing := wanted - {s.name for s in streams}:
+            raise ValueError(f"the recipe names data sets that have no {what}: {', '.join(sorted(missing))}")
+    unseen = look_at_held_out(stand_ins, unknown, recipe, eyes.glance)
+    pool = look_at(eyes, known, recipe, run)
+    realism = Realism(pool.rows(torch.randperm(len(pool), device=device)[: recipe["measured"]]), unseen)
+    glance, detectors = eyes.glance, nn.ModuleList(eyes.detectors)
     config = ModelConfig.default(backbone=glance.config.backbone, visual_width=glance.width, bridge=recipe["bridge"])
-    config = replace(config, glance=glance.config, detector=detectors[0].config, detectors=len(detectors))
+    config = replace(config, glance=glance.config, detector=eyes.detectors[0].config, detectors=len(detectors))
     model = ScanScribeModel(config)
-    model.glance, model.detectors = glance, nn.ModuleList(detectors)  # type: ignore[assignment]
+    model.glance, model.detectors = glance, detectors  # type: ignore[assignment]
     model.to(device).train()
     for network in (glance, *detectors):
         network.eval()
@@ -393,7 +410,7 @@ def train_writer(
     number = run.resume(parts, device)
     done = run.start(number)
     if number:
-        least = held_out_losses(best, held_out, recipe["batch"])[0]
+        least = held_out_losses(best, unseen, recipe["batch"])[0]
     while done < 1:
         for group in optimiser.param_groups:
             group["lr"] = recipe["learning_rate"] * cosine(
@@ -412,12 +429,12 @@ def train_writer(
         number += 1
         done = run.share(number)
         if number % recipe["checked_every"] == 0 or done >= 1:
-            pointing, wording = held_out_losses(average.model, held_out, recipe["batch"])
+            pointing, wording = held_out_losses(average.model, unseen, recipe["batch"])
             if pointing < least:
                 least = pointing
                 best.load_state_dict(average.model.state_dict())
-            known = {"pointing": pointing, "wording": wording, "least": least}
-            run.log(step=number, loss=run.check(loss.detach(), number), rate=optimiser.param_groups[0]["lr"], **known)
+            there = {"pointing": pointing, "wording": wording, "least": least}
+            run.log(step=number, loss=run.check(loss.detach(), number), rate=optimiser.param_groups[0]["lr"], **there)
         if number % recipe["checkpoint_every"] == 0 or done >= 1:
             run.save(number, parts)
     return best
