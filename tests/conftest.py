@@ -14,6 +14,15 @@ from flows.server import LocalServer
 from tests.orthanc import free_port
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test does to the environment ends with it: importing Prefect, as flows do, sets its settings there."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the public research data (never part of the repository)."""

@@ -103,11 +103,11 @@ def running_orthanc(folder: Path) -> Iterator[Orthanc]:
         yield archive
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=60)
 
 
 def _await(archive: Orthanc, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             archive.get("/system")

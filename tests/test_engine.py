@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,14 +344,16 @@ def test_decide_takes_the_place_of_the_likeliest(decoder: Decoder) -> None:
 # Threads
 
 
-def test_threads_are_chosen_by_time_and_put_back() -> None:
+def test_threads_are_chosen_by_time_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("decoder.engine.threads.time", SimpleNamespace(perf_counter=lambda: now[0]))
     before = torch.get_num_threads()
     threads = Threads((1, 2, 4))
     seen = []
     for _ in range(3 * TRIES + 4):
         with threads.of(1):
             seen.append(torch.get_num_threads())
-            time.sleep({1: 0.02, 2: 0.01, 4: 0.04}[seen[-1]])
+            now[0] += {1: 0.02, 2: 0.01, 4: 0.04}[seen[-1]]
         assert torch.get_num_threads() == before
     assert seen[: 3 * TRIES] == [1, 2, 4] * TRIES
     assert seen[3 * TRIES :] == [2] * 4

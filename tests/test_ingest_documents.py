@@ -250,9 +250,9 @@ def many_pages(count: int, size: float = 100) -> bytes:
 )
 def test_a_pdf_that_cannot_be_used_is_refused(tmp_path: Path, data: bytes, code: str) -> None:
     (tmp_path / "a.pdf").write_bytes(data)
-    began = time.perf_counter()
+    began = time.process_time()
     assert refusal(tmp_path / "a.pdf").code == code
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_the_images_beside_a_bad_pdf_are_still_read(tmp_path: Path) -> None:
@@ -447,9 +447,9 @@ def test_a_slow_pattern_costs_a_moment_and_is_said(tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text("[document]\nlot = ['Lot (?P<value>(y|yy)+)\\s?c']")
     source = SourceFile("sheet.txt", "0" * 64, "text/plain")
     pages = (Document("Lot " + "y" * 300, "text", source),)
-    began = time.perf_counter()
+    began = time.process_time()
     found = load_patterns(tmp_path / "p.toml").search(pages, [FileRef(Path("a.png"))])
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert found.flags == ("identifier-search-cut",)
 
 

@@ -356,9 +356,9 @@ def test_two_kernels_of_one_chest_have_the_same_lungs(shared_data: Path) -> None
         (unit,) = ingest.plan([folder / name]).units
         study = ingest.load(unit)
         assert isinstance(study, ImageStudy)
-        started = time.perf_counter()
+        started = time.process_time()
         measures = measure_study(study)
-        assert time.perf_counter() - started < 5  # 0.8 s on two idle cores
+        assert time.process_time() - started < 5  # 0.8 s on two idle cores
         assert measures.region == "chest"
         assert not why(measures)
         found.append(values(measures))

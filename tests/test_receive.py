@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from pynetdicom import AE
 
 from flows.log import EventLog
 from flows.receive import INCOMING, Node, ReceiveError, Receiver
-from tests.orthanc import free_port
 from tests.phantom import PHANTOM, phantom_slices, series
 from tests.test_send import certificate  # noqa: F401  # a fixture
 from tests.test_watch import home, reports, until  # noqa: F401  # an autouse fixture
@@ -80,6 +81,34 @@ def capture(path: Path, megabytes: int = 0) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def first_part(most: int, port: int) -> Iterator[int]:
+    """A port that leads to `port`, but no more than so many bytes of what is sent come through."""
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.create_connection(("127.0.0.1", port)) as inner:
+
+        def there(outer: socket.socket) -> None:
+            left = most
+            while left and (data := outer.recv(min(left, 1 << 16))):
+                inner.sendall(data)
+                left -= len(data)
+
+        def back(outer: socket.socket) -> None:
+            with contextlib.suppress(OSError):  # the sender is gone
+                while data := inner.recv(1 << 16):
+                    outer.sendall(data)
+
+        def carry() -> None:
+            outer = door.accept()[0]
+            threading.Thread(target=back, args=(outer,), daemon=True).start()
+            there(outer)
+
+        threading.Thread(target=carry, daemon=True).start()
+        try:
+            yield door.getsockname()[1]
+        finally:
+            inner.shutdown(socket.SHUT_RDWR)  # closing alone ends nothing while a thread reads
+
+
 def association(port: int, *contexts: tuple[str, str], title: str = "ME", tls: Any = None) -> Any:
     entity = AE(ae_title=title)
     for abstract, syntax in (*contexts, (VERIFICATION, ExplicitVRLittleEndian)):
@@ -122,18 +151,19 @@ def test_compressed_instances_come_in_as_they_are(tmp_path: Path) -> None:
 
 def test_an_association_that_is_cut_off_leaves_what_was_whole(tmp_path: Path) -> None:
     slices = phantom_slices()
-    big = capture(tmp_path / "big.dcm", megabytes=96)
+    big = capture(tmp_path / "big.dcm", megabytes=16)
     with receiving(tmp_path / "inbox") as (receiver, log):
         peer = association(receiver.port, (CT, ExplicitVRLittleEndian))
         assert peer.send_c_store(slices[0]).Status == 0
         peer.abort()
         until(lambda: ("received", {"files": 1, "refused": 0, "cut_off": "true"}) in log.said)
         if shutil.which("storescu"):
-            command = ["storescu", "-R", "-aec", "INBOX", "127.0.0.1", str(receiver.port), str(big)]
-            sender = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            until(lambda: any(path.stat().st_size > 1 << 20 for path in (tmp_path / "inbox" / INCOMING).iterdir()))
-            sender.kill()
-            sender.wait()
+            with first_part(4 << 20, receiver.port) as port:
+                command = ["storescu", "-R", "-aec", "INBOX", "127.0.0.1", str(port), str(big)]
+                sender = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                until(lambda: any(path.stat().st_size > 1 << 20 for path in (tmp_path / "inbox" / INCOMING).iterdir()))
+                sender.kill()
+                sender.wait()
     assert received(tmp_path / "inbox").keys() == {str(slices[0].SOPInstanceUID)}
 
 
@@ -210,16 +240,18 @@ def test_from_the_network_to_the_report(tmp_path: Path) -> None:
     for each in slices:
         each.ImagesInAcquisition = len(slices)
     files = sorted(series(tmp_path / "send", slices).iterdir())
-    port = free_port()
     inbox, out = tmp_path / "in", tmp_path / "out"
     base = [sys.executable, "-m", "tests.watcher_process"]
     receiver = subprocess.Popen(
-        [*base, "receive", "--inbox", inbox, "--port", str(port), "--aet", "INBOX", "--log-json"],
+        [*base, "receive", "--inbox", inbox, "--port", "0", "--aet", "INBOX", "--log-json"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert receiver.stderr and json.loads(receiver.stderr.readline())["event"] == "listening"
+    assert receiver.stderr
+    listening = json.loads(receiver.stderr.readline())
+    assert listening["event"] == "listening"
+    port = listening["port"]
     watcher = subprocess.Popen(
         [*base, "watch", inbox, "--out", out, "--interval", "0.1", "--looks", "2"], cwd=ROOT, stderr=subprocess.DEVNULL
     )
@@ -233,7 +265,7 @@ def test_from_the_network_to_the_report(tmp_path: Path) -> None:
     finally:
         for process in (receiver, watcher):
             process.send_signal(signal.SIGTERM)
-        codes = [process.wait(20) for process in (receiver, watcher)]
+        codes = [process.wait(60) for process in (receiver, watcher)]
     assert codes == [0, 0]
     said = receiver.stderr.read()
     assert '"stopped"' in said and str(slices[0].PatientName) not in said and os.fspath(inbox) not in said

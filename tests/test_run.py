@@ -303,7 +303,7 @@ def test_the_folder_is_not_let_go_while_a_thread_writes_into_it(
 
     def read(study: ImageStudy, **options: object) -> Reading:
         at_work.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return TinyReader().read(study)
 
     def look() -> None:
@@ -316,7 +316,7 @@ def test_the_folder_is_not_let_go_while_a_thread_writes_into_it(
     with Session(job) as session:
         worker = threading.Thread(target=session.process, args=(session.discover(),))
         worker.start()
-        assert at_work.wait(10)
+        assert at_work.wait(60)
         threading.Timer(0.2, look).start()
     assert locked
     worker.join()
@@ -376,7 +376,7 @@ from tests.tiny_reader import TinyReader
 
 class Slow(TinyReader):
     def read(self, study, **options):
-        time.sleep(0.1)
+        time.sleep(0.1 if len(self.read_names) < 4 else 3)  # so that it is not done before the blow
         return super().read(study, **options)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
@@ -401,6 +401,7 @@ def test_a_killed_run_leaves_whole_files_and_the_next_run_finishes(
     )
     index = out / "index.jsonl"
     while not index.exists() or len(index.read_bytes().splitlines()) < 3:
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(blow)
     process.wait()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.tiny_reader import CURSED, TinyReader
 
 ROOT = Path(__file__).parents[1]
 QUICK = Patience(interval=0.05, looks=2, quiet=0.4, cap=30, refuse_after=0.8)
+NEVER = 600.0  # seconds: no machine is so busy that a test stands still for so long
 
 
 @pytest.fixture(autouse=True)
@@ -74,13 +76,13 @@ def watching(tmp_path: Path, patience: Patience = QUICK, out: str = "out", **how
         yield running
     finally:
         running.watcher.stop()
-        running.thread.join(20)
+        running.thread.join(60)
         running.ledger.__exit__(None, None, None)
     assert not running.thread.is_alive()
     assert running.events[-1] == "stopped"
 
 
-def until(true: Callable[[], bool], seconds: float = 15) -> None:
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
@@ -114,7 +116,7 @@ def test_each_way_of_dropping_makes_one_report(tmp_path: Path, poll: bool) -> No
     picture(away / "renamed.png", 2)
     slow = picture(away / "slow.png", 3).read_bytes()
     picture(tmp_path / "in" / "there.png", 4)
-    with watching(tmp_path, poll=poll) as running:
+    with watching(tmp_path, replace(QUICK, refuse_after=NEVER), poll=poll) as running:
         (away / "moved").rename(running.inbox / "moved")
         shutil.copy(away / "renamed.png", running.inbox / "renamed.png.part")
         with (running.inbox / "slow.png").open("wb", buffering=0) as file:
@@ -167,12 +169,15 @@ def test_a_lost_ledger_is_made_anew_from_the_reports(tmp_path: Path) -> None:
 
 def test_a_file_that_does_not_open_is_waited_for_then_put_into_quarantine(tmp_path: Path) -> None:
     whole = picture(tmp_path / "whole.png", 1).read_bytes()
-    with watching(tmp_path) as running:
+    with watching(tmp_path, replace(QUICK, refuse_after=NEVER)) as running:
         for name, part in (("stalled.png", 3), ("broken.png", 2)):
             (running.inbox / name).write_bytes(whole[: len(whole) // part])
         time.sleep(0.4)  # longer than its looks
         (running.inbox / "stalled.png").write_bytes(whole)
-        until(lambda: running.heard("quarantined") and running.heard("reported"))
+        until(lambda: running.heard("reported"))
+        assert not running.heard("quarantined")
+    with watching(tmp_path) as running:
+        until(lambda: running.heard("quarantined"))
         [refused] = lines(running.out / "rejected.jsonl")
         assert (Path(refused["path"]).name, refused["code"]) == ("broken.png", "truncated")
         [row] = running.ledger.rows("quarantined")
@@ -184,7 +189,7 @@ def test_a_file_that_does_not_open_is_waited_for_then_put_into_quarantine(tmp_pa
         shutil.copy(running.inbox / "broken.png", running.inbox / "broken-again.png")
         until(lambda: running.heard("known"))
         (running.inbox / "broken.png").write_bytes(picture(tmp_path / "mended.png", 2).read_bytes())
-        until(lambda: running.heard("reported", 2))
+        until(lambda: running.heard("reported"))
     assert names(running.out) == ["broken.png", "stalled.png"]
     assert [Path(line["path"]).name for line in lines(running.out / "rejected.jsonl")] == ["broken-again.png"]
 
@@ -279,8 +284,7 @@ def test_a_counted_study_is_taken_when_its_last_slice_comes(tmp_path: Path) -> N
         each.ImagesInAcquisition = len(slices)
     order = list(range(len(slices)))
     random.Random(7).shuffle(order)
-    patient = Patience(interval=0.05, looks=2, quiet=600, cap=600, refuse_after=1)
-    with watching(tmp_path, patient) as running:
+    with watching(tmp_path, Patience(interval=0.05, looks=2, quiet=NEVER, cap=NEVER, refuse_after=NEVER)) as running:
         for number in order[:-1]:
             write(running.inbox / f"part{number % 3}", slices, number)
             time.sleep(0.02)
@@ -294,10 +298,10 @@ def test_a_counted_study_is_taken_when_its_last_slice_comes(tmp_path: Path) -> N
 
 def test_an_uncounted_study_is_taken_when_it_is_quiet_and_late_slices_make_version_2(tmp_path: Path) -> None:
     slices = phantom_slices()
-    with watching(tmp_path) as running:
+    with watching(tmp_path, replace(QUICK, quiet=2.0)) as running:
         for number in range(1, len(slices)):
             write(running.inbox, slices, number)
-            time.sleep(0.1)  # longer in all than the quiet time
+            time.sleep(0.2)  # longer in all than the quiet time
         assert not running.heard("reported")
         until(lambda: running.heard("reported"))
         write(running.inbox / "late", slices, 0)
@@ -311,9 +315,8 @@ def test_an_uncounted_study_is_taken_when_it_is_quiet_and_late_slices_make_versi
 
 def test_a_study_that_never_falls_quiet_is_taken_at_the_cap(tmp_path: Path) -> None:
     slices = phantom_slices()
-    with watching(tmp_path, Patience(interval=0.05, looks=2, quiet=600, cap=0.5, refuse_after=1)) as running:
-        for number in range(3):
-            write(running.inbox, slices, number)
+    write(tmp_path / "in", slices, 0, 1, 2)
+    with watching(tmp_path, Patience(interval=0.05, looks=2, quiet=NEVER, cap=0.5, refuse_after=1)) as running:
         until(lambda: running.heard("reported"))
         write(running.inbox, slices, 3)
         until(lambda: running.heard("reported", 2))
@@ -342,9 +345,10 @@ def test_a_system_without_events_is_looked_at_all_the_time(tmp_path: Path, monke
     monkeypatch.setattr("flows.watch.PAUSE_S", 0.1)
     with watching(tmp_path, rescan_s=1) as running:
         until(lambda: running.heard("no-events"))
+        running.watcher._watching = replace(running.watcher._watching, rescan_s=NEVER)  # it is not waited for
         for number in range(3):
             picture(running.inbox / f"{number}.png", number)
-            until(lambda number=number: running.heard("reported", number + 1), 2)  # type: ignore[misc]
+            until(lambda number=number: running.heard("reported", number + 1))  # type: ignore[misc]
     assert running.events.count("no-events") == 1
 
 
@@ -444,7 +448,7 @@ def test_the_command_ends_at_once_or_on_a_signal_and_logs_no_names(tmp_path: Pat
     picture(tmp_path / "in" / "next.png", 2)
     until(lambda: len(reports(tmp_path / "out")) == 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert " stopped reported=1" in process.stderr.read()
 
 
@@ -486,7 +490,7 @@ def killed_at_random(tmp_path: Path, pictures: int, studies: int, kills: int, se
     try:
         for _ in range(kills):
             if chance.random() < 0.8:  # else it dies while it starts
-                until(began(process.pid), 30)
+                until(began(process.pid))
             time.sleep(chance.random() * 1.2)
             process.kill()
             process.wait()
@@ -497,8 +501,11 @@ def killed_at_random(tmp_path: Path, pictures: int, studies: int, kills: int, se
         def settled() -> bool:
             with Ledger(tmp_path / "out") as ledger:
                 counts = ledger.counts()
-            whole = pictures - broken + studies
-            return counts["done"] >= whole and counts["quarantined"] >= broken and not counts["claimed"]
+            if counts["quarantined"] < broken or counts["waiting"] or counts["claimed"] or counts["failed"]:
+                return False
+            # On a busy machine a study may have fallen quiet in the middle: it then has a version 2.
+            files = [len(line["inputs"]) for line in reports(tmp_path / "out") if line["superseded_by"] is None]
+            return len(files) == pictures - broken + studies and files.count(len(slices)) == studies
 
         until(settled, 120)
     finally:
