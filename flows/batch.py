@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +21,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
 
 from flows.crew import Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
@@ -73,7 +74,7 @@ def batch(job: str) -> RunSummary:
     with Session(load_job(job), asked.listener, told=telling) as session:
         if telling:
             telling.session = session
-        units = discover(session)
+        units = tuple(discover(session))
         if asked.crewing:  # small enough that all have something to do until the end
             a_worker = len(units) // max(1, 4 * len(workers(asked.server.url())))
             batches = group(units, min(max(a_worker, LEAST_A_BATCH), PICTURES_A_GPU_BATCH))
@@ -116,7 +117,8 @@ def report_here(session: Session, batches: Sequence[Batch], min_free: int) -> No
     running: deque[PrefectFuture[None]] = deque()
     try:
         for each in batches:
-            running.append(read_and_report.with_options(task_run_name=each.name).submit(session, each, min_free))
+            named = read_and_report.with_options(task_run_name=each.name)
+            running.append(named.submit(session, quote(each), min_free))  # quoted: Prefect does not look through it
             if len(running) >= at_once:
                 running.popleft().result()
         for future in running:
@@ -179,9 +181,9 @@ def _files(unit: Unit) -> tuple[str, ...]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def discover(session: Session) -> tuple[Unit, ...]:
+def discover(session: Session) -> Iterator[Unit]:
     """What there is to report; unusable inputs go to `rejected.jsonl`."""
-    return session.discover()
+    return iter(session.discover())  # of each member of a tuple Prefect would keep a record
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

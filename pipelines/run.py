@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -104,8 +104,8 @@ class RunSummary:
 
     out: Path
     index: Path  # the HTML index over all reports of the folder
-    reported: tuple[IndexEntry, ...]
-    already_reported: tuple[IndexEntry, ...]  # finished by an earlier run, or the same content twice in this one
+    reported: Sequence[IndexEntry]  # each is read when it is asked for
+    already_reported: Sequence[IndexEntry]  # finished by an earlier run, or the same content twice in this one
     rejected: tuple[Rejection, ...]
     passed_over: int  # files that are no inputs, and second names of files
     without_golden_sample: int  # pictures for which the folder of golden samples has none
@@ -122,7 +122,9 @@ class RunSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as plain JSON values."""
-        return asdict(self) | {"out": str(self.out), "index": str(self.index), "complete": self.complete}
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        lists = {name: [asdict(each) for each in plain[name]] for name in ("reported", "already_reported", "rejected")}
+        return plain | lists | {"out": str(self.out), "index": str(self.index), "complete": self.complete}
 
 
 def execute(job: Job, listener: Listener | None = None) -> RunSummary:
@@ -162,9 +164,8 @@ class Session:
         self._device = threading.Lock()  # one batch at a time
         self._changed = threading.Condition()  # guards the folder and all that is counted here
         self._places = 0  # units come in the summary as they were given
-        self._reported: dict[int, IndexEntry] = {}
-        self._already: dict[int, IndexEntry] = {}
-        self._made: set[str] = set()  # the requests of this run's reports
+        self._reported: dict[int, str] = {}  # ids of reports
+        self._already: dict[int, str] = {}
         self._in_flight: set[str] = set()  # the requests that are being read or written
         self._subjects: set[str] = set()  # what is being written about
         self._open_bytes = self._work = self._total_work = 0
@@ -322,7 +323,8 @@ class Session:
     def _claims(self, opened: Opened) -> bool:
         """Whether nobody in this run has reported that content, or is about to; from then on this one is."""
         with self._changed:
-            if opened.request and (opened.request in self._in_flight or opened.request in self._made):
+            known = opened.request in self._in_flight or self._folder.finished(opened.request, self._formats)
+            if opened.request and known:
                 return False
             self._in_flight.add(opened.request)
             return True
@@ -357,8 +359,8 @@ class Session:
         return RunSummary(
             out=self.job.out,
             index=index,
-            reported=tuple(self._reported[place] for place in sorted(self._reported)),
-            already_reported=tuple(self._already[place] for place in sorted(self._already)),
+            reported=self._folder.some(self._reported[place] for place in sorted(self._reported)),
+            already_reported=self._folder.some(self._already[place] for place in sorted(self._already)),
             rejected=tuple(self._rejected),
             passed_over=self._passed_over,
             without_golden_sample=self._without_golden_sample,
@@ -394,7 +396,7 @@ class Session:
         if entry is None:
             return False
         with self._changed:
-            (self._already if before else self._reported)[self._places] = entry
+            (self._already if before else self._reported)[self._places] = entry.id
             self._places += 1
             if before:
                 self._reject_missing(unit, entry)
@@ -442,7 +444,7 @@ class Session:
         if isinstance(prepared, Opened):
             with self._changed:
                 self._changed.wait_for(lambda: prepared.request not in self._in_flight)
-                if prepared.request in self._made and (done := self._folder.known(prepared.request)):  # twice in a run
+                if done := self._folder.finished(prepared.request, self._formats):  # the same content twice in a run
                     self._let_go(prepared)
                     return self._settle(self._note_done(prepared.unit, done, place))
                 self._in_flight.add(prepared.request)
@@ -476,8 +478,7 @@ class Session:
                     self._reject(missing)
                 if isinstance(outcome, Rejection):
                     return self._settle(self._reject(outcome))
-                self._reported[place] = outcome
-                self._made.add(opened.request)
+                self._reported[place] = outcome.id
                 if self._first_report is None:
                     self._first_report = time.perf_counter() - self._started
                 if self._told is not None:
@@ -528,7 +529,7 @@ class Session:
 
     def _note_done(self, unit: ingest.Unit, entry: IndexEntry, place: int) -> IndexEntry:
         """The report is there."""
-        self._already[place] = entry
+        self._already[place] = entry.id
         self._reject_missing(unit, entry)
         return entry
 
@@ -539,7 +540,8 @@ class Session:
         lacking = [name for name in self._formats if name not in here]
         files, errors = written(out, write_formats, out / entry.id, stored.bundle, lacking)
         errors = {name: why for name, why in entry.errors.items() if name not in self._formats} | errors
-        entry = self._reported[place] = self._folder.add(replace(entry, formats=files, errors=errors))
+        entry = self._folder.add(replace(entry, formats=files, errors=errors))
+        self._reported[place] = entry.id
         self._reject_missing(stored.unit, entry)
         return entry
 
@@ -598,11 +600,11 @@ def write_over_run(
     Returns their first files, relative to the folder, and why those that are missing could not be written.  Raises
     OutputError when the disk fails.
     """
-    ids = tuple(entry.id for entry in folder.entries if entry.superseded_by is None)
+    names = run_formats(names)
     errors: dict[str, str] = {}
     try:
         clear_leftovers(folder.path)
-        files = write_run_formats(RunReports(folder.path, ids, lot, language), run_formats(names))
+        files = write_run_formats(RunReports(folder.path, folder.current_ids if names else (), lot, language), names)
     except FormatError as error:
         files, errors = error.written, error.errors
     except OSError as error:

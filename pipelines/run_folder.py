@@ -13,13 +13,18 @@ import contextlib
 import errno
 import fcntl
 import json
+import operator
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import sqlite3
+import threading
+import weakref
+from array import array
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, overload
 
 from pipelines.study import Rejection
 from reports.bundle import REPORT, note_superseded
@@ -32,6 +37,7 @@ QUARANTINE: Final = "quarantine"
 _LOCK: Final = ".scanscribe.lock"
 _OWN_FILES: Final = (INDEX, REJECTED, "index.html", _LOCK)
 _REPORT_ID: Final = re.compile("[0-9a-f]{16}")
+READ_BYTES: Final = 4096  # at a time, of a line
 
 
 class OutputError(Exception):
@@ -73,10 +79,21 @@ class IndexEntry:
 
 _FIELDS: Final = {f.name for f in fields(IndexEntry)}
 _REQUIRED: Final = {f.name for f in fields(IndexEntry) if f.default is f.default_factory is MISSING}
+# Where the last line of each report stands, in the order in which they were first written.
+_TABLE: Final = """
+    create table reports
+        (number integer primary key, id text unique, request text, subject text, current int, place int);
+    create index of_request on reports (request);
+    create index of_subject on reports (subject);
+    pragma journal_mode = off;
+"""
 
 
 class RunFolder:
     """An output folder opened for one run; a context manager that holds the folder's lock.
+
+    What it knows of the reports is where their lines are, in a table that moves to the disk when it is large: of many
+    reports only those that are asked for are in memory.
 
     With `member` it is opened beside the run that owns it, for lines only.  Raises OutputError when the folder cannot
     be made or written, or another run owns it.
@@ -84,9 +101,10 @@ class RunFolder:
 
     def __init__(self, path: Path, *, member: bool = False) -> None:
         self.path, self._member = path, member
-        self._entries: dict[str, IndexEntry] = {}
-        self._by_request: dict[str, IndexEntry] = {}
-        self._by_subject: dict[str, IndexEntry] = {}
+        # One connection for all threads. Without a name the data base is private, and goes with the process.
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._table.executescript(_TABLE)
+        self._asking = threading.RLock()  # what the table says holds for the index that is open
         self._untidy = False  # whether a report has several lines
         self._rejections: dict[Rejection, None] = {}
         self._index, self._refused = _Lines(path / INDEX), _Lines(path / REJECTED)
@@ -123,10 +141,11 @@ class RunFolder:
             if not self._member and self._lines_lock is not None:
                 with self._alone():
                     if self._untidy:
-                        self._index.replace(self._entries.values())
+                        self._index.replace(self.entries)
         self._close()
 
     def _close(self) -> None:
+        self._table.close()
         self._index.close()
         self._refused.close()
         os.close(self._lock)
@@ -143,18 +162,59 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(error) from None
         try:
-            anew, lines = self._index.news()
-            if anew:
-                self._entries, self._by_request, self._by_subject, self._untidy = {}, {}, {}, False
-            for entry in _entries(lines):
-                self._note(entry)
-            anew, lines = self._refused.news()
-            if anew:
-                self._rejections = {}
-            self._rejections |= dict.fromkeys(_rejections(lines))
+            self._take_note()
+            for news in self._refused.news():
+                if news is None:
+                    self._rejections = {}
+                elif rejection := _rejection(news[1]):
+                    self._rejections[rejection] = None
             yield
         finally:
             fcntl.flock(self._lines_lock, fcntl.LOCK_UN)
+
+    def _take_note(self) -> None:
+        """Of what others have appended to the index."""
+        replaced: dict[str, str] = {}
+        with self._asking:
+            for news in self._index.news():
+                if news is None:
+                    self._ask("delete from reports")
+                    self._untidy = False
+                elif entry := _entry(news[1]):
+                    self._note(entry, news[0])
+                    replaced |= {entry.supersedes: entry.id} if entry.supersedes else {}
+        for former, by in replaced.items():
+            if (entry := self.entry(former)) and entry.superseded_by is None:  # a run ended between the two lines
+                self._append(replace(entry, superseded_by=by))
+
+    def _note(self, entry: IndexEntry, place: int) -> None:
+        current = entry.superseded_by is None
+        known = self._ask(
+            "update reports set request = ?, subject = ?, current = ?, place = ? where id = ? returning id",
+            *(entry.request, entry.subject, current, place, entry.id),
+        )
+        self._untidy |= bool(known)
+        if not known:
+            values = entry.id, entry.request, entry.subject, current, place
+            self._ask("insert into reports (id, request, subject, current, place) values (?, ?, ?, ?, ?)", *values)
+
+    def _append(self, entry: IndexEntry) -> None:
+        self._note(entry, self._index.append(entry))
+
+    def _ask(self, question: str, *values: object) -> list[tuple[Any, ...]]:
+        try:
+            with self._asking:
+                return self._table.execute(question, values).fetchall()
+        except sqlite3.OperationalError as error:  # it is large, and the disk for temporary files is full
+            raise OutputError(
+                f"There is no space for temporary files ({error}): free some, or set TMPDIR to a folder that has some."
+            ) from None
+
+    def _find(self, question: str, *values: object) -> Entries:
+        """The lines of reports, by `where` and what follows it."""
+        with self._asking:
+            rows = self._ask(f"select place from reports {question}", *values)
+            return Entries(self._index.descriptor, (place for (place,) in rows))
 
     def refresh(self) -> None:
         """Take note of what others have appended. Raises OutputError."""
@@ -162,9 +222,20 @@ class RunFolder:
             pass
 
     @property
-    def entries(self) -> tuple[IndexEntry, ...]:
-        """Every report in the folder, in the order in which they were written."""
-        return tuple(self._entries.values())
+    def entries(self) -> Entries:
+        """Every report in the folder, in the order in which they were first written."""
+        return self._find("order by number")
+
+    @property
+    def current_ids(self) -> tuple[str, ...]:
+        """The ids of those of them that are not superseded."""
+        return tuple(name for (name,) in self._ask("select id from reports where current order by number"))
+
+    def some(self, ids: Iterable[str]) -> Entries:
+        """The reports with those ids, in that order."""
+        with self._asking:
+            rows = (self._ask("select place from reports where id = ?", each) for each in ids)
+            return Entries(self._index.descriptor, (place for found in rows for (place,) in found))
 
     @property
     def rejections(self) -> tuple[Rejection, ...]:
@@ -173,7 +244,7 @@ class RunFolder:
 
     def known(self, request: str) -> IndexEntry | None:
         """The current report that was made on `request`, whatever its formats."""
-        return self._by_request.get(request) if request else None
+        return self._last("where request = ? and current", request)
 
     def finished(self, request: str, formats: Sequence[str]) -> IndexEntry | None:
         """The entry of the current report that was made on `request`, with all of `formats` in place, else None."""
@@ -185,11 +256,16 @@ class RunFolder:
 
     def current(self, subject: str) -> IndexEntry | None:
         """The current report about `subject`."""
-        return self._by_subject.get(subject) if subject else None
+        return self._last("where subject = ? and current", subject)
 
     def entry(self, report_id: str) -> IndexEntry | None:
         """The line of a report."""
-        return self._entries.get(report_id)
+        return self._last("where id = ?", report_id)
+
+    def _last(self, question: str, key: str) -> IndexEntry | None:
+        with self._asking:
+            rows = self._ask(f"select place from reports {question} order by number desc limit 1", key) if key else []
+            return _entry_at(self._index.descriptor, rows[0][0]) if rows else None
 
     def add(self, entry: IndexEntry) -> IndexEntry:
         """Record a report; returns its line. Call it when all of its files are in place.
@@ -201,52 +277,31 @@ class RunFolder:
             former = self.current(entry.subject)
             if former and former.request != entry.request and former.id != entry.supersedes:
                 raise OutdatedVersionError
-            if (earlier := self._entries.get(entry.id)) and earlier.request == entry.request:
+            if (earlier := self.entry(entry.id)) and earlier.request == entry.request:
                 kept = {
                     name: file
                     for name, file in earlier.formats.items()
                     if name not in entry.errors and (self.path / file).is_file()
                 }
                 entry = replace(entry, formats=kept | dict(entry.formats))
-            former = self._entries.get(entry.supersedes or "")
+            former = self.entry(entry.supersedes or "")
             if former and former.superseded_by is None:
                 try:
                     note_superseded(self.path / former.id, entry.id)
                 except OSError as error:
                     raise cannot_write(error) from None
-            self._index.append(entry)
-            self._note(entry)
+            self._append(entry)
             if former and former.superseded_by is None:
-                former = replace(former, superseded_by=entry.id)
-                self._index.append(former)
-                self._note(former)
+                self._append(replace(former, superseded_by=entry.id))
         return entry
-
-    def _note(self, entry: IndexEntry) -> None:
-        self._untidy |= entry.id in self._entries
-        self._entries[entry.id] = entry
-        former = self._entries.get(entry.supersedes or "")
-        if former and former.superseded_by is None:  # a run ended between the two lines
-            self._note(replace(former, superseded_by=entry.id))
-        if entry.superseded_by is None:
-            self._by_request[entry.request] = entry
-            self._by_subject[entry.subject] = entry
-        else:
-            self._forget(entry)
-
-    def _forget(self, entry: IndexEntry) -> None:
-        """A superseded report is not found by what it was made on, or about."""
-        for known, key in ((self._by_request, entry.request), (self._by_subject, entry.subject)):
-            if key in known and known[key].id == entry.id:
-                del known[key]
 
     def drop(self, ids: Collection[str]) -> None:
         """Take superseded reports off the record, before their folders go. Current ones stay."""
         with self._alone():
-            kept = [entry for entry in self.entries if entry.superseded_by is None or entry.id not in ids]
-            self._index.replace(kept)
-            self._entries = {entry.id: entry for entry in kept}
-            self._untidy = False
+            entries = self.entries
+            self._index.replace(e for e in entries if e.superseded_by is None or e.id not in ids)
+            self._index.close()  # all of it is news now
+            self._take_note()
 
     def start(self, inputs: Iterable[Path], rejections: Iterable[Rejection]) -> None:
         """Begin a run over `inputs`: what was refused of them earlier is forgotten, `rejections` are recorded."""
@@ -275,13 +330,60 @@ class RunFolder:
         try:
             return write_index(
                 self.path,
-                _Current(self._entries.values()),
+                _Plain(self._find("where current order by number")),
                 [asdict(rejection) for rejection in self.rejections],
-                formers={entry.id: _page(entry) for entry in self._entries.values() if entry.superseded_by},
+                formers={entry.id: _page(entry) for entry in self._find("where not current order by number")},
                 files=run_file_links(self.path),
             )
         except OSError as error:
             raise cannot_write(error) from None
+
+
+class Entries(Sequence[IndexEntry]):
+    """Lines of an index, each read when it is asked for. They stay as they are, whatever becomes of the file."""
+
+    def __init__(self, file: int | None, places: Iterable[int]) -> None:
+        """`file` is the descriptor of an index; the places are in bytes."""
+        self._places = array("Q", places)
+        self._file = None if file is None else os.dup(file)
+        if self._file is not None:
+            weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> IndexEntry: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Entries: ...
+
+    def __getitem__(self, place: int | slice) -> IndexEntry | Entries:
+        """Raises OutputError."""
+        if isinstance(place, slice):
+            return Entries(self._file, self._places[place])
+        return _entry_at(self._file, self._places[place])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Plain(Collection[dict[str, Any]]):
+    """Entries as plain values, each made when it is asked for."""
+
+    def __init__(self, entries: Sequence[IndexEntry]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(asdict, self._entries)
+
+    def __contains__(self, line: object) -> bool:
+        return any(line == each for each in self)
 
 
 def written_by_runs(folder: Path, path: str | Path) -> bool:
@@ -303,33 +405,32 @@ def _page(entry: IndexEntry) -> str:
     return entry.formats.get("html") or next(iter(entry.formats.values()), entry.id)
 
 
-def _entries(lines: Iterable[dict[str, Any]]) -> Iterator[IndexEntry]:
-    for line in lines:
-        if line.keys() >= _REQUIRED and line.keys() <= _FIELDS:
-            several = {"inputs": tuple(line["inputs"]), "types": tuple(line["types"])}
-            refused = tuple(Rejection(**each) for each in line.get("refused", ()))
-            yield IndexEntry(**line | several | {"refused": refused})
+def _entry_at(file: int | None, place: int) -> IndexEntry:
+    """The entry whose line begins there. Raises OutputError."""
+    assert file is not None
+    data = b""
+    try:
+        while b"\n" not in data and (more := os.pread(file, READ_BYTES, place + len(data))):
+            data += more
+    except OSError as error:
+        raise _cannot_read(INDEX, error) from None
+    value = _value(data.partition(b"\n")[0])
+    entry = value and _entry(value)
+    if not entry:
+        raise OutputError(f"The output folder's {INDEX} was changed by another program: run again.")
+    return entry
 
 
-def _rejections(lines: Iterable[dict[str, Any]]) -> Iterator[Rejection]:
-    return (Rejection(**line) for line in lines if set(line) == {"path", "code", "reason", "remedy"})
+def _entry(line: dict[str, Any]) -> IndexEntry | None:
+    if not _REQUIRED <= line.keys() <= _FIELDS:
+        return None
+    several = {"inputs": tuple(line["inputs"]), "types": tuple(line["types"])}
+    refused = tuple(Rejection(**each) for each in line.get("refused", ()))
+    return IndexEntry(**line | several | {"refused": refused})
 
 
-class _Current(Collection[dict[str, Any]]):
-    """The current ones of some entries as plain values, each made when it is asked for."""
-
-    def __init__(self, entries: Collection[IndexEntry]) -> None:
-        self._entries = entries
-        self._size = sum(entry.superseded_by is None for entry in entries)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (asdict(entry) for entry in self._entries if entry.superseded_by is None)
-
-    def __contains__(self, line: object) -> bool:
-        return any(line == each for each in self)
+def _rejection(line: dict[str, Any]) -> Rejection | None:
+    return Rejection(**line) if line.keys() == {"path", "code", "reason", "remedy"} else None
 
 
 class _Lines:
@@ -345,8 +446,13 @@ class _Lines:
             self._file.close()
         self._file, self._read = None, 0
 
-    def news(self) -> tuple[bool, list[dict[str, Any]]]:
-        """The JSON objects that others have appended; the flag says that they are all there are, in another file.
+    @property
+    def descriptor(self) -> int | None:
+        """Of the file that is open."""
+        return self._file.fileno() if self._file else None
+
+    def news(self) -> Iterator[tuple[int, dict[str, Any]] | None]:
+        """The JSON objects that others have appended, each with its place; None: the file is another one, forget it.
 
         A line that an interruption tore is dropped from the file.  Raises OutputError.
         """
@@ -355,38 +461,42 @@ class _Lines:
             mine = os.fstat(self._file.fileno()) if self._file else None
             anew = mine is None or (mine.st_dev, mine.st_ino) != (info.st_dev, info.st_ino) or info.st_size < self._read
             if not anew and info.st_size == self._read:
-                return False, []
+                return
             if anew:
                 self._open()
-            assert self._file is not None
-            self._file.seek(self._read)
-            data = self._file.read()
+                yield None
+            torn = yield from self._read_on()
+            if torn:
+                self._write(line for line in self._all() if _value(line) is not None)
+                self._read = 0
+                yield None
+                yield from self._read_on()
         except FileNotFoundError:
-            anew = self._file is not None
-            self.close()
-            return anew, []
+            if self._file is not None:
+                self.close()
+                yield None
         except OSError as error:
-            raise OutputError(
-                f"The output folder's {self._path.name} cannot be read ({error.strerror}): name another folder with "
-                "--out."
-            ) from None
-        good = []
-        for line in data.split(b"\n"):
-            with contextlib.suppress(ValueError):
-                value = json.loads(line.decode("utf-8", "replace"))
-                if isinstance(value, dict):
-                    good.append((line, value))
-        whole = b"".join(line + b"\n" for line, _ in good)
-        if whole == data:
-            self._read += len(data)
-        else:
-            self._file.seek(0)
-            self._write(self._file.read(self._read) + whole)
-        return anew, [value for _, value in good]
+            raise _cannot_read(self._path.name, error) from None
 
-    def append(self, record: IndexEntry | Rejection) -> None:
-        """Raises OutputError; the file is then as it was."""
-        data = f"{_line(record)}\n".encode()
+    def _read_on(self) -> Generator[tuple[int, dict[str, Any]], None, bool]:
+        """What stands behind what was read; returns whether a line of it is torn."""
+        torn = False
+        for line in self._all(self._read):
+            value = _value(line)
+            torn |= value is None or not line.endswith(b"\n")
+            if value is not None:
+                yield self._read, value
+            self._read += len(line)
+        return torn
+
+    def _all(self, start: int = 0) -> Iterator[bytes]:
+        assert self._file is not None
+        self._file.seek(start)
+        return iter(self._file)
+
+    def append(self, record: IndexEntry | Rejection) -> int:
+        """Returns its place. Raises OutputError; the file is then as it was."""
+        place, data = self._read, f"{_line(record)}\n".encode()
         try:
             with self._path.open("ab", buffering=0) as file:
                 try:
@@ -395,29 +505,39 @@ class _Lines:
                     os.fsync(file.fileno())
                 except OSError:
                     with contextlib.suppress(OSError):
-                        os.ftruncate(file.fileno(), self._read)
+                        os.ftruncate(file.fileno(), place)
                     raise
             if self._file is None:
                 self._open()
-            self._read += len(data)
+            self._read = place + len(data)
         except OSError as error:
             raise cannot_write(error) from None
+        return place
 
     def replace(self, records: Iterable[IndexEntry | Rejection]) -> None:
         """Raises OutputError."""
-        self._write(b"".join(f"{_line(record)}\n".encode() for record in records))
+        self._write(f"{_line(record)}\n".encode() for record in records)
+        self._read = self._path.stat().st_size
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, lines: Iterable[bytes]) -> None:
         try:
-            atomic_write(self._path, data)
+            atomic_write(self._path, (line if line.endswith(b"\n") else line + b"\n" for line in lines))
             self._open()
         except OSError as error:
             raise cannot_write(error) from None
-        self._read = len(data)
 
     def _open(self) -> None:
         self.close()
         self._file = self._path.open("rb")
+
+
+def _value(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line, if it holds one."""
+    try:
+        value = json.loads(line.decode("utf-8", "replace"))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _line(record: IndexEntry | Rejection) -> str:
@@ -431,3 +551,7 @@ def cannot_write(error: OSError) -> OutputError:
         f"The output folder cannot be written ({error.strerror}): free some space or name another one with --out; "
         "the same command then goes on where it stopped."
     )
+
+
+def _cannot_read(name: str, error: OSError) -> OutputError:
+    return OutputError(f"The output folder's {name} cannot be read ({error.strerror}): name another folder with --out.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,11 @@ def output() -> Console:
 def show(summary: RunSummary) -> None:
     """Tables of the reports and of the refused inputs, what came of the run, and where to look."""
     console = output()
-    entries = (*summary.reported, *summary.already_reported)
-    if entries:
-        console.print(_reports(entries[:ROWS]))
-        if len(entries) > ROWS:
-            console.print(f"… and {len(entries) - ROWS} more: see the index.")
+    count = len(summary.reported) + len(summary.already_reported)
+    if count:
+        console.print(_reports(itertools.islice(itertools.chain(summary.reported, summary.already_reported), ROWS)))
+        if count > ROWS:
+            console.print(f"… and {count - ROWS} more: see the index.")
     if summary.rejected:
         console.print(refused(summary.rejected[:ROWS]))
         if len(summary.rejected) > ROWS:
@@ -74,7 +75,7 @@ def show(summary: RunSummary) -> None:
         err.print(f"scanscribe: {words} no golden sample of the same name: read without one.", soft_wrap=True)
 
 
-def _reports(entries: tuple[IndexEntry, ...]) -> Table:
+def _reports(entries: Iterable[IndexEntry]) -> Table:
     table = Table(title="Reports", title_justify="left")
     table.add_column("id", no_wrap=True)
     table.add_column("kind")

@@ -183,7 +183,7 @@ def test_inputs_may_lie_in_the_output_folder(
     assert [entry.inputs[0]["path"] for entry in first.reported] == ["a.png"]
     for _ in range(2):
         everything = execute(Job((Path(),), Path()))
-        assert len(everything.reported + everything.already_reported) == 2
+        assert len(everything.reported) + len(everything.already_reported) == 2
         assert [r.path for r in everything.rejected] == ["empty.png"]
         assert everything.passed_over == 0
 
@@ -362,7 +362,7 @@ def test_a_torn_last_line_is_repaired_and_the_lines_before_it_stay(
     (out / "index.jsonl").write_bytes(whole + whole.replace(b"0" * 16, b"f" * 16)[: min(cut, len(whole) - 2)] + garbage)
 
     with RunFolder(out) as folder:
-        assert folder.entries == (ENTRY,)
+        assert tuple(folder.entries) == (ENTRY,)
         assert folder.rejections[0].path == "b\udcff.png"
         folder.add(ENTRY)
     assert (out / "index.jsonl").read_bytes() == whole
