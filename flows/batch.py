@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
@@ -26,11 +26,11 @@ from prefect.utilities.annotations import quote
 from flows.crew import Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
 from flows.ledger import Ledger
-from flows.log import EventLog
-from flows.notify import is_critical
-from flows.seeing import Seeing
-from flows.server import LocalServer
-from flows.space import shortage
+from flows.machine.server import LocalServer
+from flows.machine.space import shortage
+from flows.seeing.log import EventLog
+from flows.seeing.notify import is_critical
+from flows.seeing.seeing import Seeing
 from pipelines.desk import may_be_gpu
 from pipelines.ingest import Unit
 from pipelines.ingest.refusals import REMEDIES
@@ -118,7 +118,8 @@ def report_here(session: Session, batches: Sequence[Batch], min_free: int) -> No
     try:
         for each in batches:
             named = read_and_report.with_options(task_run_name=each.name)
-            running.append(named.submit(session, quote(each), min_free))  # quoted: Prefect does not look through it
+            quoted: Any = quote(each)  # Prefect does not look through it
+            running.append(named.submit(session, quoted, min_free))
             if len(running) >= at_once:
                 running.popleft().result()
         for future in running:

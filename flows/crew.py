@@ -16,8 +16,8 @@ import httpx
 
 from flows.jobs import LANES, Lane, as_plain
 from flows.ledger import Ledger, Row, State
-from flows.log import EventLog
-from flows.server import LocalServer, ServerError, import_prefect
+from flows.machine.server import LocalServer, ServerError, import_prefect
+from flows.seeing.log import EventLog
 from pipelines.ingest import Unit
 from pipelines.run import Job
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID
 
-from flows.server import LocalServer, import_prefect, state_folder
-from flows.space import MIN_FREE
+from flows.machine.server import LocalServer, import_prefect, state_folder
+from flows.machine.space import MIN_FREE
 from pipelines import run
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import Job, Listener, References, RunSummary, check_job
@@ -24,7 +24,7 @@ from reports.lot.sampling import LotPlan
 from reports.rules import DEFAULT_RULES
 
 if TYPE_CHECKING:
-    from flows.seeing import Seeing
+    from flows.seeing.seeing import Seeing
 
 Lane = Literal["urgent", "normal", "off-peak"]
 LANES: Final[tuple[Lane, ...]] = ("urgent", "normal", "off-peak")  # a worker takes what waits in an earlier one first

@@ -27,8 +27,8 @@ from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
-from flows.log import EventLog
-from flows.space import MIN_FREE, Room
+from flows.machine.space import MIN_FREE, Room
+from flows.seeing.log import EventLog
 
 INCOMING: Final = ".incoming"
 SYNTAXES: Final = tuple(

@@ -19,12 +19,12 @@ from typing import Final
 
 from watchfiles import watch as watch_files
 
-from flows.items import Items, Tally, refusal_key
 from flows.ledger import Ledger, LedgerError
-from flows.log import EventLog
-from flows.mounts import network_type
+from flows.ledger.items import Items, Tally, refusal_key
+from flows.machine.mounts import network_type
+from flows.machine.space import MIN_FREE, Room
+from flows.seeing.log import EventLog
 from flows.settle import Drop, Patience, Settling, is_temporary_name
-from flows.space import MIN_FREE, Room
 from pipelines import run
 from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.identifiers import PatternError
@@ -74,7 +74,7 @@ class Watcher:
     ) -> None:
         """Raises UsageError, PatternError and ModelError for what can be told to be wrong before any work.
 
-        The job's inputs are the folder.  `tell` is that of `flows.items.Items`.
+        The job's inputs are the folder.  `tell` is that of `flows.ledger.items.Items`.
         """
         self._root = Path(os.path.abspath(watching.folder))
         if not self._root.is_dir():

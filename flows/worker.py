@@ -21,12 +21,12 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_worker import StopTaskWorker, TaskWorker
 
 from flows.crew import Handed, workers
-from flows.items import Items, Tally
 from flows.jobs import LANES, Lane, from_plain
 from flows.ledger import Ledger, LedgerError
-from flows.log import EventLog
-from flows.server import LocalServer, ServerError, state_folder
-from flows.space import MIN_FREE, Room
+from flows.ledger.items import Items, Tally
+from flows.machine.server import LocalServer, ServerError, state_folder
+from flows.machine.space import MIN_FREE, Room
+from flows.seeing.log import EventLog
 from pipelines import run
 from pipelines.ingest.refusals import MissingPackageError
 from pipelines.run import Session
@@ -70,7 +70,7 @@ class Worker:
     """Serves batches on one device. `run` returns after `stop`, at the end of the item that is at work."""
 
     def __init__(self, work: Work, log: EventLog, tell: Callable[..., None] | None = None) -> None:
-        """`tell` as for `flows.items.Items`."""
+        """`tell` as for `flows.ledger.items.Items`."""
         self._work, self._log, self._tell = work, log, tell
         self._device = ""
         self._stopping = threading.Event()

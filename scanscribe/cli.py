@@ -153,7 +153,7 @@ def batch(
 ) -> None:
     """The same work as a Prefect flow, on this machine's server or that of PREFECT_API_URL. Resumable."""
     from flows.jobs import LANES, Crewing, run_batch
-    from flows.seeing import seeing
+    from flows.seeing.seeing import seeing
 
     if lane not in LANES:
         raise typer.BadParameter(f"There is no lane {lane!r}: choose one of {', '.join(LANES)}.")

@@ -115,7 +115,7 @@ def _models() -> Iterator[Check]:
 
 
 def _disk() -> Iterator[Check]:
-    from flows.space import free_bytes
+    from flows.machine.space import free_bytes
     from pipelines.store import home
 
     places = {"this folder": Path.cwd(), "the state folder": _existing(home())}

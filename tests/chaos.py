@@ -32,7 +32,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 
 from flows.ledger import Ledger
-from flows.owners import is_gone, process_id
+from flows.machine.owners import is_gone, process_id
 from reports.bundle import load_bundle
 from reports.files import is_temporary
 from tests.phantom import phantom_slices

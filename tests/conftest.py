@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import LocalServer
+from flows.machine.server import LocalServer
 from tests.orthanc import free_port
 
 

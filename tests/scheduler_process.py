@@ -6,9 +6,9 @@ import sys
 import time
 from typing import Any
 
-import flows.scheduler
+import flows.schedules.scheduler
 import pipelines.run
-from flows import scheduled
+from flows.schedules import run
 from scanscribe import cli
 from tests.tiny_reader import TinyReader
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     pipelines.run.find = lambda model: reader.stored  # type: ignore[assignment]
     pipelines.run.load_reader = lambda model, device: reader  # type: ignore[assignment]
     if sys.argv[1:]:
-        scheduled.main(*sys.argv[1:])
-    flows.scheduler.RUN = (sys.executable, "-m", "tests.scheduler_process")  # type: ignore[misc]
+        run.main(*sys.argv[1:])
+    flows.schedules.scheduler.RUN = (sys.executable, "-m", "tests.scheduler_process")  # type: ignore[misc]
     sys.argv = ["scanscribe", "schedule", "serve", "--log-json"]
     cli.main()

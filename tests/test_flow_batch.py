@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flows.jobs import load_job, run_batch, save_job
-from flows.server import LocalServer, ServerError, import_prefect
+from flows.machine.server import LocalServer, ServerError, import_prefect
 from pipelines.ingest import FileRef, Unit
 from pipelines.run import Job, UsageError, execute
 from pipelines.run_folder import OutputError
@@ -152,7 +152,7 @@ def test_all_flows_of_a_machine_share_one_server_and_the_last_one_stops_it(monke
 
 OWNER = """
 import time
-from flows.server import LocalServer
+from flows.machine.server import LocalServer
 with LocalServer() as server:
     print(server.url(), flush=True)
     time.sleep(60)

@@ -16,8 +16,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from flows.ledger import Claim, LeaseLostError, Ledger, LedgerError, Seen, is_gone, this_process
-from flows.mounts import network_type
+from flows.ledger import Claim, LeaseLostError, Ledger, LedgerError, Seen
+from flows.machine.mounts import network_type
+from flows.machine.owners import is_gone, this_process
 from tests.orthanc import free_port
 from tests.test_cli import run
 from tests.test_watch import until

@@ -22,8 +22,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 from pynetdicom import AE
 
-from flows.log import EventLog
 from flows.receive import INCOMING, Node, ReceiveError, Receiver
+from flows.seeing.log import EventLog
 from tests.phantom import PHANTOM, phantom_slices, series
 from tests.test_send import certificate  # noqa: F401  # a fixture
 from tests.test_watch import home, reports, until  # noqa: F401  # an autouse fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.ledger import Ledger
-from flows.retention import prune
+from flows.ledger.retention import prune
 from pipelines.run import Job, execute
 from pipelines.run_folder import OutputError, RunFolder
 from tests.test_cli import run
@@ -83,7 +83,7 @@ def test_what_a_killed_call_left_goes_with_the_next(out: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("flows.retention.shutil.rmtree", killed)
+        patch.setattr("flows.ledger.retention.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             prune(out, 30, dry_run=False)
     assert len(lines(out / "index.jsonl")) == 2

@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.schedules import create, load, progress
-from flows.server import LocalServer
-from flows.timing import ScheduleError, Timing, Window
+from flows.machine.server import LocalServer
+from flows.schedules.files import create, load, progress
+from flows.schedules.timing import ScheduleError, Timing, Window
 from pipelines.run import Job
 from tests.orthanc import free_port
 from tests.test_cli import run
@@ -252,7 +252,7 @@ def test_the_commands_create_list_pause_resume_and_delete(
 
 
 def test_a_damaged_file_costs_its_schedule_only(tmp_path: Path) -> None:
-    from flows.schedules import schedules
+    from flows.schedules.files import schedules
 
     job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
     create("one", job, due_since(0))

@@ -22,8 +22,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flows.ledger import Ledger
-from flows.metrics import Metrics, MetricsError
-from flows.notify import SIGNATURE, Notifier, NotifyError
+from flows.seeing.metrics import Metrics, MetricsError
+from flows.seeing.notify import SIGNATURE, Notifier, NotifyError
 from tests.orthanc import free_port
 from tests.test_run import picture
 from tests.test_watch import ROOT, command, until
@@ -190,7 +190,7 @@ def test_a_failing_receiver_is_tried_again_and_never_waited_for(hook: Hook) -> N
 
 TELLER = """
 import os, signal, sys
-from flows.notify import Notifier
+from flows.seeing.notify import Notifier
 with Notifier(sys.argv[1]) as notifier:
     notifier.tell("quarantined", item="a" * 16, code="truncated", attempts=5)
     notifier.tell("critical-finding", item="b" * 16, report="c" * 16)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from flows.ledger import Ledger
-from flows.schedules import create, pause
-from flows.services import running, services
-from flows.timing import Timing
+from flows.schedules.files import create, pause
+from flows.schedules.timing import Timing
+from flows.seeing.services import running, services
 from pipelines.run import Job
 from tests.test_cli import run
 from tests.test_run import picture
@@ -76,7 +76,7 @@ def test_nothing_at_all_is_fine(capfd: pytest.CaptureFixture[str], monkeypatch: 
 
 NOTED = """
 import os, signal
-from flows.services import running
+from flows.seeing.services import running
 with running("worker"):
     while not list(__import__("pathlib").Path(os.environ["SCANSCRIBE_HOME"], "services").glob("*.json")):
         pass

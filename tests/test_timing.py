@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.timing import ScheduleError, Standing, Timing, Window, again, due, next_due, parse_interval, step
+from flows.schedules.timing import ScheduleError, Standing, Timing, Window, again, due, next_due, parse_interval, step
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 

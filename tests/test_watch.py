@@ -22,7 +22,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from flows.ledger import Ledger
-from flows.log import EventLog
+from flows.seeing.log import EventLog
 from flows.settle import Patience, is_temporary_name
 from flows.watch import Watcher, Watching
 from pipelines.run import Job, UsageError
@@ -355,7 +355,7 @@ def test_a_system_without_events_is_looked_at_all_the_time(tmp_path: Path, monke
 def test_a_full_disk_stops_the_work_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = [100]
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("flows.space.shutil.disk_usage", lambda folder: usage._replace(free=free[0]))
+    monkeypatch.setattr("flows.machine.space.shutil.disk_usage", lambda folder: usage._replace(free=free[0]))
     with watching(tmp_path, min_free=1000) as running:
         picture(running.inbox / "a.png", 1)
         until(lambda: running.heard("disk-low"))

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from flows.ledger import Ledger
-from flows.log import EventLog
-from flows.server import LocalServer, import_prefect
+from flows.machine.server import LocalServer, import_prefect
+from flows.seeing.log import EventLog
 from tests.test_cli import run
 from tests.test_run import lines, picture
 from tests.test_watch import until
@@ -158,7 +158,7 @@ def test_a_second_worker_on_a_device_says_so(
 def test_workers_of_other_installations_know_the_tasks_by_the_same_keys(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "flows", tmp_path / "flows")
     ask = (
-        "from flows.server import import_prefect; import_prefect(); import flows.worker as worker; "
+        "from flows.machine.server import import_prefect; import_prefect(); import flows.worker as worker; "
         "print(worker.__file__, [task.task_key for task in worker.TASKS.values()])"
     )
     environment = {**os.environ, "SCANSCRIBE_HOME": str(tmp_path / "home")}

@@ -129,7 +129,7 @@ def prune_folder(
     as_json: Json = False,
 ) -> None:
     """Remove copies in quarantine and superseded versions of reports. Current reports and input files stay."""
-    from flows.retention import prune
+    from flows.ledger.retention import prune
 
     if not out.is_dir():
         raise UnknownItemError(f"There is no folder {out}: give the output folder of reports with --out.")

@@ -31,8 +31,8 @@ def receive(
     log_json: LogJson = False,
 ) -> None:
     """Receive DICOM instances (C-STORE, C-ECHO) into a folder, until SIGTERM or Ctrl-C."""
-    from flows.log import EventLog
     from flows.receive import Node, Receiver
+    from flows.seeing.log import EventLog
 
     warnings.simplefilter("ignore")  # of pydicom: they quote headers
     node = Node(aet, port, bind, tuple(caller or ()), associations, min_free << 20, tls_cert, tls_key, tls_ca)

@@ -32,7 +32,7 @@ from scanscribe.options import (
 )
 
 if TYPE_CHECKING:
-    from flows.schedules import Schedule
+    from flows.schedules.files import Schedule
 
 Name = Annotated[str, typer.Argument(help="The schedule's name.", show_default=False)]
 
@@ -81,8 +81,8 @@ def create_schedule(
 ) -> None:
     """Let a batch run by the clock."""
     from flows.jobs import LANES
-    from flows.schedules import create
-    from flows.timing import Timing, Window, machine_zone, parse_interval
+    from flows.schedules.files import create
+    from flows.schedules.timing import Timing, Window, machine_zone, parse_interval
     from pipelines.run import Job
     from scanscribe.settings import settings
 
@@ -117,7 +117,7 @@ def create_schedule(
 @app.command("list", epilog="Example: [cyan]scanscribe schedule list[/]")
 def list_schedules(as_json: Json = False) -> None:
     """List the schedules: when each runs next, and what came of its last run."""
-    from flows.status import look_at_schedules
+    from flows.seeing.status import look_at_schedules
     from scanscribe.commands.status import schedule_table
     from scanscribe.console import output
 
@@ -137,7 +137,7 @@ def list_schedules(as_json: Json = False) -> None:
 @app.command("pause", epilog="Example: [cyan]scanscribe schedule pause nightly[/]")
 def pause_schedule(name: Name, as_json: Json = False) -> None:
     """Start no run of it until it is resumed. A run that is at work goes on."""
-    from flows.schedules import pause
+    from flows.schedules.files import pause
 
     _tell(pause(name, paused=True), as_json)
 
@@ -145,7 +145,7 @@ def pause_schedule(name: Name, as_json: Json = False) -> None:
 @app.command("resume", epilog="Example: [cyan]scanscribe schedule resume nightly[/]")
 def resume_schedule(name: Name, as_json: Json = False) -> None:
     """Let it run again. What was due while it was paused is not made up for."""
-    from flows.schedules import pause
+    from flows.schedules.files import pause
 
     _tell(pause(name, paused=False), as_json)
 
@@ -153,7 +153,7 @@ def resume_schedule(name: Name, as_json: Json = False) -> None:
 @app.command("delete", epilog="Example: [cyan]scanscribe schedule delete nightly[/]")
 def delete_schedule(name: Name, as_json: Json = False) -> None:
     """Take a schedule away. Its reports stay."""
-    from flows.schedules import delete
+    from flows.schedules.files import delete
 
     delete(name)
     if as_json:
@@ -166,7 +166,7 @@ def delete_schedule(name: Name, as_json: Json = False) -> None:
 def run_schedule(name: Name, as_json: Json = False) -> None:
     """Run a schedule's batch now, here, whatever its hours."""
     from flows.jobs import Crewing, run_batch
-    from flows.schedules import load
+    from flows.schedules.files import load
     from scanscribe.cli import run_job
 
     schedule = load(name)
@@ -181,8 +181,8 @@ def serve_schedules(
     notify: NotifyUrl = None,
 ) -> None:
     """Run what is due, until SIGTERM or Ctrl-C, which end runs after the item at hand; they go on at the next start."""
-    from flows.scheduler import Scheduler
-    from flows.seeing import seeing
+    from flows.schedules.scheduler import Scheduler
+    from flows.seeing.seeing import seeing
     from pipelines.store import home
 
     warnings.simplefilter("ignore")
@@ -194,7 +194,7 @@ def serve_schedules(
 
 
 def _tell(schedule: Schedule, as_json: bool) -> None:
-    from flows.schedules import next_run
+    from flows.schedules.files import next_run
     from scanscribe.commands.status import local_time
 
     due = next_run(schedule)
@@ -207,7 +207,7 @@ def _tell(schedule: Schedule, as_json: bool) -> None:
 
 
 def _warn_without_server() -> None:
-    from flows.services import services
+    from flows.seeing.services import services
 
     if all(each.name != "schedule" for each in services()):
         print("scanscribe: nothing runs the schedules: start `scanscribe schedule serve`.", file=sys.stderr)

@@ -16,7 +16,7 @@ from scanscribe.options import Json, MinFree
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flows.status import Scheduled, Status
+    from flows.seeing.status import Scheduled, Status
 
 STATE_STYLE = {"quarantined": "red", "failed": "yellow", "claimed": "cyan", "done": "green"}
 RUN_STYLE = {"done": "green", "failed": "red", "died": "red", "stopped": "yellow"}
@@ -32,7 +32,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say how everything stands: ledger, services, schedules, server, disks. Exit code 1: something needs a person."""
-    from flows.status import look
+    from flows.seeing.status import look
 
     found = look(out, ledger, min_free=min_free << 20)
     if as_json:

@@ -66,7 +66,7 @@ def watch(
 ) -> None:
     """Report what is dropped into a folder, until SIGTERM or Ctrl-C. Each content is reported once, whatever dies."""
     from flows.ledger import Ledger
-    from flows.seeing import seeing
+    from flows.seeing.seeing import seeing
     from flows.settle import Patience
     from flows.watch import Watcher, Watching
     from pipelines.run import Job

@@ -28,8 +28,8 @@ def worker(
     Start one for each device. With PREFECT_API_URL set they work for that server, also from several machines; these
     must see inputs, output folder and PREFECT_RESULTS_LOCAL_STORAGE_PATH under the same paths, and share a ledger.
     """
-    from flows.seeing import seeing
-    from flows.server import import_prefect
+    from flows.machine.server import import_prefect
+    from flows.seeing.seeing import seeing
     from pipelines.store import home
     from scanscribe.settings import settings
 
@@ -55,7 +55,7 @@ def server() -> None:
     """
     import threading
 
-    from flows.server import LocalServer
+    from flows.machine.server import LocalServer
 
     os.environ.setdefault("PREFECT_SERVER_UI_ENABLED", "true")
     over = threading.Event()

@@ -1,7 +1,7 @@
 """Schedules: a file each in the state folder says what is run and when; another, how far it is.
 
-The first is written by commands, the second by the process that runs the schedules (`flows.scheduler`): neither
-waits for the other. Prefect has a deployment for each, for its page; what it does not know are paths.
+The first is written by commands, the second by the process that runs the schedules (`flows.schedules.scheduler`):
+neither waits for the other. Prefect has a deployment for each, for its page; what it does not know are paths.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from flows.jobs import Lane, as_plain, from_plain
-from flows.server import state_folder
-from flows.timing import ScheduleError, Standing, Timing, Window, next_due
+from flows.machine.server import state_folder
+from flows.schedules.timing import ScheduleError, Standing, Timing, Window, next_due
 from pipelines.run import Job, check_job
 from reports.files import atomic_write
 

@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from flows.log import Fact
-from flows.server import state_folder
+from flows.machine.server import state_folder
+from flows.seeing.log import Fact
 from pipelines.run_folder import IndexEntry
 from reports.files import atomic_write
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.ledger import Ledger
-from flows.log import EventLog
-from flows.metrics import Metrics
-from flows.notify import Notifier
-from flows.services import running
+from flows.seeing.log import EventLog
+from flows.seeing.metrics import Metrics
+from flows.seeing.notify import Notifier
+from flows.seeing.services import running
 
 
 @dataclass(frozen=True, slots=True)

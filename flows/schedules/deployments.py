@@ -1,7 +1,7 @@
 """Schedules as Prefect's own page shows them: a deployment each, with its schedule and its runs.
 
-What is run when is decided by `flows.timing`; here that is told to Prefect, and what people ask for on its page is
-learned. Errors are Prefect's and httpx' own.
+What is run when is decided by `flows.schedules.timing`; here that is told to Prefect, and what people ask for on its
+page is learned. Errors are Prefect's and httpx' own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from prefect.states import Cancelled, Crashed, Scheduled
 
 from flows.batch import batch
 from flows.jobs import save_job
-from flows.schedules import Schedule
-from flows.timing import next_due
+from flows.schedules.files import Schedule
+from flows.schedules.timing import next_due
 
 TAG: Final = "scanscribe"
 _SAME_S: Final = 1.0  # two times that are the same

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from flows.quarantine import REASON
+from flows.ledger.quarantine import REASON
 from pipelines.run_folder import QUARANTINE, RunFolder
 from reports.bundle import SUPERSEDED
 

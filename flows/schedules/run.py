@@ -1,4 +1,4 @@
-"""A run of a schedule, in a process of its own: `python -m flows.scheduled NAME FLOW_RUN`.
+"""A run of a schedule, in a process of its own: `python -m flows.schedules.run NAME FLOW_RUN`.
 
 The last line on standard output says what came of it, in counts and codes. It ends, after the item at hand, on SIGTERM
 and when standard input closes: with the scheduler that started it.
@@ -15,7 +15,7 @@ import warnings
 from uuid import UUID
 
 from flows.jobs import Crewing, run_batch
-from flows.schedules import load
+from flows.schedules.files import load
 
 
 def main(name: str, flow_run: str) -> None:

@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
-from flows.log import EventLog
-from flows.owners import is_gone, process_name
-from flows.schedules import (
+from flows.machine.owners import is_gone, process_name
+from flows.machine.server import LocalServer, ServerError, import_prefect, state_folder
+from flows.schedules.files import (
     Last,
     Progress,
     Schedule,
@@ -32,14 +32,14 @@ from flows.schedules import (
     progress,
     schedules,
 )
-from flows.server import LocalServer, ServerError, import_prefect, state_folder
-from flows.timing import Standing, again, step
+from flows.schedules.timing import Standing, again, step
+from flows.seeing.log import EventLog
 
 TICK_S: Final = 1.0
 ASK_S: Final = 5.0  # between two looks at what people did on Prefect's page
 AGAIN_S: Final = 60.0  # before a run is tried again whose surroundings failed
 PASSING: Final = frozenset(("output-folder", "prefect-server", "ledger", "disk-low"))  # may be otherwise then
-RUN: Final = (sys.executable, "-P", "-m", "flows.scheduled")  # -P: what lies in the folder one is in is no module
+RUN: Final = (sys.executable, "-P", "-m", "flows.schedules.run")  # -P: what lies in the folder one is in is no module
 END_S: Final = 90.0  # that runs have to end in when this process stops
 
 
@@ -121,14 +121,14 @@ class Scheduler:
         self._trouble = words
 
     def _remove(self, names: set[str]) -> None:
-        from flows import deployments
+        from flows.schedules import deployments
 
         deployments.remove_others(names)
         self._put = {name: told for name, told in self._put.items() if name in names}
 
     def _look(self, schedule: Schedule) -> None:
         """Decide what is due of a schedule, and do it."""
-        from flows import deployments
+        from flows.schedules import deployments
 
         name, now = schedule.name, self._clock()
         if self._put.get(name, (None,))[0] != schedule:
@@ -151,7 +151,7 @@ class Scheduler:
             self._start(schedule, progress(schedule), asked[0].due, asked[0].id, asked=True)
 
     def _step(self, schedule: Schedule, deployment: UUID, how_far: Progress, now: float, busy: bool) -> None:
-        from flows import deployments
+        from flows.schedules import deployments
 
         run = self._runs.get(schedule.name)
         done = step(schedule.timing, how_far.standing, now, busy=busy)
@@ -206,7 +206,7 @@ class Scheduler:
 
     def _ended(self, schedule: Schedule, how_far: Progress) -> Progress:
         """Take note of a run that has ended, of this process or of one before it."""
-        from flows import deployments
+        from flows.schedules import deployments
 
         if how_far.running is None:
             return how_far

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +20,10 @@ from typing import Any, Final, Literal, TypeVar
 
 import sqlalchemy as sql
 
-from flows.database import Database, LedgerError
-from flows.owners import is_gone, this_process
-from flows.server import state_folder
+from flows.ledger.database import Database, LedgerError
+from flows.machine.beats import regularly
+from flows.machine.owners import is_gone, this_process
+from flows.machine.server import state_folder
 
 State = Literal["waiting", "claimed", "done", "failed", "quarantined"]
 STATES: Final = ("waiting", "claimed", "done", "failed", "quarantined")
@@ -231,24 +231,18 @@ class Ledger:
     @contextlib.contextmanager
     def holding(self, *claims: Claim) -> Iterator[None]:
         """Extends the leases of claims three times a lease for as long as the block runs."""
-        over, held = threading.Event(), list(claims)
+        held = list(claims)
 
         def beat() -> None:
-            while not over.wait(self.lease_s / 3):
-                with contextlib.suppress(LedgerError):  # it may be back at the next beat
-                    for claim in list(held):
-                        try:
-                            self.beat(claim)
-                        except LeaseLostError:  # it is done, or lost: the owner hears of that when it is done
-                            held.remove(claim)
+            with contextlib.suppress(LedgerError):  # it may be back at the next beat
+                for claim in list(held):
+                    try:
+                        self.beat(claim)
+                    except LeaseLostError:  # it is done, or lost: the owner hears of that when it is done
+                        held.remove(claim)
 
-        thread = threading.Thread(target=beat, name="heart-beat", daemon=True)
-        thread.start()
-        try:
+        with regularly(beat, self.lease_s / 3):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     def done(self, claim: Claim, report: str) -> None:
         """The report is whole on disk. Raises LeaseLostError."""

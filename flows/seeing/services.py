@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from flows.owners import is_gone, process_id, this_process
-from flows.server import state_folder
+from flows.machine.beats import regularly
+from flows.machine.owners import is_gone, process_id, this_process
+from flows.machine.server import state_folder
 from reports.files import atomic_write
 
 RENEW_S: Final = 30.0
@@ -43,22 +43,17 @@ def running(name: str, *, metrics: int | None = None, detail: str = "") -> Itera
     """Leave the note for as long as the block runs. A disk that takes none stops no service."""
     service = Service(name, this_process(), time.time(), metrics, detail)
     mark = hashlib.sha256(service.owner.encode()).hexdigest()[:16]
-    path, over = _folder() / f"{name}-{mark}.json", threading.Event()
+    path = _folder() / f"{name}-{mark}.json"
 
     def renew() -> None:
-        while True:
-            with contextlib.suppress(OSError):
-                path.touch() if path.exists() else atomic_write(path, json.dumps(asdict(service)))
-            if over.wait(RENEW_S):
-                return
+        with contextlib.suppress(OSError):
+            path.touch() if path.exists() else atomic_write(path, json.dumps(asdict(service)))
 
-    thread = threading.Thread(target=renew, name="service", daemon=True)
-    thread.start()
+    renew()
     try:
-        yield
+        with regularly(renew, RENEW_S):
+            yield
     finally:
-        over.set()
-        thread.join()
         path.unlink(missing_ok=True)
 
 

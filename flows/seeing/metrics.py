@@ -19,10 +19,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flows.database import LedgerError
 from flows.ledger import Ledger
-from flows.log import Fact
-from flows.space import free_bytes
+from flows.ledger.database import LedgerError
+from flows.machine.space import free_bytes
+from flows.seeing.log import Fact
 
 HOST: Final = "127.0.0.1"
 _SECONDS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)

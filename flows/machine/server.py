@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from flows.owners import is_gone, process_id, this_process
+from flows.machine.owners import is_gone, process_id, this_process
 from pipelines.store import home
 from reports.files import atomic_write
 
@@ -102,7 +102,7 @@ class LocalServer:
     def _start(self) -> None:
         with self._log().open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "flows.server"],
+                [sys.executable, "-P", "-m", "flows.machine.server"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from flows.space import free_bytes
+from flows.machine.space import free_bytes
 from pipelines.run_folder import QUARANTINE
 from pipelines.study import Rejection
 from reports.files import all_or_none, clear_leftovers

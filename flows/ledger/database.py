@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from flows.mounts import network_type
+from flows.machine.mounts import network_type
 
 BUSY_S: Final = 30.0
 _TABLES_LOCK: Final = 0x5CA45C21  # of PostgreSQL: one process at a time makes the tables

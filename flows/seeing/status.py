@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.ledger import Ledger, State
-from flows.schedules import Last, next_run, progress, schedules
-from flows.server import running_server
-from flows.services import Service, services
-from flows.space import free_bytes
+from flows.machine.server import running_server
+from flows.machine.space import free_bytes
+from flows.schedules.files import Last, next_run, progress, schedules
+from flows.seeing.services import Service, services
 from pipelines.store import home
 
 LAST_REPORTS = 5

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from flows.ledger import Claim, LeaseLostError, Ledger, LedgerError
-from flows.log import EventLog
-from flows.notify import is_critical
-from flows.quarantine import leave_quarantine, quarantine
+from flows.ledger.quarantine import leave_quarantine, quarantine
+from flows.seeing.log import EventLog
+from flows.seeing.notify import is_critical
 from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.refusals import REMEDIES
 from pipelines.run import Session

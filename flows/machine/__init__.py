@@ -1,0 +1,1 @@
+"""What this machine has: the Prefect server that all share, processes and whether they live, file systems, space."""
