@@ -136,19 +136,28 @@ def let_workers_report(session: Session, batches: Sequence[Batch], server: Local
     with Ledger(session.job.out, crewing.ledger) as ledger, ThreadPoolExecutor(HASHERS) as hashers:
         crew = Crew(session.job, ledger, server, EventLog())
 
+        def hand_out(request: str, alike: list[Unit]) -> None:
+            units[request] = alike
+            crew.give([Handed(request, _files(alike[0]), alike[0])], crewing.lane)
+
         def look() -> None:
-            for row in crew.settled():
+            for handed, row in crew.settled():
                 session.refresh()
-                first, *others = units.pop(row.request)
+                first, *others = units.pop(handed.request)
+                if row is None:
+                    session.conclude(session.prepare(first))  # says what is wrong with it
+                    if others:
+                        hand_out(handed.request, others)
+                    continue
                 if row.state == "quarantined":
                     remedy = REMEDIES.get(row.code or "", "")
                     for unit in (first, *others):
                         session.refused(Rejection(unit.path, row.code or "", row.reason or "", remedy))
                     continue
                 if not session.settled(first, row.request):  # it was removed meanwhile
-                    units[row.request] = [first, *others]
                     ledger.retry([row.request])
-                    crew.give([Handed(row.request, _files(first), first)], crewing.lane)
+                    hand_out(row.request, [first, *others])
+                    continue
                 for unit in others:
                     session.settled(unit, row.request, before=True)
 

@@ -1,12 +1,14 @@
 """Hands units to the workers that share a Prefect server, and learns from the ledger what came of them.
 
 Prefect carries a batch to one worker, at least once; the ledger sees to it that each unit in it is reported once. What
-a dead worker had claimed is carried to another one when its lease ends. Paths and hashes travel, never pixels.
+a dead worker had claimed is carried to another one when its lease ends, and what it had not begun, at once. Paths and
+hashes travel, never pixels.
 """
 
 from __future__ import annotations
 
 import contextvars
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,19 +69,23 @@ class Crew:
         self._out |= {each.request: _Out(each, lane) for each in units if each.request not in self._out}
         self._hand_out([self._out[each.request] for each in units])
 
-    def settled(self) -> list[Row]:
-        """What of it is done or in quarantine since the last call. Raises LedgerError."""
+    def settled(self) -> list[tuple[Handed, Row | None]]:
+        """What of it is done or in quarantine since the last call; None: its files are gone. Raises LedgerError."""
         rows = self._ledger.some(self._out)
-        settled = [row for row in rows if row.state in ("done", "quarantined")]
-        for row in settled:
-            del self._out[row.request]
+        settled: list[tuple[Handed, Row | None]] = [
+            (self._out.pop(row.request).handed, row) for row in rows if row.state in ("done", "quarantined")
+        ]
+        for request in self._out.keys() - {row.request for row in rows}:  # it was taken off the record
+            out = self._out[request]
+            if any(map(os.path.lexists, out.handed.files)):
+                self._ledger.add([(request, out.handed.files)])
+                out.since = 0.0
+            else:
+                settled.append((self._out.pop(request).handed, None))
         told = {row.request: (row.state, row.changed) for row in rows if row.request in self._out}
         now = time.monotonic()
         if settled or told != self._rows:
             self._moved, self._rows = now, told
-        gone = self._out.keys() - {row.request for row in rows}  # somebody has taken them off the record
-        if gone:
-            self._ledger.add((request, self._out[request].handed.files) for request in gone)
         if now >= self._next_look:
             self._next_look = now + LOOK_S
             self._say_if_lonely(now)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID
 
-from flows.machine.server import LocalServer, import_prefect, state_folder
+from flows.machine.beats import regularly
+from flows.machine.server import LocalServer, check_server, import_prefect, lost_server, state_folder
 from flows.machine.space import MIN_FREE
 from pipelines import run
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from flows.seeing.seeing import Seeing
 
 Lane = Literal["urgent", "normal", "off-peak"]
+KEEP_S: Final = 2.0  # between two looks whether the server lives
 LANES: Final[tuple[Lane, ...]] = ("urgent", "normal", "off-peak")  # a worker takes what waits in an earlier one first
 _FILES: Final = {"reference": None, "rules": DEFAULT_RULES, "identifiers": DEFAULT_PATTERNS}  # and their defaults
 
@@ -75,19 +78,30 @@ def run_batch(
         if crewing is None:
             run.load_reader(job.model, job.device)  # both while the server starts
         prefect = import_prefect()
+        import httpx
+        from prefect.events.clients import PrefectEventsClient
         from prefect.events.worker import EventsWorker
 
         from flows.batch import batch
 
-        name = save_job(job)
+        name, url = save_job(job), server.url()
         ASKED.set(Asked(server, listener, crewing, min_free, seen))
+        # What a lost server cannot be told is dropped at once; by default each of its events is tried for 8 s.
+        EventsWorker.set_client_override(PrefectEventsClient, reconnection_attempts=0)
+        logging.getLogger(EventsWorker.__name__).setLevel(logging.CRITICAL)
         try:
-            with prefect.settings.temporary_settings({prefect.settings.PREFECT_API_URL: server.url()}):
+            check_server(url)
+            with (
+                prefect.settings.temporary_settings({prefect.settings.PREFECT_API_URL: url}),
+                regularly(server.keep, KEEP_S),
+            ):
                 return batch(name) if flow_run is None else _as_run(flow_run, name)
         except Exception as error:
+            lost = isinstance(error, httpx.HTTPError)  # Prefect's client has given up
+            told = lost_server(url, error) if lost else error
             if seen is not None:
-                seen.log("run-failed", code=str(getattr(error, "code", "fault")))
-            raise
+                seen.log("run-failed", code=str(getattr(told, "code", "fault")))
+            raise told from None
         finally:
             EventsWorker.drain_all(timeout=10)  # what Prefect has yet to tell the server, before that stops
             _path(name).unlink(missing_ok=True)

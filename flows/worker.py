@@ -17,14 +17,16 @@ from typing import Any, Final, ParamSpec
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.client.subscriptions import Subscription
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.task_worker import StopTaskWorker, TaskWorker
+from prefect.task_worker import TaskWorker
 
 from flows.crew import Handed, workers
 from flows.jobs import LANES, Lane, from_plain
 from flows.ledger import Ledger, LedgerError
 from flows.ledger.items import Items, Tally
-from flows.machine.server import LocalServer, ServerError, state_folder
+from flows.machine.server import LocalServer, state_folder
 from flows.machine.space import MIN_FREE, Room
 from flows.seeing.log import EventLog
 from pipelines import run
@@ -96,8 +98,7 @@ class Worker:
             thread = threading.Thread(target=self._serve, args=(url,), name="serve", daemon=True)
             thread.start()
             while not self._stopping.wait(PAUSE_S):
-                with contextlib.suppress(ServerError):
-                    server.url()  # starts it again if it has died
+                server.keep()
             self._idle.wait()
             self._close()
             thread.join(PAUSE_S)
@@ -146,16 +147,14 @@ class Worker:
                 self._stopping.wait(PAUSE_S)
 
     async def _subscribe(self, url: str) -> None:
-        served = TaskWorker(*TASKS.values(), limit=1)
-        # The server looks for work in this order.
-        served.task_keys = [TASKS[lane].task_key for lane in LANES]  # type: ignore[assignment]
-        serving, known = asyncio.create_task(served.astart()), False
+        served, known = TaskWorker(*TASKS.values(), limit=1), False
+        serving = asyncio.create_task(_one_by_one(served, url))
         while not serving.done() and not self._stopping.is_set():
             await asyncio.sleep(0.2)
             if not known and (known := served.client_id in await asyncio.to_thread(workers, url)):
                 self._log("serving", device=self._device, pid=os.getpid())
         serving.cancel()
-        with contextlib.suppress(asyncio.CancelledError, StopTaskWorker):
+        with contextlib.suppress(asyncio.CancelledError):
             await serving
 
     def take(self, plain: dict[str, Any], batch: Sequence[Handed]) -> None:
@@ -191,6 +190,18 @@ class Worker:
             self._desk.session.__exit__(None, None, None)
             self._desk.ledger.__exit__(None, None, None)
         self._desk = None
+
+
+async def _one_by_one(served: TaskWorker, url: str) -> None:
+    """Take each batch from the server when the former is done.
+
+    `TaskWorker.start` takes one more as soon as it works on one; when it is killed, that one is lost. Here the server
+    sends it as early, but has no receipt for it, and gives it to another worker when this one is gone.
+    """
+    keys = [TASKS[lane].task_key for lane in LANES]  # the server looks for work in this order
+    async with served:
+        async for each in Subscription(TaskRun, "/task_runs/subscriptions/scheduled", keys, served.client_id, url):
+            await served.execute_task_run(each)
 
 
 _worker: Worker | None = None  # of this process

@@ -286,7 +286,7 @@ class Chaos:
                 self._fill_disk(services)
             target = self.chance.choice(["watch", "watch", "worker", "worker", "flow", "server", "export"])
             if target == "server":
-                self.killed["server"] += _kill_server(home)
+                self.killed["server"] += kill_server(home)
                 continue
             [each] = [each for each in services if each.name == target]
             self.killed[target] += each.kill()
@@ -409,7 +409,7 @@ def _state(home: Path) -> Iterator[None]:
             os.environ["SCANSCRIBE_HOME"] = before
 
 
-def _kill_server(home: Path) -> bool:
+def kill_server(home: Path) -> bool:
     """The embedded Prefect server, whoever started it."""
     try:
         owner = json.loads((home / "prefect" / "server.json").read_text())["owner"]

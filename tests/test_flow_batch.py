@@ -7,8 +7,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from flows.machine.server import LocalServer, ServerError, import_prefect
 from pipelines.ingest import FileRef, Unit
 from pipelines.run import Job, UsageError, execute
 from pipelines.run_folder import OutputError
+from tests.chaos import kill_server
 from tests.test_cli import run
 from tests.test_run import lines, picture
 from tests.test_watch import until
@@ -190,11 +193,59 @@ def test_a_server_of_the_user_s_own_is_used(monkeypatch: pytest.MonkeyPatch) -> 
         assert server.url() == "http://127.0.0.1:1/api"
 
 
+def test_a_server_that_is_not_there_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TinyReader().install(monkeypatch)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1/api does not answer \(ConnectError\)"):
+        run_batch(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
+
+
+@contextmanager
+def server_killed(home: Path, index: Path) -> Iterator[None]:
+    """The server dies as soon as two reports are there."""
+
+    def kill() -> None:
+        until(lambda: index.exists() and len(index.read_bytes().splitlines()) >= 2, seconds=60)
+        assert kill_server(home)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_a_server_that_dies_is_started_again_and_the_flow_goes_on(
+    tmp_path: Path, state_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    TinyReader(seconds=0.1).install(monkeypatch)
+    inputs = tuple(picture(tmp_path / f"{number}.png", seed=number) for number in range(20))
+    with server_killed(state_folder, tmp_path / "out" / "index.jsonl"):
+        summary = run_batch(Job(inputs, tmp_path / "out"))
+    assert len(summary.reported) == 20
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_server_of_the_user_s_own_that_dies_is_told_and_what_is_done_stays(
+    tmp_path: Path, state_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    TinyReader(seconds=0.1).install(monkeypatch)
+    job = Job(tuple(picture(tmp_path / f"{number}.png", seed=number) for number in range(20)), tmp_path / "out")
+    with LocalServer() as server, server_killed(state_folder, tmp_path / "out" / "index.jsonl"):
+        monkeypatch.setenv("PREFECT_API_URL", server.url())
+        with pytest.raises(ServerError, match="does not answer"):
+            run_batch(job)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.delenv("PREFECT_API_URL")
+    assert len(run_batch(job).already_reported) >= 2
+
+
 INTERRUPTED = """
 import signal, sys, time
 from pathlib import Path
 import pipelines.run
 from flows.jobs import run_batch
+from tests.test_watch import until
 from tests.tiny_reader import TinyReader
 
 class Slow(TinyReader):

@@ -27,6 +27,7 @@ from reports.files import atomic_write
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
+ANSWER_S = 5.0
 LONELY_S = 3.0  # without a user, until the server stops by itself
 
 
@@ -67,11 +68,32 @@ def prefect_environment() -> dict[str, str]:
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # what ended 90 days ago is removed
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # notification blocks that no flow here uses
+        "PREFECT_CLIENT_MAX_RETRIES": "2",  # of a call, after 2 and 4 s: with more a lost server is told after minutes
         "PREFECT_LOGGING_LEVEL": "CRITICAL",  # what a user must know is said by the command line, not by Prefect's log
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_ENABLED": "false",
     }
     return {name: os.environ.get(name, value) for name, value in ours.items()}
+
+
+def check_server(url: str) -> None:
+    """Raises ServerError where no Prefect server answers there."""
+    import httpx
+
+    try:
+        httpx.get(f"{url}/health", timeout=ANSWER_S).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise lost_server(url, error) from None
+
+
+def lost_server(url: str, error: Exception) -> ServerError:
+    """What to tell a person when a server that is needed does not answer."""
+    return ServerError(
+        f"The Prefect server at {url.rpartition('@')[2]} does not answer ({type(error).__name__}): see that it runs "
+        "and that PREFECT_API_URL is right, or use `scanscribe report`, which needs none. What is done stays; the same "
+        "command goes on where it stopped."
+    )
 
 
 def running_server() -> str:
@@ -135,6 +157,11 @@ class LocalServer:
                 )
             time.sleep(0.05)
         return url
+
+    def keep(self) -> None:
+        """Start it again if it has died."""
+        with contextlib.suppress(ServerError):
+            self.url()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

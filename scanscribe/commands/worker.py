@@ -64,4 +64,4 @@ def server() -> None:
     with LocalServer() as local:
         print(f"The Prefect server is at {local.url()}, its page at {local.url().removesuffix('/api')}", flush=True)
         while not over.wait(2):
-            local.url()  # starts it again if it has died
+            local.keep()
