@@ -119,8 +119,13 @@ def step(decoder: Decoder, batch: int, grammar: Grammar | None) -> Call:
     else:
         start_B = torch.zeros(batch, dtype=torch.int32, device=device)
     runner.grammar = tables
+    # The same tokens in both arms, and different ones in each row: what they are decides how many experts are read.
+    tokens_B1 = torch.randint(decoder.config.vocabulary, (batch, 1), generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
 
     def once() -> None:
+        rows.tokens_BW.copy_(tokens_B1)
         rows.left_B.fill_(1 << 20)
         rows.state_B.copy_(start_B)
         runner.cache.used_B.fill_(CONTEXT)

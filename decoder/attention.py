@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoder.layers import Linear, RMSNorm
 from decoder.rotary import Rope
 
 
@@ -138,11 +139,11 @@ class FullAttention(nn.Module):
     def __init__(self, config: FullAttentionConfig, width: int, norm_eps: float) -> None:
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(width, sum(config.split), bias=config.bias)
-        self.out = nn.Linear(config.split[0], width, bias=config.bias)
+        self.qkv = Linear(width, sum(config.split), bias=config.bias)
+        self.out = Linear(config.split[0], width, bias=config.bias)
         if config.qk_norm:
             q, k, _ = config.split if config.qk_norm == "width" else (config.head_dim,) * 3
-            self.q_norm, self.k_norm = nn.RMSNorm(q, eps=norm_eps), nn.RMSNorm(k, eps=norm_eps)
+            self.q_norm, self.k_norm = RMSNorm(q, eps=norm_eps), RMSNorm(k, eps=norm_eps)
 
     def project(self, x_BTD: Tensor, at: Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, H, d]`, keys and values `[B, T, J, d]`, in their positions."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from decoder.attention import AttentionConfig, Places, Stored, attend
+from decoder.layers import Linear, RMSNorm
 
 EPS = 1e-6  # of the norms inside, whatever the model's own is
 
@@ -68,15 +69,15 @@ class LatentAttention(nn.Module):
         self.expanded = (config.plain, config.value)
         queries = config.heads * sum(self.query)
         if config.query_latent is None:
-            self.q = nn.Linear(width, queries, bias=False)
+            self.q = Linear(width, queries, bias=False)
         else:
-            self.q_down = nn.Linear(width, config.query_latent, bias=config.bias)
-            self.q_norm = nn.RMSNorm(config.query_latent, eps=EPS)
-            self.q_up = nn.Linear(config.query_latent, queries, bias=False)
-        self.kv_down = nn.Linear(width, sum(self.cached), bias=config.bias)
-        self.kv_norm = nn.RMSNorm(config.latent, eps=EPS)
-        self.kv_up = nn.Linear(config.latent, config.heads * sum(self.expanded), bias=False)
-        self.out = nn.Linear(config.heads * config.value, width, bias=config.bias)
+            self.q_down = Linear(width, config.query_latent, bias=config.bias)
+            self.q_norm = RMSNorm(config.query_latent, eps=EPS)
+            self.q_up = Linear(config.query_latent, queries, bias=False)
+        self.kv_down = Linear(width, sum(self.cached), bias=config.bias)
+        self.kv_norm = RMSNorm(config.latent, eps=EPS)
+        self.kv_up = Linear(config.latent, config.heads * sum(self.expanded), bias=False)
+        self.out = Linear(config.heads * config.value, width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, at: Places, stored: Stored | None) -> Tensor:
         config, heads = self.config, (self.config.heads, -1)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoder.attention import Places, Stored
 from decoder.cache import Cache
 from decoder.config import DecoderConfig
 from decoder.errors import PromptError
+from decoder.layers import Linear, RMSNorm, linear
 from decoder.moe import MixtureOfExperts, Router, SwiGLU
 from decoder.rotary import Rotary
 
@@ -29,9 +29,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = config.attention.build(config.width, config.norm_eps)
-        self.feed_forward_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.feed_forward_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.feed_forward: nn.Module
         if config.is_sparse(index):
             assert config.experts is not None
@@ -53,9 +53,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         if not config.tied:
-            self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+            self.head = Linear(config.width, config.vocabulary, bias=False)
         self.rotary = Rotary(config.attention.rope, config.attention.rotary_dim)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Scores of the next token from hidden states, `[..., V]`."""
-        scores = F.linear(x_BTD, self.embedding.weight if self.config.tied else self.head.weight)
+        scores = linear(x_BTD, self.embedding.weight if self.config.tied else self.head.weight)
         scale = self.config.width**-0.5 if self.config.logit_scale is None else self.config.logit_scale
         return scores if scale == 1.0 else scores * scale
 

@@ -9,6 +9,7 @@ Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoder.layers import Linear, linear, stepping
 from decoder.rotary import Fp32
 
 # Up to so many (token, expert) pairs on a GPU weights are gathered; above, pairs are sorted for one grouped product.
@@ -67,8 +69,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w13 = nn.Linear(width, 2 * hidden, bias=False)  # gate, then up
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w13 = Linear(width, 2 * hidden, bias=False)  # gate, then up
+        self.w2 = Linear(hidden, width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.w13(x_BTD).chunk(2, -1)
@@ -92,7 +94,9 @@ class Router(Fp32):
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token and their weights, both `[N, K]`; E and 0 where `threshold` leaves one out."""
         config = self.config
-        with torch.autocast(x_ND.device.type, enabled=False):
+        # Entering a context costs as much as the product does for one row.
+        device = x_ND.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             logits_NE = F.linear(x_ND.float(), self.weight)
         score_NE = logits_NE.sigmoid() if config.score == "sigmoid" else logits_NE.softmax(-1)
         choice_NE = score_NE + self.balance_E if config.balanced else score_NE
@@ -113,7 +117,7 @@ class Router(Fp32):
             chosen_NK = chosen_NK.masked_fill(out_NK, config.count)
         if config.normalised:
             weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20)
-        return chosen_NK, weight_NK * config.scale
+        return chosen_NK, weight_NK if config.scale == 1.0 else weight_NK * config.scale
 
     @torch.no_grad()
     def rebalance(self, rate: float) -> None:
@@ -148,6 +152,8 @@ class Experts(nn.Module):
             gate, up = torch.einsum("nd,nkid->nki", x_ND, w13_E2ID[expert_NK]).chunk(2, -1)
             out_NKD = torch.einsum("nki,nkdi->nkd", F.silu(gate) * up, w2_EDI[expert_NK])
             return out_NKD.masked_fill((chosen_NK == len(w2_EDI))[..., None], 0.0) if self.varying else out_NKD
+        if stepping(x_ND):
+            return self._few(x_ND, chosen_NK)
         # Every (token, expert) pair sorted by expert, so that each expert is one product.
         expert, order = chosen_NK.flatten().sort(stable=True)
         ends_E = torch.searchsorted(expert, torch.arange(len(w2_EDI), device=expert.device), right=True, out_int32=True)
@@ -162,6 +168,21 @@ class Experts(nn.Module):
             rows = rows.masked_fill(none, 0.0)
         # Back into the tokens' order, so that a token's sum has one order whatever else is in the batch.
         return torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, chosen_NK.shape)
+
+    def _few(self, x_ND: Tensor, chosen_NK: Tensor) -> Tensor:
+        """The same on a CPU: only experts that somebody chose, where a grouped product goes through all."""
+        if len(x_ND) == 1 and not self.varying:
+            return torch.cat([self._one(x_ND, expert) for expert in chosen_NK[0].tolist()])[None]
+        expert, order = chosen_NK.flatten().sort(stable=True)
+        counts = torch.bincount(expert, minlength=len(self.w2_EDI) + 1).tolist()
+        *parts, none = x_ND[order // chosen_NK.shape[1]].split(counts)
+        results = [self._one(rows, number) for number, rows in enumerate(parts) if len(rows)]
+        out = torch.cat((*results, torch.zeros_like(none)))
+        return torch.empty_like(out).index_copy_(0, order, out).unflatten(0, chosen_NK.shape)
+
+    def _one(self, rows: Tensor, number: int) -> Tensor:
+        gate, up = linear(rows, self.w13_E2ID[number]).chunk(2, -1)
+        return linear(F.silu(gate).mul_(up), self.w2_EDI[number])
 
 
 class Cooperation(nn.Module):

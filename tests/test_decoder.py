@@ -30,6 +30,7 @@ from decoder import (
 )
 from decoder.adaptive import AdaptiveAttention
 from decoder.attention import Places
+from decoder.layers import FEW, PIECE, READING, Linear, RMSNorm
 from decoder.moe import MixtureOfExperts, Router
 from reports.grammar import TOKENS
 
@@ -79,6 +80,24 @@ def test_experts_are_the_weighted_sum_of_the_chosen() -> None:
             total = total + weight * (moe.experts.w2_EDI[expert] @ (F.silu(gate) * up))
         expected.append(total)
     torch.testing.assert_close(moe(x[None])[0], torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.8])
+def test_few_rows_on_a_cpu_give_what_many_give(threshold: float) -> None:
+    config = ExpertsConfig(count=8, active=3, hidden=24, shared_hidden=40, threshold=threshold)
+    torch.manual_seed(0)
+    layers = (MixtureOfExperts(32, config), RMSNorm(32, eps=1e-5), Linear(32, PIECE // 32 + 5))
+    with torch.no_grad():
+        layers[1].weight.uniform_(0.5, 2)
+    x_BTD = torch.randn(1, FEW + 1, 32)
+    reading = READING.set(True)
+    try:
+        for layer in layers:
+            with torch.inference_mode():
+                whole, parts = layer(x_BTD), [layer(x_BTD[:, start:end]) for start, end in ((0, 1), (1, 6), (6, None))]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    finally:
+        READING.reset(reading)
 
 
 def test_cooperation_starts_as_none_and_then_lets_experts_see_each_other() -> None:

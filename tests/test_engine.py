@@ -22,7 +22,8 @@ from decoder.engine.grammar import Rules
 from decoder.engine.requests import Plan
 from decoder.engine.runner import RUN
 from decoder.engine.scheduler import Entry, Scheduler
-from decoder.engine.threads import TRIES, Threads
+from decoder.engine.ways import TRIES, Ways
+from decoder.layers import READING
 from reports.grammar import ID, POINTERS, TOKENS, from_tokens
 from tests.engine_cases import ATTENTIONS, make_decoder, make_requests, plain_loop, report_grammar
 
@@ -341,22 +342,28 @@ def test_decide_takes_the_place_of_the_likeliest(decoder: Decoder) -> None:
         engine.generate([Request([5])])
 
 
-# Threads
+# Ways of a step on the CPU
 
 
-def test_threads_are_chosen_by_time_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_compiles_nothing(decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="for a GPU"):
+        Engine(decoder, compile=True)
+
+
+def test_the_fastest_way_is_taken_and_what_was_set_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("decoder.engine.threads.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("decoder.engine.ways.time", SimpleNamespace(perf_counter=lambda: now[0]))
     before = torch.get_num_threads()
-    threads = Threads((1, 2, 4))
+    options = ((1, False), (1, True), (2, False), (2, True))
+    ways = Ways(options)
     seen = []
-    for _ in range(3 * TRIES + 4):
-        with threads.of(1):
-            seen.append(torch.get_num_threads())
-            now[0] += {1: 0.02, 2: 0.01, 4: 0.04}[seen[-1]]
-        assert torch.get_num_threads() == before
-    assert seen[: 3 * TRIES] == [1, 2, 4] * TRIES
-    assert seen[3 * TRIES :] == [2] * 4
+    for _ in range(len(options) * TRIES + 4):
+        with ways.of(1):
+            seen.append((torch.get_num_threads(), READING.get()))
+            now[0] += dict(zip(options, (0.03, 0.02, 0.04, 0.01), strict=True))[seen[-1]]
+        assert torch.get_num_threads() == before and not READING.get()
+    assert seen[: len(options) * TRIES] == [*options] * TRIES
+    assert seen[len(options) * TRIES :] == [options[3]] * 4
 
 
 # Slots

@@ -24,7 +24,7 @@ from decoder.engine.requests import Completion, Plan, Request, Shared
 from decoder.engine.rows import AT_END, NOT_FINITE, Decide
 from decoder.engine.runner import Record, Runner
 from decoder.engine.scheduler import Entry, Scheduler
-from decoder.engine.threads import Threads
+from decoder.engine.ways import Ways
 from decoder.errors import PromptError
 from decoder.model import Decoder
 
@@ -53,8 +53,9 @@ class Engine:
     """Generates with one decoder: any number of requests through `slots` slots of `length` positions each.
 
     `grammar` binds what is written; `decide` takes the place of greedy choice and sampling, told `hints` numbers of
-    each request. On a GPU steps are captured as CUDA graphs (`graphs`) when they are first needed; `compile` fuses
-    their kernels, which takes up to a minute for each size of the batch. Not for use by several threads at once.
+    each request. On a GPU steps are captured as CUDA graphs (`graphs`) when they are first needed; `compile`, for
+    a GPU, fuses their kernels, which takes up to a minute for each size of the batch. Not for use by several threads at
+    once.
     """
 
     def __init__(
@@ -76,9 +77,13 @@ class Engine:
             raise ValueError("slots and length must be 1 or above")
         if grammar is not None and grammar.vocabulary != config.vocabulary:
             raise ValueError(f"the grammar has {grammar.vocabulary} tokens, the decoder {config.vocabulary}")
+        if compile and decoder.embedding.weight.device.type == "cpu":
+            raise ValueError(
+                "compile is for a GPU: leave it out on a CPU"
+            )  # the grouped products of fp32 do not compile
         self._runner = Runner(decoder, slots, self.length, grammar, decide, hints, graphs=graphs, compile=compile)
         self._scheduler = Scheduler(slots)
-        self._threads = Threads() if self._runner.device.type == "cpu" else None
+        self._ways = Ways() if self._runner.device.type == "cpu" else None
         self._entries: dict[Completion, Entry] = {}
         self._flying: deque[tuple[list[tuple[int, Entry]], Record]] = deque()  # rows of a record, and whose they are
         self._team = Team([], 0, 0)
@@ -126,10 +131,10 @@ class Engine:
     def step(self) -> list[tuple[Completion, int]]:
         """Goes on by one step; returns the tokens that arrived, which on a GPU are those of the step before."""
         listened, arrived = self._listeners > 0, self._admit()
-        if self._threads is not None:  # nothing to wait for: what is known makes the step smaller
+        if self._ways is not None:  # nothing to wait for: what is known makes the step smaller
             self._collect(0, arrived)
         launched = self._launch()
-        self._collect(1 if launched and self._threads is None else 0, arrived)
+        self._collect(1 if launched and self._ways is None else 0, arrived)
         for completion, token in arrived if listened else ():
             if completion.request.on_token is not None:
                 completion.request.on_token(token)
@@ -235,8 +240,8 @@ class Engine:
             written = max(e.plan.total + len(e.completion.ids) - len(e.plan.head) for e in running.values())
             team.longest = min(self.length, written + (ahead + 1) * width)
             team.room = self._runner.bucket(team.slots, team.longest)[1]
-        run = max(entry.pending for entry in running.values()) if self._threads else width
-        with self._threads.of(team.slots * run) if self._threads else nullcontext():
+        run = max(entry.pending for entry in running.values()) if self._ways else width
+        with self._ways.of(team.slots * run) if self._ways else nullcontext():
             record = self._runner.step(
                 team.slots, team.longest, run=run, sampling=team.sampling, forbidding=team.forbidding
             )

@@ -148,7 +148,7 @@ def advance(
     logits_BV = logits_BV.float()
     finite_B = logits_BV.isfinite().all(-1)
     allowed_BV = allowed(rows, grammar, logits_BV.shape[1], forbidding=forbidding)
-    masked_BV = logits_BV if allowed_BV is None else logits_BV.masked_fill(~allowed_BV, float("-inf"))
+    masked_BV = logits_BV if allowed_BV is None else torch.where(allowed_BV, logits_BV, float("-inf"))
     if decide is not None:
         token_B = decide(masked_BV.log_softmax(-1), rows.hints_BH)
     else:
