@@ -12,7 +12,7 @@ from pipelines.correct import CORRECTED
 from pipelines.run import UsageError, write_over_run
 from pipelines.run_folder import INDEX, IndexEntry, RunFolder, cannot_write
 from reports.bundle import REPORT, Bundle, BundleError, load_bundle
-from reports.formats import check_formats
+from reports.formats import check_formats, formats
 from reports.lot.sampling import LotPlan
 from reports.texts import Language, worded
 from reports.writing import FormatError, report_formats, run_formats, write_formats
@@ -63,6 +63,8 @@ def export(
     on.  What fails is in the summary and in `index.jsonl`.  Raises UsageError, UnknownFormatError and OutputError.
     """
     check_formats(names)
+    if not names:
+        raise UsageError(f"There is no format to write: choose from {', '.join(formats())}.")
     wanted = _sort(paths, run_formats(names))
     summary = ExportSummary()
     total = sum(len(ids) for ids in wanted.values())

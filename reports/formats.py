@@ -139,6 +139,14 @@ def run_file_links(folder: Path) -> dict[str, str]:
     return {each.name: each.filename for each in over_run if (folder / each.filename).is_file()}
 
 
+def by_reason(errors: Mapping[str, str]) -> dict[str, list[str]]:
+    """Why formats could not be written -> their names, from reasons by name."""
+    names: dict[str, list[str]] = {}
+    for name, reason in errors.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
 def check_formats(names: Collection[str]) -> None:
     """Raises UnknownFormatError for a name that is not registered, before any work is done."""
     if unknown := [name for name in names if name not in formats()]:

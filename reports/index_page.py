@@ -15,6 +15,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from reports.files import atomic_write
+from reports.formats import by_reason
 from reports.html import environment
 
 INDEX: Final = "index.html"
@@ -55,6 +56,7 @@ def write_index(
         dispositions=_ordered(counts["disposition"], DISPOSITIONS),
         types=sorted(counts["types"].items()),
         href=lambda path: _href(out, path),
+        by_reason=by_reason,
     )
     path = out / INDEX
     atomic_write(path, (part.encode("utf-8", "replace") for part in html))

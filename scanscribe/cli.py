@@ -48,6 +48,7 @@ from scanscribe.options import (
     Out,
     Reference,
     Rules,
+    flag,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def scanscribe(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Turns CT studies and inspection photos into structured, evidence-linked draft reports. Not for diagnosis."""
@@ -140,9 +141,7 @@ def batch(
     language: Language = None,
     mm_per_pixel: MmPerPixel = None,
     identifiers: Identifiers = None,
-    workers: Annotated[
-        bool, typer.Option("--workers", help="Let workers read (`scanscribe worker`), not this process.")
-    ] = False,
+    workers: Annotated[bool, flag("--workers", "Let workers read (`scanscribe worker`), not this process.")] = False,
     lane: Annotated[str, typer.Option(help="With --workers: urgent, normal or off-peak.")] = "normal",
     ledger: LedgerUrl = None,
     min_free: MinFree = 1024,
@@ -207,7 +206,7 @@ def train(context: typer.Context, as_json: Json = False) -> None:
     if code != OK:
         words = said.getvalue().strip()
         _, own, message = words.rpartition("scanscribe train: ")  # a manifest's faults take many lines
-        message = message if own else words.rpartition("\n")[2]
+        message = (message if own else words.rpartition("\n")[2]).removeprefix("error: ")
         summary["error"] = {"code": "usage", "message": message}
     _print_json(summary)
     raise typer.Exit(code)
@@ -229,7 +228,7 @@ def evaluate(
         typer.Option(help="Manifest or folder of images of other kinds: does the model notice that they are?"),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only this split, such as train or val. (default all)")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the --predictions of a stopped run.")] = False,
+    resume: Annotated[bool, flag("--resume", "Go on with the --predictions of a stopped run.")] = False,
     model: Model = None,
     device: Device = None,
     as_json: Json = False,
@@ -382,8 +381,9 @@ def main() -> None:
 def _explain(error: Exception) -> tuple[str, str]:
     """A code and a sentence for what stopped a command."""
     if usage := getattr(error, "format_message", None):  # of the parser: an unknown option, a missing argument
-        context = getattr(error, "ctx", None)
-        return "usage", f"{usage()} See `{context.command_path if context else 'scanscribe'} --help`."
+        context, words = getattr(error, "ctx", None), usage()
+        words += "" if words.endswith((".", "?", ")")) else "."
+        return "usage", f"{words} See `{context.command_path if context else 'scanscribe'} --help`."
     if code := getattr(error, "code", None):  # the product's own errors
         return str(code), str(error)
     if isinstance(error, ModuleNotFoundError):

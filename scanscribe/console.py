@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from pipelines.run import RunSummary
 from pipelines.run_folder import IndexEntry
 from pipelines.store import StoredModel
 from pipelines.study import Rejection
+from reports.formats import by_reason
 from reports.taxonomy import title
 from scanscribe.doctor import Check
 
+MOST_ALIKE = 3  # reports that lack a format for the same reason, until that is said once for all of them
 ROWS = 40  # a terminal is no place for a thousand rows; the HTML index has them all
 DISPOSITION_STYLE = {"reject": "bold red", "hold": "yellow", "rework": "yellow", "accept": "green"}
 
@@ -53,9 +57,14 @@ def show(summary: RunSummary) -> None:
     console = output()
     count = len(summary.reported) + len(summary.already_reported)
     if count:
-        console.print(_reports(itertools.islice(itertools.chain(summary.reported, summary.already_reported), ROWS)))
+        entries = functools.partial(itertools.chain, summary.reported, summary.already_reported)
+        alike = Counter(line for entry in entries() for line in unwritten(entry.errors))
+        often = {line: reports for line, reports in alike.items() if reports > MOST_ALIKE}
+        console.print(_reports(itertools.islice(entries(), ROWS), often))
         if count > ROWS:
             console.print(f"… and {count - ROWS} more: see the index.")
+        for line, reports in often.items():
+            console.print(Text(f"Of {reports} reports, {line}", "red"), soft_wrap=True)
     if summary.rejected:
         console.print(refused(summary.rejected[:ROWS]))
         if len(summary.rejected) > ROWS:
@@ -68,14 +77,15 @@ def show(summary: RunSummary) -> None:
     for file in summary.files.values():
         console.print(Text(f"Wrote {short(str(summary.out / file))}"), soft_wrap=True)
     for line in unwritten(summary.errors):
-        console.print(line, soft_wrap=True)
+        console.print(Text(line, "red"), soft_wrap=True)
     console.print(Text(f"Open {summary.index.resolve()}"), soft_wrap=True)
     if lacking := summary.without_golden_sample:
         words = "1 picture has" if lacking == 1 else f"{lacking} pictures have"
         err.print(f"scanscribe: {words} no golden sample of the same name: read without one.", soft_wrap=True)
 
 
-def _reports(entries: Iterable[IndexEntry]) -> Table:
+def _reports(entries: Iterable[IndexEntry], left_out: Collection[str]) -> Table:
+    """A row a report, with what could not be written of it, but for the lines in `left_out`."""
     table = Table(title="Reports", title_justify="left")
     table.add_column("id", no_wrap=True)
     table.add_column("kind")
@@ -94,7 +104,8 @@ def _reports(entries: Iterable[IndexEntry]) -> Table:
             "" if entry.confidence is None else f"{entry.confidence:.0%}",
         )
         for line in unwritten(entry.errors):
-            table.add_row("", "", line)
+            if line not in left_out:
+                table.add_row("", "", Text(line, "red"))
     return table
 
 
@@ -194,13 +205,10 @@ def short(path: str) -> str:
         return path
 
 
-def unwritten(errors: Mapping[str, str]) -> Iterator[Text]:
+def unwritten(errors: Mapping[str, str]) -> Iterator[str]:
     """A line a reason, with the formats (the keys of `errors`) that could not be written for it."""
-    formats: dict[str, list[str]] = {}
-    for name, reason in errors.items():
-        formats.setdefault(reason, []).append(name)
-    for reason, names in formats.items():
-        yield Text(f"{', '.join(names)} could not be written: ", "red") + plain(reason)
+    for reason, names in by_reason(errors).items():
+        yield f"{', '.join(names)} could not be written: {plain(reason)}"
 
 
 def plain(text: str) -> Text:

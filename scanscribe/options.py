@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+def flag(name: str, words: str) -> Any:
+    """An option that takes no value; the parser's help would show `<bool>` behind it, as if one had to follow."""
+    return typer.Option(name, metavar="", help=words)
+
 
 Inputs = Annotated[
     list[Path], typer.Argument(help="Files, folders, DICOM series folders, zip archives, PDF.", show_default=False)
@@ -37,7 +43,7 @@ Identifiers = Annotated[
         help="Patterns for accession, lot, part and serial numbers. (default pipelines/ingest/default_identifiers.toml)"
     ),
 ]
-LogJson = Annotated[bool, typer.Option("--log-json", help="Log JSON objects.")]
+LogJson = Annotated[bool, flag("--log-json", "Log JSON objects.")]
 MetricsPort = Annotated[
     int | None,
     typer.Option(
@@ -58,4 +64,4 @@ NotifyUrl = Annotated[
     ),
 ]
 MinFree = Annotated[int, typer.Option(min=0, help="MiB that stay free: with less, no work is taken.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Json = Annotated[bool, flag("--json", "Print one JSON object on standard output.")]

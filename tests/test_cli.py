@@ -63,6 +63,18 @@ def test_json_prints_one_object_and_nothing_else(scanscribe, tmp_path: Path) -> 
     assert len(summary["reported"]) == len(summary["rejected"]) == 1
 
 
+def test_what_no_report_could_be_written_in_is_said_once(scanscribe, tmp_path: Path) -> None:
+    for number in range(5):
+        picture(tmp_path / "in" / f"{number}.png", seed=number)
+    code, out, _ = scanscribe("report", "in", "--out", "out", "--formats", "json,sr,sc")
+    assert code == 1
+    assert out.count("could not be written") == 1 and "Of 5 reports, sr, sc could not be written" in out
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("SR, SC could not be written") == page.count("could not be written") == 5
+    code, out, _ = scanscribe("report", "in/0.png", "--out", "other", "--formats", "json,sr,sc")
+    assert code == 1 and "sr, sc could not be written" in out and "Of " not in out
+
+
 @pytest.mark.parametrize(
     ("command", "hint"),
     [
@@ -75,6 +87,7 @@ def test_json_prints_one_object_and_nothing_else(scanscribe, tmp_path: Path) -> 
         ("report a.png --out out --bogus", "--bogus"),
         ("report a.png --out a.png", "--out"),
         ("batch nowhere.png --out out", "nowhere.png"),
+        ("report a.png --out out --mm-per-pixel wide", "as a number. See `"),
         ("bogus", "bogus"),
         ("models", "scanscribe models --help"),
         ("evaluate --data nowhere.jsonl --out x.json", "nowhere.jsonl"),

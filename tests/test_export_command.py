@@ -117,6 +117,7 @@ def test_a_damaged_report_costs_that_report(scanscribe, out: Path) -> None:
     [
         (["nowhere", "--formats", "html"], "neither the folder of a report"),
         (["out", "--formats", "papyrus"], "unknown format papyrus"),
+        (["out", "--formats", ","], "There is no format to write"),
         (["out", "--formats", "lot", "--aql", "3"], "has no AQL 3"),
         (["out", "--formats", "lot", "--inspection-level", "IV"], "inspection_level"),
         (["out", "--formats", "html", "--language", "fr"], "language"),

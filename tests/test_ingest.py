@@ -301,6 +301,17 @@ def test_two_members_of_one_name_are_not_one(tmp_path: Path) -> None:
     assert planned.rejections[0].remedy
 
 
+@pytest.mark.parametrize("odd", [".", "./", "\\", "C:/a.png", "/"])
+def test_a_member_with_an_odd_name_costs_only_itself(tmp_path: Path, odd: str) -> None:
+    Image.fromarray(GREY).save(tmp_path / "1.png")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
+        z.writestr(zipfile.ZipInfo(odd), b"x")
+        z.write(tmp_path / "1.png", "z.png")
+    planned = plan([tmp_path / "x.zip"])
+    assert [unit.name for unit in planned.units] == ["z.png"]
+    assert len(planned.rejections) + len(planned.passed_over) <= 1
+
+
 def test_progress_counts_every_file(tree: Path) -> None:
     calls: list[tuple[int, int]] = []
     plan([tree], progress=lambda done, total: calls.append((done, total)))

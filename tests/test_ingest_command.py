@@ -111,6 +111,14 @@ def test_isotropic_needs_a_folder_to_save_to() -> None:
     assert "--save" in found["error"]["message"]
 
 
+@pytest.mark.parametrize("mm", ["0", "-1", "51"])
+def test_a_voxel_size_that_is_none_is_wrong_usage(tmp_path: Path, mm: str) -> None:
+    code, found = ingest(PHANTOM, "--save", str(tmp_path / "out"), "--isotropic", mm)
+    assert code == 2
+    assert "--isotropic" in found["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- resampling
 
 

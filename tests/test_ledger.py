@@ -322,8 +322,11 @@ def test_the_command_lists_shows_retries_and_forgets(
     monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("SCANSCRIBE_LEDGER", raising=False)
     out = tmp_path / "out"
+    code, said, _ = run(capfd, monkeypatch, "ledger", "list", "--out", str(out))
+    assert code == 0 and "has no items for" in said
     with Ledger(out) as ledger:
         ledger.add([("a" * 64, ["/in/x.png"]), ("ab" * 32, ["/in/1.dcm", "/in/2.dcm"])])
+        ledger.add([("f" * 64, ["/in/\udcff\x1b[2J.png"])])  # a name that is no text, and one that a terminal obeys
         ledger.quarantined(ledger.claim(request="ab" * 32)[0], "truncated", "Its end is missing.")
 
     def command(*words: str) -> tuple[int, str]:
@@ -337,6 +340,8 @@ def test_the_command_lists_shows_retries_and_forgets(
     assert "1.dcm and 1" in said and "truncated" in said and "x.png" not in said
     assert "choose one of" in command("list", "--state", "lost")[1]
     assert "Its end is missing." in command("show", "ab")[1]
+    code, said = command("show", "f")
+    assert code == 0 and ".png" in said and "\x1b" not in said
     code, said = command("show", "a")
     assert code == 2 and "2 items" in said
     assert command("retry", "ab") == (0, "1 retried.\n")

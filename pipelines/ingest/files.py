@@ -204,7 +204,7 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
         ref = FileRef(path, info.filename)
         parts = PurePosixPath(info.filename.replace("\\", "/")).parts
         litter = next(filter(None, map(_litter, parts)), None)
-        if ".." in parts or info.filename.startswith(("/", "\\")) or ":" in parts[0]:
+        if ".." in parts or info.filename.startswith(("/", "\\")) or ":" in info.filename.partition("/")[0]:
             yield rejection(ref.name, "path-traversal", "The archive names a file outside its own folder.")
         elif litter:
             yield PassedOver(ref.name, litter)

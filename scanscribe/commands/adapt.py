@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scanscribe.options import Device, Json, Model
+from scanscribe.options import Device, Json, Model, flag
 
 if TYPE_CHECKING:
     from pipelines.store import StoredModel
@@ -33,16 +33,16 @@ def adapt(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, such as steps=2000 or seed=2."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of a stopped run.")] = False,
+    resume: Annotated[bool, flag("--resume", "Go on from the checkpoint of a stopped run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a model to a product line of your own, with few labelled images. The model itself stays as it is.
 
-    Each line of the manifest has an id, image, group, product, and findings with types of your own and boxes, or
-    without boxes where only the image is labelled:
+    Each line of the manifest has an id, image, group, product, and findings with
+    types of your own and boxes, or without boxes where only the image is labelled:
 
-    {"id": "a1", "image": "a1.png", "group": "part 7", "product": "casting", "findings": [{"type": "pore",
-    "bbox": [10, 20, 40, 60]}]}
+    {"id": "a1", "image": "a1.png", "group": "part 7", "product": "casting",
+    "findings": [{"type": "pore", "bbox": [10, 20, 40, 60]}]}
     """
     from pipelines.adapt import adapt as make
     from pipelines.manifest import ManifestWarning

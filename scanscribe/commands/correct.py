@@ -58,7 +58,7 @@ def _show(correction: Correction) -> None:
     console = output()
     console.print(table)
     for line in unwritten(correction.errors):
-        console.print(line, soft_wrap=True)
+        console.print(Text(line, "red"), soft_wrap=True)
     if correction.contradictions:
         err.print("Warning: text and findings contradict each other. Both stand as corrected:", style="yellow")
         for each in correction.contradictions:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scanscribe.options import Inputs, Json
+from scanscribe.options import Inputs, Json, flag
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,12 +25,18 @@ OK, SOME_REFUSED = 0, 1
 
 def ingest(
     inputs: Inputs,
-    explain: Annotated[bool, typer.Option("--explain", help="Say of every series why it got its verdict.")] = False,
+    explain: Annotated[bool, flag("--explain", "Say of every series why it got its verdict.")] = False,
     save: Annotated[
         Path | None, typer.Option(help="Folder for the Hounsfield units: a .npy and a .json a volume or slice.")
     ] = None,
     isotropic: Annotated[
-        float | None, typer.Option(metavar="MM", help="With --save: resample volumes to cubes of this size.")
+        float | None,
+        typer.Option(
+            metavar="MM",
+            min=0.05,  # as `pipelines.ingest.volume.isotropic` takes
+            max=50,
+            help="With --save: resample volumes to cubes of this size.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scanscribe.options import Json
+from scanscribe.options import Json, flag
 
 if TYPE_CHECKING:
     from flows.ledger import Ledger, Row
@@ -63,17 +63,20 @@ def list_items(
         _print({"counts": counts, "items": [row.as_dict() for row in rows]})
         return
     from rich.table import Table
-    from rich.text import Text
 
-    from scanscribe.console import output
+    from scanscribe.console import output, plain, short
 
+    if not any(counts.values()):
+        output().print(plain(f"The ledger has no items for {short(str(out))}."), soft_wrap=True)
+        return
     table = Table("item", "state", "tries", "report", "files", "why")
     for row in rows:
         first = Path(row.files[0]).name if row.files else ""
         files = first if len(row.files) == 1 else f"{first} and {len(row.files) - 1} more"
         cells = (row.request[:16], row.state, str(row.attempts), row.report or "", files, row.code or "")
-        table.add_row(*map(Text, cells))
-    output().print(table)
+        table.add_row(*map(plain, cells))
+    if rows:
+        output().print(table)
     output().print(", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
@@ -92,10 +95,14 @@ def show_item(
     if as_json:
         _print(row.as_dict())
         return
+    from scanscribe.console import output, plain
+
     for name, value in row.as_dict().items():
         if name in ("due", "added", "changed"):
             value = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
-        print(f"{name:9}", "\n          ".join(value) if isinstance(value, tuple) else value)
+        for line in (value or ("",)) if isinstance(value, tuple) else (value,):
+            output().print(plain(f"{name:9} {line}"), soft_wrap=True)
+            name = ""
 
 
 @app.command("retry", epilog="Example: [cyan]scanscribe ledger retry 0123456789abcdef --out reports[/]")
@@ -125,7 +132,7 @@ def prune_folder(
     archive: Annotated[
         Path | None, typer.Option(help="Folder that they are copied to before they go. (default none)")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; else it is only said what would go.")] = False,
+    yes: Annotated[bool, flag("--yes", "Do it; else it is only said what would go.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove copies in quarantine and superseded versions of reports. Current reports and input files stay."""

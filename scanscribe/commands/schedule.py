@@ -29,6 +29,7 @@ from scanscribe.options import (
     Out,
     Reference,
     Rules,
+    flag,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def create_schedule(
         str | None,
         typer.Option(help="Let workers read, in this lane: urgent, normal or off-peak. (default the run reads itself)"),
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Change a schedule that is there.")] = False,
+    replace: Annotated[bool, flag("--replace", "Change a schedule that is there.")] = False,
     formats: Formats = None,
     model: Model = None,
     device: Device = None,

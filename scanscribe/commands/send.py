@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scanscribe.options import Json
+from scanscribe.options import Json, flag
 
 if TYPE_CHECKING:
     from pipelines.send import SendSummary
@@ -23,18 +23,18 @@ def send(
     ],
     to: Annotated[str, typer.Option(help="The archive: AET@host:port, or https://host/dicom-web.")],
     aet: Annotated[str, typer.Option(help="Our own AE title.")] = "SCANSCRIBE",
-    tls: Annotated[bool, typer.Option("--tls", help="Talk TLS with the DICOM node.")] = False,
+    tls: Annotated[bool, flag("--tls", "Talk TLS with the DICOM node.")] = False,
     tls_ca: Annotated[Path | None, typer.Option(help="Authorities to trust (PEM). (default the system's)")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Our own certificate (PEM), where the archive asks.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert (PEM), when it is not in there.")] = None,
     retry: Annotated[int, typer.Option(min=0, max=20, help="More tries when the network fails.")] = 3,
-    again: Annotated[bool, typer.Option("--again", help="Send also what the archive has taken before.")] = False,
+    again: Annotated[bool, flag("--again", "Send also what the archive has taken before.")] = False,
     as_json: Json = False,
 ) -> None:
     """Send the DICOM objects of reports to an archive (C-STORE or STOW-RS). Running it again sends what is missing.
 
-    Credentials for a DICOMweb server come from SCANSCRIBE_SEND_USER and SCANSCRIBE_SEND_PASSWORD, or from
-    SCANSCRIBE_SEND_TOKEN.
+    Credentials for a DICOMweb server come from SCANSCRIBE_SEND_USER and
+    SCANSCRIBE_SEND_PASSWORD, or from SCANSCRIBE_SEND_TOKEN.
     """
     from pipelines.peers import Tls, peer_at
     from pipelines.send import send as send_reports

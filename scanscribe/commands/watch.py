@@ -25,6 +25,7 @@ from scanscribe.options import (
     Out,
     Reference,
     Rules,
+    flag,
 )
 
 OK, SOME_REFUSED = 0, 1
@@ -44,7 +45,7 @@ def watch(
     identifiers: Identifiers = None,
     ledger: LedgerUrl = None,
     poll: Annotated[
-        bool, typer.Option("--poll", help="Trust no events, look at everything. (always so on network file systems)")
+        bool, flag("--poll", "Trust no events, look at everything. (always so on network file systems)")
     ] = False,
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at a file.")] = 0.5,
     looks: Annotated[int, typer.Option(min=2, help="Looks that must find a file unchanged.")] = 3,
@@ -59,7 +60,7 @@ def watch(
     ] = 60,
     rescan: Annotated[float, typer.Option(min=1, help="Seconds between full looks where there are events.")] = 60,
     min_free: MinFree = 1024,
-    once: Annotated[bool, typer.Option("--once", help="Report what is complete, then end.")] = False,
+    once: Annotated[bool, flag("--once", "Report what is complete, then end.")] = False,
     log_json: LogJson = False,
     metrics: MetricsPort = None,
     notify: NotifyUrl = None,

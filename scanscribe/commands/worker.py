@@ -7,17 +7,15 @@ import signal
 import warnings
 from typing import Annotated
 
-import typer
-
 from scanscribe.commands.ledger import LedgerUrl
-from scanscribe.options import Device, LogJson, MetricsPort, MinFree, Model, NotifyUrl
+from scanscribe.options import Device, LogJson, MetricsPort, MinFree, Model, NotifyUrl, flag
 
 
 def worker(
     device: Device = None,
     model: Model = None,
     ledger: LedgerUrl = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for a device that another worker has.")] = False,
+    wait: Annotated[bool, flag("--wait", "Wait for a device that another worker has.")] = False,
     min_free: MinFree = 1024,
     log_json: LogJson = False,
     metrics: MetricsPort = None,
@@ -25,8 +23,9 @@ def worker(
 ) -> None:
     """Load the model once and report the batches that `scanscribe batch --workers` hands out, until SIGTERM or Ctrl-C.
 
-    Start one for each device. With PREFECT_API_URL set they work for that server, also from several machines; these
-    must see inputs, output folder and PREFECT_RESULTS_LOCAL_STORAGE_PATH under the same paths, and share a ledger.
+    Start one for each device. With PREFECT_API_URL set they work for that
+    server, also from several machines; these must see inputs, output folder and
+    PREFECT_RESULTS_LOCAL_STORAGE_PATH under the same paths, and share a ledger.
     """
     from flows.machine.server import import_prefect
     from flows.seeing.seeing import seeing
