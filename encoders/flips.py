@@ -1,4 +1,4 @@
-"""Test-time augmentation: the dense evidence of a picture and of its mirror images, averaged.
+"""Test-time augmentation: the dense evidence of a picture and of its mirror images, averaged over detectors.
 
 Shapes as in `encoders.detector`.
 """
@@ -22,30 +22,30 @@ def _mirror_points(x_BAX: Tensor, size: tuple[int, int], dims: Sequence[int]) ->
 
 
 def look_from_all_sides(detectors: Sequence[Detector], x_B3HW: Tensor) -> Dense:
-    """The picture as it is, mirrored left-right, upside down, and both, averaged. Costs four passes instead of one.
+    """The picture as it is, mirrored left-right, upside down, and both, as every detector sees them, averaged.
 
-    Several detectors take turns, so that they cost no more than one. On a GPU one detector sees all four together; on a
-    CPU that gains nothing and takes four times the memory.
+    Costs four passes a detector instead of one. On a GPU a detector sees all four together; on a CPU that gains nothing
+    and takes four times the memory.
     """
     mirrored: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (1, 2))
     views = [x_B3HW.flip([dim + 1 for dim in dims]) if dims else x_B3HW for dims in mirrored]
-    if x_B3HW.is_cuda and len(detectors) == 1:
-        looks = _apart(detectors[0](torch.cat(views).contiguous(memory_format=torch.channels_last)), len(views))
-    else:
-        looks = [detectors[n % len(detectors)](each) for n, each in enumerate(views)]
-    first, *others = looks
+    looks: list[Dense] = []
+    for detector in detectors:
+        if x_B3HW.is_cuda:
+            looks += _apart(detector(torch.cat(views).contiguous(memory_format=torch.channels_last)), len(views))
+        else:
+            looks += [detector(each) for each in views]
     size = (x_B3HW.shape[2], x_B3HW.shape[3])
-    types, distances = first.types_BAT.float().sigmoid(), first.distances_BA4R.float().softmax(-1)
-    presence = first.presence_BT.float().sigmoid()
-    for dims, seen in zip(mirrored[1:], others, strict=True):
+    types, distances, presence = [], [], []
+    for dims, seen in zip(mirrored * len(detectors), looks, strict=True):
         sides = [2 if 2 in dims else 0, 3 if 1 in dims else 1, 0 if 2 in dims else 2, 1 if 1 in dims else 3]
-        types = types + _mirror_points(seen.types_BAT.float().sigmoid(), size, dims)
-        distances = distances + _mirror_points(seen.distances_BA4R.float().softmax(-1)[:, :, sides], size, dims)
-        presence = presence + seen.presence_BT.float().sigmoid()
-    return first._replace(
-        types_BAT=torch.logit((types / 4).clamp(1e-6, 1 - 1e-6)),
-        distances_BA4R=(distances / 4).clamp(min=1e-9).log(),
-        presence_BT=torch.logit((presence / 4).clamp(1e-6, 1 - 1e-6)),
+        types.append(_mirror_points(seen.types_BAT.float().sigmoid(), size, dims))
+        distances.append(_mirror_points(seen.distances_BA4R.float().softmax(-1)[:, :, sides], size, dims))
+        presence.append(seen.presence_BT.float().sigmoid())
+    return looks[0]._replace(
+        types_BAT=torch.logit(torch.stack(types).mean(0).clamp(1e-6, 1 - 1e-6)),
+        distances_BA4R=torch.stack(distances).mean(0).clamp(min=1e-9).log(),
+        presence_BT=torch.logit(torch.stack(presence).mean(0).clamp(1e-6, 1 - 1e-6)),
     )
 
 

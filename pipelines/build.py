@@ -1,12 +1,13 @@
 """From training runs to a model folder: weights together, calibration on validation data, settings.
 
-    python -m pipelines.build --encoder runs/evidence/encoder.safetensors --writer runs/writer/writer.safetensors \\
-        --data data/ --fields-only covid-ct --name default --version 1.0 --out models/default
+    python -m pipelines.build --glance runs/glance/glance.safetensors --detector runs/detector/detector.safetensors \\
+        --writer runs/writer/writer.safetensors --data data/ --fields-only covid-ct --name default --out models/default
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,14 @@ from pipelines.reader import Reader
 from pipelines.reading import NotFiniteError, Reading
 from pipelines.store import DOMAIN, WEIGHTS, Calibration, save_settings
 from pipelines.study import ImageStudy
-from pipelines.weights import load_config
+from pipelines.weights import load_config, packed
 from reports.taxonomy import CT_FIELDS, CT_TYPES
 
 HALF = IOUS.index(0.5)
 SHARES = (0.0, 0.3, 0.6)  # tried for the decoder's word on an item
 LEAST = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # probabilities tried; no report names what is under one in five
 LATERALITY_ACCURACY, ANSWERED = 0.7, 0.3  # what answers about the side must reach, on at least that share of the cases
+HEADER = 2**18  # bytes of a weights file that are kept free for the names of its tensors
 TEMPERATURES = np.geomspace(0.5, 8, 33)
 
 
@@ -48,15 +50,20 @@ class Labelled:
     reference: ImageStudy | None
 
 
-def join_weights(glance: Path, detectors: Sequence[Path], writer: Path, out: Path) -> None:
-    """One file of all parts: tensors get the prefix that the whole network gives them."""
+def join_weights(
+    glance: Path, detectors: Sequence[Path], writer: Path, out: Path, *, mebibytes: float = math.inf
+) -> None:
+    """One file of all parts, packed into so many MiB: tensors get the prefix that the whole network gives them.
+
+    Raises ValueError where they do not fit.
+    """
     tensors: dict[str, Tensor] = {}
     parts = [(path, f"detectors.{i}.") for i, path in enumerate(detectors)]
     for path, prefix in ((glance, "glance."), *parts, (writer, "")):
         with safe_open(path, framework="pt") as file:
             tensors |= {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / WEIGHTS)
+    save_file(packed(tensors, mebibytes * 2**20 - HEADER), out / WEIGHTS)
 
 
 def load_cases(data: Path, split: str) -> dict[str, list[Labelled]]:
@@ -218,6 +225,7 @@ def build(
     *,
     name: str,
     version: str,
+    mebibytes: float = math.inf,
     fields_only: Sequence[str] = (),
     assessed: Sequence[str] | None = None,
 ) -> Calibration:
@@ -225,7 +233,7 @@ def build(
 
     `assessed` are the CT finding types that it reports, by default all.
     """
-    join_weights(glance, detectors, writer, out)
+    join_weights(glance, detectors, writer, out, mebibytes=mebibytes)
     config = load_config(writer) | {"detectors": len(detectors)}
     save_settings(out, name=name, version=version, config=config, calibration=Calibration())
     reader = Reader.load(out)
@@ -240,9 +248,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in ("glance", "writer", "data", "out"):
         parser.add_argument(f"--{option}", type=Path, required=True)
-    parser.add_argument("--detector", type=Path, nargs="+", required=True, help="one, or several that take turns")
+    parser.add_argument("--detector", type=Path, nargs="+", required=True, help="one, or several to be averaged")
     parser.add_argument("--name", default="default")
     parser.add_argument("--version", default="1.0")
+    parser.add_argument(
+        "--mebibytes",
+        type=float,
+        default=math.inf,
+        help="size of the weights at most: large tensors get six bits a weight",
+    )
     parser.add_argument(
         "--fields-only", nargs="*", default=(), metavar="SET", help="data sets with unsure finding labels"
     )
@@ -263,6 +277,7 @@ if __name__ == "__main__":
             args.out,
             name=args.name,
             version=args.version,
+            mebibytes=args.mebibytes,
             fields_only=args.fields_only,
             assessed=args.assessed,
         )

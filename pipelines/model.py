@@ -41,7 +41,7 @@ class ModelConfig:
     detector: DetectorConfig
     bridge: BridgeConfig
     decoder: DecoderConfig
-    detectors: int = 1  # that take turns at the mirror images of a picture
+    detectors: int = 1  # whose evidence is averaged
 
     @classmethod
     def default(
@@ -99,7 +99,7 @@ class Evidence:
 class ScanScribeModel(nn.Module):
     """Glance, detectors, bridge and decoder. The first two run on their own; `prompt` joins what they gave.
 
-    Pictures that are seen without mirror images are seen by the first detector.
+    Lines that are seen without mirror images are seen by the first detector alone.
     """
 
     def __init__(self, config: ModelConfig) -> None:

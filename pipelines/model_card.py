@@ -17,6 +17,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, Final
 
+from safetensors import safe_open
+
 from pipelines.evaluation.names import (
     ABOUT_BASELINES,
     ABOUT_ECE,
@@ -48,7 +50,7 @@ person.**
   their types, places and sizes, and an impression, under the report grammar. How much its word counts beside the
   evidence's confidence was fitted on validation data (0 to 1): {say}.
   Types, places, sizes and fields are the evidence's; an impression that contradicts the findings is replaced.
-- Weights: {size:.1f} MiB; matrices in int8 with a scale for each output channel, the rest float16.
+- Weights: {size:.1f} MiB; matrices in int8 with a scale for each output channel{packed}, the rest float16.
   SHA-256 `{sha}`.
 
 ## Data
@@ -69,7 +71,8 @@ disposition have no ground truth anywhere and are derived by the written rules o
 
 The recipes `glance`, `detector` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as
 run on one NVIDIA H200 and their logs are in `docs/training/`: its glance is a part of an earlier joint network
-(`evidence` there), on whose boxes its decoder was trained. {mirrored} are inspected in four mirror images.
+(`evidence` there), on whose boxes its decoder was trained. {mirrored} are inspected in four mirror images, by every
+detector; boards by the first.
 
 ## Measured on validation data
 
@@ -146,11 +149,18 @@ def write_card(model: Path) -> None:
         decoder_parameters=decoder.parameters,
         say=", ".join(f"{line} {weight:g}" for line, weight in stored.calibration.point.items()),
         size=stored.weights.stat().st_size / 2**20,
+        packed=f" (the {six} largest in six bits)" if (six := _packed(stored.weights)) else "",
         sha=stored.weights_sha256,
         mirrored=" and ".join(sorted(MIRRORED)).capitalize(),
         **measured_parts(summaries),
     )
     (model / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+
+
+def _packed(weights: Path) -> int:
+    """How many tensors have six bits for a weight."""
+    with safe_open(weights, framework="np") as file:
+        return sum(name.endswith(".int6") for name in file.keys())  # noqa: SIM118
 
 
 def measured_parts(summaries: Summaries) -> dict[str, str]:

@@ -82,13 +82,16 @@ def test_all_sides_of_a_picture_give_what_all_sides_of_its_mirror_image_give(det
     torch.testing.assert_close(here, there, atol=1e-2, rtol=1e-3)
 
 
-def test_two_detectors_take_turns_at_the_sides_of_a_picture(detector: Detector) -> None:
+def test_what_two_detectors_see_from_all_sides_is_averaged(detector: Detector) -> None:
     torch.manual_seed(3)
     x, other = torch.randn(1, 3, 64, 64), Detector(detector.config).eval()
-    sides = [x, x.flip(3), x.flip(2), x.flip(2, 3)]
-    seen = [network(side).presence_BT.sigmoid() for network, side in zip((detector, other) * 2, sides, strict=True)]
-    both = look_from_all_sides([detector, other], x).presence_BT.sigmoid()
-    torch.testing.assert_close(both, torch.stack(seen).mean(0))
+    one, two = (look_from_all_sides([network], x) for network in (detector, other))
+    both = look_from_all_sides([detector, other], x)
+    for part in ("types_BAT", "presence_BT"):
+        mean = (getattr(one, part).sigmoid() + getattr(two, part).sigmoid()) / 2
+        torch.testing.assert_close(getattr(both, part).sigmoid(), mean)
+    mean = (one.distances_BA4R.exp() + two.distances_BA4R.exp()) / 2
+    torch.testing.assert_close(both.distances_BA4R.exp(), mean)
 
 
 def test_distances_around_a_point_make_its_box() -> None:

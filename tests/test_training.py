@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from encoders import Detector, DetectorConfig
 from pipelines.build import join_weights
@@ -26,7 +26,7 @@ from pipelines.training.losses import ciou, evidence_loss, presence_loss
 from pipelines.training.pretrain import code_losses, draw_pairs
 from pipelines.training.shrink import shrink
 from pipelines.training.streams import held_out_groups, load_streams
-from pipelines.weights import load_config, load_held_out, load_into, load_weights, save_weights
+from pipelines.weights import load_config, load_held_out, load_into, load_weights, packed, save_weights
 
 COMMON = """
 seed = 1
@@ -470,6 +470,28 @@ def test_weights_come_back_within_half_a_step(tmp_path: Path) -> None:
     step = state["big"].abs().amax(1, keepdim=True) / 127
     assert ((loaded["big"] - state["big"]).abs() <= step / 2 + 1e-6).all()
     torch.testing.assert_close(loaded["small"], state["small"], atol=2e-3, rtol=1e-3)
+
+
+def test_large_tensors_get_six_bits_until_the_file_is_small_enough(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {"kernel": torch.randn(128, 128, 3, 3), "matrix": torch.randn(64, 512), "early": torch.randn(64, 64)}
+    state |= {"odd": torch.randn(4096, 51), "small": torch.randn(7), "extreme": torch.full((256, 512), 2.0)}
+    state["extreme"][:, ::2] = -2.0
+    save_weights(tmp_path / "8.safetensors", state, {})
+    stored = load_file(tmp_path / "8.safetensors")
+    size = sum(value.nbytes for value in stored.values())
+    assert packed(stored, size).keys() == stored.keys()
+    save_file(packed(stored, size - 70_000), tmp_path / "6.safetensors")
+    eight, six = (load_weights(tmp_path / f"{bits}.safetensors") for bits in (8, 6))
+    assert set(six) == set(state)
+    assert (tmp_path / "6.safetensors").stat().st_size < (tmp_path / "8.safetensors").stat().st_size - 69_000
+    for name in ("kernel", "matrix"):
+        assert 0 < (six[name] - state[name]).norm() < 0.035 * state[name].norm()
+        assert (six[name] - state[name]).abs().max() < 1.5  # the largest of a row may be cut off, nothing is swapped
+    torch.testing.assert_close(six["extreme"], state["extreme"])
+    assert all(torch.equal(six[name], eight[name]) for name in ("early", "odd", "small"))  # no need for them
+    with pytest.raises(ValueError, match="even with six bits"):
+        packed(stored, size / 2)
 
 
 def test_what_a_network_uses_in_several_places_is_stored_once(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def cli(argv: list[str]) -> int:
     parser.add_argument("--backbone", type=Path, help="what `pretrain` wrote, to start from (recipe `glance`)")
     parser.add_argument("--glance", type=Path, help="weights of the glance (recipe `writer`)")
     parser.add_argument(
-        "--detector", type=Path, nargs="+", help="weights of the detector, or of several that take turns"
+        "--detector", type=Path, nargs="+", help="weights of the detector, or of several whose evidence is averaged"
     )
     parser.add_argument(
         "--stand-in-glance", type=Path, help="a glance trained with --set held_out=0.1 (recipe `writer`)"
@@ -43,7 +43,7 @@ def cli(argv: list[str]) -> int:
         "--stand-in-detector",
         type=Path,
         nargs="+",
-        help="a detector trained with --set held_out=0.1, or several that take turns (recipe `writer`)",
+        help="a detector trained with --set held_out=0.1, or several (recipe `writer`)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -73,7 +73,7 @@ _FIELD_COLUMNS = [list(FIELDS).index(name) for name in CT_FIELDS]
 
 @dataclass(frozen=True, slots=True)
 class Eyes:
-    """What looks at pictures: a glance, and detectors that take turns."""
+    """What looks at pictures: a glance, and detectors whose evidence is averaged."""
 
     glance: GlanceNet
     detectors: Sequence[Detector]
