@@ -23,7 +23,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
-from flows.crew import Crew, Handed, workers
+from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
 from flows.ledger import Ledger
 from flows.machine.server import LocalServer
@@ -41,11 +41,9 @@ from pipelines.study import Rejection
 
 PICTURES_A_BATCH: Final = 16
 PICTURES_A_GPU_BATCH: Final = 64  # and the most of one that goes to a worker
-LEAST_A_BATCH: Final = 8
 MOST_TASKS: Final = 24  # at a time: a study is one, and its task takes a while beside the reading
 ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
-MOST_OUT: Final = 1024  # units that workers have or wait for
 LOOK_S: Final = 0.2
 
 

@@ -23,6 +23,8 @@ from flows.seeing.log import EventLog
 from pipelines.ingest import Unit
 from pipelines.run import Job
 
+LEAST_A_BATCH: Final = 8  # units
+MOST_OUT: Final = 1024  # units that workers have or wait for
 LOOK_S: Final = 1.0  # between two looks for what has to be handed out again
 LONELY_S: Final = 10.0  # without news, until it is said that nobody works
 PAUSE_S: Final = 2.0  # before the server is tried again

@@ -6,6 +6,7 @@ Pure bookkeeping: the watcher tells what it sees (`look`, `gone`), and asks what
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -149,7 +150,7 @@ class Settling:
         return seen
 
     def again(self, paths: Iterable[str], at: float) -> None:
-        """Files are to be taken later, or once more."""
+        """Files are to be taken later, or once more; never by themselves where `at` is infinite."""
         for path in paths:
             if file := self._files.get(path):
                 file.later = at
@@ -222,7 +223,9 @@ class Settling:
         """Let a study be planned again without waiting for more of it."""
         for path in self._studies[study].files:
             file = self._files[path]
-            if file.taken:
+            if file.later == math.inf:  # it is at work without what has come
+                file.changed = now
+            if file.taken or file.later == math.inf:
                 file.taken, file.later = False, now
                 self._open.add(path)
 

@@ -1,12 +1,15 @@
 """The watcher: what comes to lie in a folder is reported once it is complete, whatever happens in between.
 
-One thread looks, plans and reports; events only tell it where to look first, a full look finds the rest. What is done
-stands in the ledger, so that a start after any end goes on where the former stopped.
+One thread looks, plans and reports, or hands what is complete to workers; events only tell it where to look first, a
+full look finds the rest. What is done stands in the ledger, so that a start after any end goes on where the former
+stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import queue
 import stat
@@ -19,14 +22,17 @@ from typing import Final
 
 from watchfiles import watch as watch_files
 
+from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed
+from flows.jobs import Lane
 from flows.ledger import Ledger, LedgerError
 from flows.ledger.items import Items, Tally, refusal_key
 from flows.machine.mounts import network_type
+from flows.machine.server import LocalServer, ServerError
 from flows.machine.space import MIN_FREE, Room
 from flows.seeing.log import EventLog
 from flows.settle import Drop, Patience, Settling, is_temporary_name
 from pipelines import run
-from pipelines.ingest import FileRef, Unit
+from pipelines.ingest import FileRef, Unit, load
 from pipelines.ingest.identifiers import PatternError
 from pipelines.ingest.refusals import MissingPackageError
 from pipelines.run import Job, Session, UsageError
@@ -38,7 +44,16 @@ from reports.rules import RulesError
 BURST_S: Final = 30.0  # of work, until the index is written and other commands can have the output folder
 PAUSE_S: Final = 2.0  # before another try when the disk, the ledger or the folder fails
 # What may be over the next time.
-TROUBLES: Final = (LedgerError, OutputError, ModelError, UsageError, RulesError, PatternError, MissingPackageError)
+TROUBLES: Final = (
+    LedgerError,
+    OutputError,
+    ModelError,
+    UsageError,
+    RulesError,
+    PatternError,
+    MissingPackageError,
+    ServerError,
+)
 SCAN_SHARE: Final = 5  # a full look takes at most this part of the time: 1/5
 
 # What a file that is still being copied can look like.
@@ -61,6 +76,14 @@ class Watching:
     once: bool = False  # end when all that is complete is reported
 
 
+@dataclass(frozen=True, slots=True)
+class _AtWork:
+    """A drop that workers have."""
+
+    requests: set[str]
+    files: dict[str, float]  # path -> when it had last changed
+
+
 class Watcher:
     """Watches one folder. `run` returns after `stop`, at the end of the item that is at work."""
 
@@ -71,8 +94,12 @@ class Watcher:
         ledger: Ledger,
         log: EventLog,
         tell: Callable[..., None] | None = None,
+        *,
+        lane: Lane | None = None,
     ) -> None:
-        """Raises UsageError, PatternError and ModelError for what can be told to be wrong before any work.
+        """`lane` is that of the workers that read; without one this process does.
+
+        Raises UsageError, PatternError and ModelError for what can be told to be wrong before any work.
 
         The job's inputs are the folder.  `tell` is that of `flows.ledger.items.Items`.
         """
@@ -98,6 +125,11 @@ class Watcher:
         self._next_look = self._next_scan = 0.0
         self._room = Room({"reports": self._out, "state folder": home()}, watching.min_free, log)
         self._items = Items(ledger, log, job.out, watching.min_free, self._patience.interval, tell)
+        self._lane = lane
+        self._crew: Crew | None = None
+        self._handing: list[Handed] = []  # of the drop that is looked at
+        self._at_work: list[_AtWork] = []
+        self._next_tidying = 0.0
 
     @property
     def settling(self) -> int:
@@ -112,9 +144,22 @@ class Watcher:
     def run(self) -> Tally:
         """Watch until `stop`, or with `once` until all that is complete is reported.
 
-        Raises ModelError where the model does not load; with `once` also what else has no use in waiting for.
+        Raises ModelError where the model does not load, ServerError where workers have no server; with `once` also what
+        else has no use in waiting for.
         """
-        run.load_reader(self._job.model, self._job.device)
+        with contextlib.ExitStack() as stack:
+            work = self._work
+            if self._lane is None:
+                run.load_reader(self._job.model, self._job.device)
+            else:
+                server = stack.enter_context(LocalServer())
+                server.url()
+                self._crew = Crew(self._job, self._ledger, server, self._log)
+                member = stack.enter_context(Session(self._job, member=True))
+                work = functools.partial(self._work_with_crew, self._crew, member)
+            return self._watch(work)
+
+    def _watch(self, work: Callable[[], None]) -> Tally:
         handed = self._ledger.hand_over()
         polling = str(self._poll).lower()
         self._log("watching", known=len(self._settling), handed_over=handed, polling=polling, pid=os.getpid())
@@ -122,7 +167,7 @@ class Watcher:
             while not self._stopping:
                 try:
                     self._look()
-                    self._work()
+                    work()
                     self._fine("broken")
                 except TROUBLES as error:
                     if self._watching.once:
@@ -140,7 +185,7 @@ class Watcher:
         """With `once`: whether nothing is left that may be taken. Raises OutputError when the disk forbids to."""
         if self._room.words:
             raise OutputError(self._room.words)
-        return not self._settling.unsettled() and self._settling.ready(time.time()) is None
+        return not (self._crew or self._settling.unsettled() or self._settling.ready(time.time()))
 
     # Looking
 
@@ -311,6 +356,52 @@ class Watcher:
                 drop = self._settling.ready(time.time())
             session.finish()
 
+    def _work_with_crew(self, crew: Crew, session: Session) -> None:
+        """Let workers report what is complete, and take what they have done. `session` is one beside theirs."""
+        session.refresh()
+        self._collect(crew)
+        until = time.monotonic() + BURST_S
+        drop = self._settling.ready(time.time())
+        while drop is not None and not self._stopping and time.monotonic() < until and len(crew) < MOST_OUT:
+            if "folder-lost" in self._troubles or not self._room():
+                break
+            self._take(session, drop)
+            self._look()
+            drop = self._settling.ready(time.time())
+        if not self._tidied() and (not crew or time.monotonic() > self._next_tidying):
+            self._next_tidying = time.monotonic() + BURST_S
+            with Session(self._job) as owner:
+                owner.finish()
+
+    def _collect(self, crew: Crew) -> None:
+        """What workers have settled is taken, unless it has changed since."""
+        for handed, row in crew.settled():
+            item = handed.request[:16]
+            for drop in self._at_work:
+                drop.requests.discard(handed.request)
+            if row is None:
+                self._log("vanished", item=item)
+            elif row.state == "done":
+                self._items.tally.reported += 1
+                self._log("done", item=item, report=row.report)
+            else:
+                self._items.tally.refused += 1
+                self._log("refused", item=item, code=row.code)
+        for drop in [each for each in self._at_work if not each.requests]:
+            same = [path for path, changed in drop.files.items() if self._settling.changed(path) == changed]
+            self._ledger.see(self._settling.take(same))
+            self._at_work.remove(drop)
+
+    def _hand_out(self, paths: Sequence[str]) -> None:
+        """Let workers have the units of a drop; its files are at work until these are settled."""
+        assert self._crew is not None and self._lane is not None
+        new = [each for each in self._handing if each.request not in self._crew]
+        for start in range(0, len(new), LEAST_A_BATCH):
+            self._crew.give(new[start : start + LEAST_A_BATCH], self._lane)
+        requests = {each.request for each in self._handing}
+        self._at_work.append(_AtWork(requests, {path: self._settling.changed(path) for path in paths}))
+        self._settling.again(paths, math.inf)
+
     def _tidied(self) -> bool:
         """Whether the pages over the whole folder are written; a former process may have died before that."""
         page = self._job.out / "index.html"
@@ -335,6 +426,7 @@ class Watcher:
             return
         session.start([Path(path) for path in drop.new], [rejection for rejection, _ in refused])
         units = list(plan.units) if plan else []
+        self._handing = []
         try:
             while refused and not self._stopping:
                 self._refuse(session, *refused[0], later)
@@ -348,10 +440,14 @@ class Watcher:
             undone = {str(file.path) for unit in units for file in (*unit.files, *unit.documents)}
             undone |= {str(path) for _, path in refused}
             if drop.study and (later or undone):
-                later = dict.fromkeys(drop.new, max(later.values(), default=0.0))
+                later, self._handing = dict.fromkeys(drop.new, max(later.values(), default=0.0)), []
             for file, when in later.items():
                 self._settling.again([file], when)
-            self._ledger.see(self._settling.take(path for path in drop.new if path not in later and path not in undone))
+            left = [path for path in drop.new if path not in later and path not in undone]
+            if self._handing:
+                self._hand_out(left)
+            else:
+                self._ledger.see(self._settling.take(left))
 
     def _refuse(self, session: Session, rejection: Rejection, path: Path, later: dict[str, float]) -> None:
         """An input that its header or content rules out goes to quarantine like one that cannot be decoded."""
@@ -364,6 +460,8 @@ class Watcher:
     def _report(self, session: Session, unit: Unit, files: list[str]) -> float | None:
         """Report a unit; the time at which to come back to it, or None where that is settled."""
         request = session.request(unit)
+        if self._crew is not None and request:
+            return self._prepare_for_crew(session, unit, request, files)
         held: list[float] = []
 
         def work() -> IndexEntry | Rejection | None:
@@ -376,6 +474,16 @@ class Watcher:
         key = request or refusal_key(Rejection(unit.path, "unreadable", "", ""), unit.files[0].path)
         when = self._items.settle(session, key, files, work)
         return held[0] if held else when
+
+    def _prepare_for_crew(self, session: Session, unit: Unit, request: str, files: list[str]) -> float | None:
+        """Have a unit handed out, if it opens; otherwise the time at which to come back to it."""
+        if self._items.settled(session, request, files):
+            return None
+        seen = load(unit)
+        if isinstance(seen, Rejection) and (when := self._unfinished(seen, files)):
+            return when
+        self._handing.append(Handed(request, tuple(files), unit))
+        return None
 
     def _unfinished(self, why: Rejection, files: list[str]) -> float | None:
         """When to look again at files that may still be in the middle of being copied; None when that took too long."""

@@ -391,8 +391,11 @@ class Session:
         return entry.id if entry else None
 
     def settled(self, unit: ingest.Unit, request: str, *, before: bool = False) -> bool:
-        """Count a unit whose report is there, `before` this run or by another session of it; False where it is not."""
-        entry = self._folder.finished(request, self._formats)
+        """Count a unit whose report is there, `before` this run or by another session of it; False where it is not.
+
+        Of the latter all formats need not be there: its errors say why not.
+        """
+        entry = self._folder.finished(request, self._formats) if before else self._folder.known(request)
         if entry is None:
             return False
         with self._changed:

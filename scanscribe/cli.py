@@ -38,6 +38,7 @@ from scanscribe.options import (
     Inputs,
     Json,
     Kind,
+    Lane,
     Language,
     LogJson,
     MetricsPort,
@@ -48,6 +49,7 @@ from scanscribe.options import (
     Out,
     Reference,
     Rules,
+    Workers,
     flag,
 )
 
@@ -141,8 +143,8 @@ def batch(
     language: Language = None,
     mm_per_pixel: MmPerPixel = None,
     identifiers: Identifiers = None,
-    workers: Annotated[bool, flag("--workers", "Let workers read (`scanscribe worker`), not this process.")] = False,
-    lane: Annotated[str, typer.Option(help="With --workers: urgent, normal or off-peak.")] = "normal",
+    workers: Workers = False,
+    lane: Lane = "normal",
     ledger: LedgerUrl = None,
     min_free: MinFree = 1024,
     log_json: LogJson = False,
@@ -151,11 +153,9 @@ def batch(
     as_json: Json = False,
 ) -> None:
     """The same work as a Prefect flow, on this machine's server or that of PREFECT_API_URL. Resumable."""
-    from flows.jobs import LANES, Crewing, run_batch
+    from flows.jobs import Crewing, run_batch
     from flows.seeing.seeing import seeing
 
-    if lane not in LANES:
-        raise typer.BadParameter(f"There is no lane {lane!r}: choose one of {', '.join(LANES)}.")
     crewing = Crewing(lane, ledger) if workers else None
 
     job = _job(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -62,6 +62,12 @@ NotifyUrl = Annotated[
         show_default=False,
         help="URL that is told of failures and critical findings, signed with SCANSCRIBE_NOTIFY_SECRET.",
     ),
+]
+_Lanes = Literal["urgent", "normal", "off-peak"]
+Workers = Annotated[bool, flag("--workers", "Let workers read (`scanscribe worker`), not this process.")]
+Lane = Annotated[_Lanes, typer.Option(help="With --workers: what goes before what.")]
+LaneOfWorkers = Annotated[
+    _Lanes | None, typer.Option(help="Let workers read, in this lane. (default the run reads itself)")
 ]
 MinFree = Annotated[int, typer.Option(min=0, help="MiB that stay free: with less, no work is taken.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object on standard output.")]

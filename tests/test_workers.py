@@ -139,6 +139,46 @@ def test_a_file_that_is_deleted_before_a_worker_comes_to_it_is_refused(
     assert [(Path(each["path"]).name, each["code"]) for each in summary["rejected"]] == [("1.png", "not-found")]
 
 
+def test_a_watcher_hands_what_is_dropped_to_workers_and_each_is_reported_once(
+    tmp_path: Path, machines: tuple[Machine, Machine], postgres: str
+) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    inbox.mkdir()
+    workers = [machine.start("worker", "--ledger", postgres, seconds=0.1) for machine in machines]
+    for worker in workers:
+        wait_for(worker.log, " serving ")  # type: ignore[attr-defined]
+    watch = ["watch", str(inbox), "--out", str(out), "--workers", "--ledger", postgres]
+    watch += ["--interval", "0.1", "--looks", "2", "--refuse-after", "1"]
+    watcher = machines[0].start(*watch)
+    wait_for(watcher.log, " watching ")  # type: ignore[attr-defined]
+    with Ledger(out, postgres) as ledger:
+        for number in range(24):
+            picture(inbox / f"{number:02}.png", seed=number)
+        shutil.copy(inbox / "03.png", inbox / "copy.png")
+        (inbox / "torn.png").write_bytes((inbox / "04.png").read_bytes()[:200])
+        until(lambda: ledger.counts()["done"] >= 8, seconds=60)
+        for worker in workers:
+            wait_for(worker.log, " reported ")  # type: ignore[attr-defined]
+        workers[1].kill()
+        for number in range(24, 40):
+            picture(inbox / f"{number:02}.png", seed=number)
+        until(lambda: ledger.counts()["done"] == 40 and ledger.counts()["quarantined"] == 1, seconds=ledger.lease_s)
+        until(lambda: len(ledger.seen()) == 42)
+    until(lambda: (out / "index.html").is_file() and (out / "index.html").read_text().count("report.html") >= 40)
+    watcher.send_signal(signal.SIGTERM)
+    assert watcher.wait(20) == 0
+
+    index = lines(out / "index.jsonl")
+    assert len({line["id"] for line in index}) == len(index) == 40
+    said = [line for worker in workers for line in worker.log.read_text().splitlines() if " reported " in line]  # type: ignore[attr-defined]
+    items = [word for line in said for word in line.split() if word.startswith("item=")]
+    assert len(items) == len(set(items))  # none was read twice
+    assert [json.loads(path.read_text())["code"] for path in out.glob("quarantine/*/reason.json")] == ["truncated"]
+    again = machines[0].start(*watch, "--once")
+    assert again.wait(60) == 0
+    assert " done " not in again.log.read_text() and len(lines(out / "index.jsonl")) == 40  # type: ignore[attr-defined]
+
+
 def test_a_second_worker_on_a_device_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -183,19 +183,27 @@ class Items:
                 del self._kept[key]
         self._ledger.add([(key, files)])
         claims = self._ledger.claim(request=key)
-        row = None if claims else self._ledger.get(key)
-        if row and row.state == "done" and not (row.report and session.reported(key)):
-            self._ledger.retry([key])  # the report was superseded or removed, or lacks a format
-            claims = self._ledger.claim(request=key)
-        elif row and row.state in ("done", "quarantined"):
-            if row.state == "quarantined" and row.code:
-                session.conclude(Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, _TOO_OFTEN)))
-            self.tally.known += 1
-            self._log("known", item=key[:16], state=row.state, report=row.report)
+        if not claims and self.settled(session, key, files):
             return 0.0
+        claims = claims or self._ledger.claim(request=key)
         if claims:
             return claims[0]
+        row = self._ledger.get(key)
         return max(row.due if row else 0.0, time.time() + self._interval)
+
+    def settled(self, session: Session, key: str, files: Sequence[str]) -> bool:
+        """Whether the report of an item is there, or its place in quarantine; a report that is lost is due again."""
+        row = self._ledger.get(key)
+        if row is None or row.state not in ("done", "quarantined"):
+            return False
+        if row.state == "done" and not (row.report and session.reported(key)):
+            self._ledger.retry([key])  # the report was superseded or removed, or lacks a format
+            return False
+        if row.state == "quarantined" and row.code:
+            session.conclude(Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, _TOO_OFTEN)))
+        self.tally.known += 1
+        self._log("known", item=key[:16], state=row.state, report=row.report)
+        return True
 
     def _fail(self, claim: Claim, why: IndexEntry | Rejection, files: list[str]) -> float | None:
         assert isinstance(why, Rejection)

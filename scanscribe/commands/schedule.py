@@ -20,6 +20,7 @@ from scanscribe.options import (
     Inputs,
     Json,
     Kind,
+    LaneOfWorkers,
     Language,
     LogJson,
     MetricsPort,
@@ -64,10 +65,7 @@ def create_schedule(
         str, typer.Option(help="A run is due while the former is at work: skip it, queue it, or cancel the former.")
     ] = "skip",
     catch_up: Annotated[str, typer.Option(help="Runs were due while nothing ran them: once, all or none.")] = "once",
-    workers: Annotated[
-        str | None,
-        typer.Option(help="Let workers read, in this lane: urgent, normal or off-peak. (default the run reads itself)"),
-    ] = None,
+    workers: LaneOfWorkers = None,
     replace: Annotated[bool, flag("--replace", "Change a schedule that is there.")] = False,
     formats: Formats = None,
     model: Model = None,
@@ -81,14 +79,11 @@ def create_schedule(
     as_json: Json = False,
 ) -> None:
     """Let a batch run by the clock."""
-    from flows.jobs import LANES
     from flows.schedules.files import create
     from flows.schedules.timing import Timing, Window, machine_zone, parse_interval
     from pipelines.run import Job
     from scanscribe.settings import settings
 
-    if workers is not None and workers not in LANES:
-        raise typer.BadParameter(f"There is no lane {workers!r}: choose one of {', '.join(LANES)}.")
     timing = Timing(
         time_zone or machine_zone(),
         time.time(),

@@ -15,6 +15,7 @@ from scanscribe.options import (
     Formats,
     Identifiers,
     Kind,
+    Lane,
     Language,
     LogJson,
     MetricsPort,
@@ -25,6 +26,7 @@ from scanscribe.options import (
     Out,
     Reference,
     Rules,
+    Workers,
     flag,
 )
 
@@ -43,6 +45,8 @@ def watch(
     language: Language = None,
     mm_per_pixel: MmPerPixel = None,
     identifiers: Identifiers = None,
+    workers: Workers = False,
+    lane: Lane = "normal",
     ledger: LedgerUrl = None,
     poll: Annotated[
         bool, flag("--poll", "Trust no events, look at everything. (always so on network file systems)")
@@ -94,7 +98,8 @@ def watch(
         Ledger(out, ledger) as open_ledger,
         seeing("watch", log_json=log_json, port=metrics, notify=notify, disks=disks, ledger=open_ledger) as seen,
     ):
-        watcher = Watcher(Job((folder,), out, **dict(chosen)), watching, open_ledger, seen.log, seen.tell)
+        job = Job((folder,), out, **dict(chosen))
+        watcher = Watcher(job, watching, open_ledger, seen.log, seen.tell, lane=lane if workers else None)
         words = "Files in the watched folder that are not taken yet."
         seen.metrics.show("scanscribe_files_settling", words, lambda: watcher.settling)
         for number in (signal.SIGTERM, signal.SIGINT):
