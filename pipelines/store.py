@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -97,7 +97,7 @@ class StoredModel:
     def find_base(self) -> StoredModel:
         """The model that this adapted one needs. Raises `ModelError` where it is not installed."""
         assert self.base is not None
-        installed = [each for each in stored_models() if each.base is None]
+        installed = [each for each in stored_models(told=lambda damaged: None) if each.base is None]
         if (Path(self.base.folder) / SETTINGS).is_file():
             installed.append(_open(Path(self.base.folder)))
         for each in installed:
@@ -144,24 +144,38 @@ def folders() -> list[Path]:
     return [home() / "models", *map(Path, models.__path__)]
 
 
-def stored_models() -> Iterator[StoredModel]:
-    """Every model that can be named, an owner's own before a bundled one of the same name."""
-    seen: set[str] = set()
+def stored_models(told: Callable[[ModelError], object] | None = None) -> Iterator[StoredModel]:
+    """Every model that can be named, an owner's own before a bundled one of the same name.
+
+    `told` hears of models whose settings are damaged, which are left out; without it they raise `ModelError`.
+    """
+    for folder in _named().values():
+        try:
+            yield _open(folder)
+        except ModelError as error:
+            if told is None:
+                raise
+            told(error)
+
+
+def _named() -> dict[str, Path]:
+    """Names -> folders."""
+    found: dict[str, Path] = {}
     for folder in folders():
         for settings in sorted(folder.glob(f"*/{SETTINGS}")):
-            if settings.parent.name not in seen:
-                seen.add(settings.parent.name)
-                yield _open(settings.parent)
+            found.setdefault(settings.parent.name, settings.parent)
+    return found
 
 
 def find(model: str | Path) -> StoredModel:
     """The model called so, or the one in that folder. Raises `ModelError`."""
     if isinstance(model, Path) or os.sep in model:
         return _open(Path(model))
-    for folder in folders():
-        if (folder / model / SETTINGS).is_file():
-            return _open(folder / model)
-    names = ", ".join(stored.name for stored in stored_models()) or "none is installed"
+    if folder := _named().get(model):
+        return _open(folder)
+    if Path(model).is_dir():
+        return _open(Path(model))
+    names = ", ".join(_named()) or "none is installed"
     raise ModelError(f"there is no model {model!r}; choose from: {names}, or give a model's folder")
 
 

@@ -80,7 +80,9 @@ def load_report(directory: Path) -> Report:
         return report
     except FileNotFoundError:
         raise BundleError(f"{directory} holds no {REPORT}: name the folder of one report.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise BundleError(f"{directory / REPORT} cannot be read ({error.strerror}): check its rights.") from None
+    except ValueError as error:
         raise BundleError(f"{directory / REPORT} is no report of this version ({_first_fault(error)}).") from None
 
 

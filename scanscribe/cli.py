@@ -296,14 +296,18 @@ def doctor(as_json: Json = False) -> None:
 @models_app.command("list", epilog="Example: [cyan]scanscribe models list[/]")
 def list_models(as_json: Json = False) -> None:
     """List the installed models."""
-    from pipelines.store import stored_models
+    from pipelines.store import ModelError, stored_models
     from scanscribe import console
 
-    stored = list(stored_models())
+    damaged: list[ModelError] = []
+    stored = list(stored_models(damaged.append))
     if as_json:
-        _print_json({"models": [_model_facts(model) for model in stored]})
+        _print_json({"models": [_model_facts(model) for model in stored], "damaged": list(map(str, damaged))})
     else:
         console.show_models(stored)
+        for error in damaged:
+            print(f"scanscribe: {error}", file=sys.stderr)
+    raise typer.Exit(UNUSABLE if damaged else OK)
 
 
 @models_app.command("verify", epilog="Example: [cyan]scanscribe models verify default[/]")
@@ -366,6 +370,9 @@ def main() -> None:
     as_json = "--json" in sys.argv[1:]
     # torch's threads wait asleep: spinning gains 0.1 s a photo on an idle machine and makes a busy one 3 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows ASCII only, or a name that is no text, ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

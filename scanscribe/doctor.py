@@ -105,13 +105,16 @@ def _models() -> Iterator[Check]:
     from pipelines.store import ModelError, find, stored_models
 
     find("default")
-    for model in stored_models():
+    damaged: list[ModelError] = []
+    for model in stored_models(damaged.append):
         try:
             model.verify()
             size = model.weights.stat().st_size / (1 << 20)
             yield Check(f"model {model.name}", "ok", f"version {model.version}, {size:.1f} MiB, weights are whole")
         except ModelError as error:
             yield Check(f"model {model.name}", "fail", str(error), "install the model again")
+    for error in damaged:
+        yield Check("model", "fail", str(error), "or remove its folder")
 
 
 def _disk() -> Iterator[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -283,6 +284,41 @@ def test_doctor_finds_versions_that_do_not_fit_and_damaged_weights(scanscribe, t
     code, out, _ = scanscribe("models", "list", "--json")
     assert "mine" in [model["name"] for model in json.loads(out)["models"]]
     assert scanscribe("models", "verify", "mine")[0] == 2
+    (folder / "model.json").write_text("{torn")
+    code, out, _ = scanscribe("models", "list", "--json")
+    told = json.loads(out)
+    assert code == 2 and "default" in [model["name"] for model in told["models"]]
+    assert ["mine" in words for words in told["damaged"]] == [True]
+    code, out, _ = scanscribe("doctor", "--json")
+    states = {check["name"]: check["state"] for check in json.loads(out)["checks"]}
+    assert (code, states["model default"], states["model"]) == (2, "ok", "fail")
+
+
+def test_a_model_s_folder_needs_no_slash(scanscribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ModelError, match=r"mine/model\.json cannot be read"):
+        find("mine")
+    for file in ("model.json", "weights.safetensors", "domain.safetensors"):
+        shutil.copy(find("default").folder / file, tmp_path / "mine")
+    code, out, _ = scanscribe("models", "verify", "mine", "--json")
+    assert code == 0 and json.loads(out)["folder"] == "mine"
+
+
+def test_a_terminal_that_knows_ascii_only_gets_the_reports(tmp_path: Path) -> None:
+    picture(tmp_path / "照片.png")
+    command = [
+        sys.executable,
+        "-m",
+        "tests.watcher_process",
+        "report",
+        str(tmp_path / "照片.png"),
+        "--out",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "SCANSCRIBE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 reported" in done.stdout and "??.png" in done.stdout
 
 
 @pytest.mark.parametrize("command", [[], ["report"], ["batch"], ["train"], ["evaluate"], ["doctor"], ["models"]])
