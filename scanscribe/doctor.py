@@ -113,8 +113,8 @@ def _models() -> Iterator[Check]:
             yield Check(f"model {model.name}", "ok", f"version {model.version}, {size:.1f} MiB, weights are whole")
         except ModelError as error:
             yield Check(f"model {model.name}", "fail", str(error), "install the model again")
-    for error in damaged:
-        yield Check("model", "fail", str(error), "or remove its folder")
+    for fault in damaged:
+        yield Check("model", "fail", str(fault), "or remove its folder")
 
 
 def _disk() -> Iterator[Check]:
