@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -453,3 +455,41 @@ def test_real_enhanced_ct_with_hounsfield_units(shared_data: Path, tmp_path: Pat
 def test_real_screenshots_are_pictures_not_ct(shared_data: Path) -> None:
     units = plan([shared_data / "dicom" / "lung-pet-ct-dx" / "result"]).units
     assert {unit.kind for unit in units} == {"picture"}
+
+
+# ---------------------------------------------------------------- deflated data sets
+
+
+def deflated(path: Path, data: bytes, *, version: bytes = b"\0\1", implicit: bool = False) -> Path:
+    """A file with a deflated data set; `version` is the first element of its meta information, ahead of the syntax."""
+
+    def element(number: int, vr: bytes, value: bytes) -> bytes:
+        if implicit:
+            return struct.pack("<HHI", 2, number, len(value)) + value
+        if vr == b"OB":
+            return struct.pack("<HH2sHI", 2, number, vr, 0, len(value)) + value
+        return struct.pack("<HH2sH", 2, number, vr, len(value)) + value
+
+    meta = element(1, b"OB", version) + element(2, b"UI", b"1.2.840.10008.5.1.4.1.1.2\0")
+    meta += element(0x10, b"UI", b"1.2.840.10008.1.2.1.99")
+    packed = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    path.write_bytes(
+        bytes(128)
+        + b"DICM"
+        + element(0, b"UL", struct.pack("<I", len(meta)))
+        + meta
+        + packed.compress(data)
+        + packed.flush()
+    )
+    return path
+
+
+@pytest.mark.parametrize("implicit", [False, True], ids=["explicit", "implicit"])
+@pytest.mark.parametrize("length", [2, 4_000, 70_000])
+def test_a_deflated_data_set_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, implicit: bool
+) -> None:
+    monkeypatch.setattr("pipelines.ingest.dicom.MAX_INFLATED_BYTES", 1 << 20)
+    monkeypatch.setattr(zlib, "decompress", lambda *_: pytest.fail("it was inflated in one go"))
+    path = deflated(tmp_path / "a.dcm", bytes(4 << 20), version=bytes(length), implicit=implicit)
+    assert refusal(path).code in ("too-large", "damaged-file")

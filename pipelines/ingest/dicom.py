@@ -44,6 +44,7 @@ MAX_VOXELS: Final = 2_000_000_000  # of one file
 MAX_FRAMES: Final = 50_000
 MAX_FRAME_PIXELS: Final = 8192 * 8192  # no scanner comes near; bounds the memory that a damaged header can ask for
 MAX_INFLATED_BYTES: Final = 512 << 20  # of a deflated data set
+META_BYTES: Final = 1 << 16  # that a file's meta information, which names the transfer syntax, may have
 HEAD_BYTES: Final = 1 << 16  # most headers end before
 CACHED_HEADERS: Final = 20_000
 MAPS: Final = re.compile(r"PERFUSION|\b(CBF|CBV|MTT|TTP|TMAX|PBV|RHO|ZEFF|Z_EFF)\b|IODINE|ELECTRON_DENSITY")
@@ -192,7 +193,7 @@ def _meaning(codes: list[Dataset]) -> str | None:
 
 def parse(stream: BinaryIO, *, stop_before_pixels: bool) -> Dataset:
     """The data set, its transfer syntax guessed where no file meta information names it. Raises Refusal."""
-    _check_deflated(stream)
+    check_deflated(stream)
     try:
         dataset = pydicom.dcmread(stream, force=True, stop_before_pixels=stop_before_pixels)
     except EOFError as error:
@@ -403,11 +404,16 @@ def _table(item: Dataset) -> Rescale:
     return Rescale(1.0, 0.0, (first, values[: entries or 65536]))
 
 
-def _check_deflated(stream: BinaryIO) -> None:
-    """A deflated data set is inflated in one go by pydicom; refuse one that would fill the memory."""
-    head = stream.read(1024)
+def check_deflated(stream: BinaryIO) -> None:
+    """Refuse a deflated data set that would fill the memory: pydicom inflates it in one go, whatever is asked of it.
+
+    Leaves the stream at its beginning. Raises Refusal.
+    """
+    head = stream.read(META_BYTES)
     stream.seek(0)
     if DeflatedExplicitVRLittleEndian.encode() not in head:
+        if len(head) == META_BYTES and _meta_end(head) > META_BYTES - 12:  # so that it may say so further on
+            raise Refusal("damaged-file", f"Its file meta information is longer than {META_BYTES >> 10} KiB.")
         return
     if head[132:140] != b"\x02\0\0\0UL\4\0":
         raise Refusal("damaged-file", "The DICOM header lacks the length of its file meta information.")
@@ -421,3 +427,17 @@ def _check_deflated(stream: BinaryIO) -> None:
         if inflater.eof:
             break
     stream.seek(0)
+
+
+def _meta_end(head: bytes) -> int:
+    """Where the elements of group 2 end (PS3.10 section 7.1), or one ends that lies beyond `head`."""
+    at = 132 if head[128:132] == b"DICM" else 0
+    while at + 12 <= len(head) and head[at : at + 2] == b"\x02\0":
+        vr = head[at + 4 : at + 6]
+        if not vr.isalpha():  # implicit, against the standard
+            at += 8 + int.from_bytes(head[at + 4 : at + 8], "little")
+        elif vr in (b"OB", b"OW", b"SQ", b"UN", b"UT", b"UC", b"UR"):
+            at += 12 + int.from_bytes(head[at + 8 : at + 12], "little")
+        else:
+            at += 8 + int.from_bytes(head[at + 6 : at + 8], "little")
+    return at
