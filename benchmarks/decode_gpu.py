@@ -45,6 +45,7 @@ from decoder import Decoder
 from decoder.open import OpenDecoder
 
 PROMPT, NEW = 256, 96
+COMPARED = 32  # prompts at least whose tokens are compared
 TARGETS = {1: (15, 2), 256: (10, 1.5)}  # times the default, times the best
 
 
@@ -70,9 +71,9 @@ def main() -> None:
         config = ours.config
         print(f"{name}: {config.parameters / 1e6:.0f}M parameters, {config.active_parameters / 1e6:.0f}M active")
         exact = exact_model(theirs)
-        prompts_BT, new = torch.randint(2, config.vocabulary, (32, PROMPT if gpu else 8)), NEW if gpu else 4
+        prompts_BT, new = torch.randint(2, config.vocabulary, (COMPARED, PROMPT if gpu else 8)), NEW if gpu else 4
         equal = agreement(theirs, exact, prompts_BT, engine_side("", mine, prompts_BT, new).run(prompts_BT, new)).draws
-        print(f"fp32, batch 32: greedy tokens as transformers in fp32, or a draw within {MARGIN}: {equal:.3%}")
+        print(f"fp32, batch {COMPARED}: greedy tokens as transformers in fp32, or a draw within {MARGIN}: {equal:.3%}")
         claims.append(claim(f"{name}, fp32: greedy tokens as transformers in fp32, or a draw", equal, "share", 0.999))
         del mine
         reset()
@@ -101,7 +102,10 @@ def main() -> None:
             mine = timings["engine"].rate
             if asked.profile:
                 profile(sides[0], prompts_BT, new)
-            told = agreement(theirs, exact, prompts_BT, sides[0].run(prompts_BT, new))
+            # Enough tokens that one of them does not decide, one batch after another
+            more_BT = torch.randint(2, config.vocabulary, (max(0, COMPARED - batch), prompts_BT.shape[1]))
+            compared_BT = torch.cat((prompts_BT, more_BT))
+            told = agreement(theirs, exact, compared_BT, sides[0].run(compared_BT, new))
             print(
                 f"  greedy tokens: {told.as_theirs:.2%} as transformers in bf16; as fp32 {told.as_exact:.2%} of ours, "
                 f"{told.theirs_as_exact:.2%} of transformers'; behind fp32's by {told.behind:.4f}, "

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoder.attention import FullAttention, FullAttentionConfig, Places, Stored, attend
+from decoder.layers import Linear
 from decoder.rotary import on_gpu
 
 ALIGNED: Final = 8  # masks of attention kernels want rows of whole 16 bytes
@@ -65,9 +66,12 @@ class AdaptiveAttentionConfig(FullAttentionConfig):
     def masks(self, positions_BT: Tensor, reach: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """What is added to the scores of raw keys and of blocks, `[B, T, ...]` each, for each window of new positions.
 
-        A single position has stored its key before it looks; more find their own keys behind the stored ones.
+        A single position has stored its key before it looks; more find their own keys behind the stored ones. None
+        where kernels do it, which know what a position sees.
         """
-        pairs = []
+        pairs: list[tuple[Tensor, Tensor]] = []
+        if positions_BT.shape[1] == 1 and self.fused and on_gpu(positions_BT.device, dtype):
+            return pairs
         blocks_M = torch.arange(reach // self.stride + 1, device=positions_BT.device)
         places_R = torch.arange(self.stored(0)[0][1], device=positions_BT.device)
         for new_BT in positions_BT.split(self.window, 1):
@@ -102,13 +106,13 @@ class AdaptiveAttention(FullAttention):
 
     def __init__(self, config: AdaptiveAttentionConfig, width: int, norm_eps: float) -> None:
         super().__init__(config, width, norm_eps)
-        self.gate = nn.Linear(width, config.heads)
+        self.gate = Linear(width, config.heads)
         self.salience_Jd = nn.Parameter(torch.zeros(config.kv_heads, config.head_dim))  # zeros: blocks are plain means
 
     def mix(
         self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
     ) -> Tensor:
-        if at.masks is None and on_gpu(q_BTHd) and self.config.fused:
+        if self.config.fused and on_gpu(q_BTHd.device, q_BTHd.dtype) and (at.masks is None or q_BTHd.shape[1] == 1):
             return self._fused(x_BTD, q_BTHd, k_BTJd, v_BTJd, at, stored)
         if at.masks is None:
             near_BTHd, far_BTHd = self._at_once(q_BTHd, k_BTJd, v_BTJd, at, stored)
@@ -151,9 +155,13 @@ class AdaptiveAttention(FullAttention):
     def _fused(
         self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
     ) -> Tensor:
-        """The whole of `mix` for positions from 0 on, by kernels that are there on a GPU only."""
+        """The whole of `mix` for positions from 0 on, or for one behind stored ones, by kernels for a GPU."""
         from decoder import windows  # which needs Triton
 
+        if at.masks is not None:
+            assert stored is not None
+            gate = self.gate(x_BTD)
+            return windows.step(self.config, q_BTHd, k_BTJd, v_BTJd, self.salience_Jd, gate, at.positions_BT, stored)
         (batch, count), config = q_BTHd.shape[:2], self.config
         if stored is None:
             blocks_BJMe = k_BTJd.new_empty(batch, config.kv_heads, count // config.stride + 1, 2 * config.head_dim)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 
-def on_gpu(x: Tensor) -> bool:
+def on_gpu(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels of our own serve: halves on a GPU, no gradients; a compiler makes its own."""
-    halves = x.dtype in (torch.float16, torch.bfloat16)
-    return x.is_cuda and halves and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    halves = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and halves and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Rope:
 
     def rotate(self, x_BTHR: Tensor, cos_BT1r: Tensor, sin_BT1r: Tensor) -> Tensor:
         """Rotates each pair; results lie in halves either way, alike for queries and keys, so that products hold."""
-        if on_gpu(x_BTHR):
+        if on_gpu(x_BTHR.device, x_BTHR.dtype):
             from decoder import windows  # which needs Triton
 
             return windows.rotate(x_BTHR, cos_BT1r, sin_BT1r, self.interleaved)

@@ -364,7 +364,7 @@ def test_adaptive_attention_is_what_it_says() -> None:
     torch.testing.assert_close(attention(x, at, None)[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_the_kernels_for_prompts_give_what_pytorch_gives() -> None:
+def test_the_kernels_of_adaptive_attention_give_what_pytorch_gives() -> None:
     """In Triton's interpreter, which a process has to be started with."""
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -380,6 +380,7 @@ from decoder.attention import Places
 from decoder.rotary import Rope, Rotary
 
 torch.manual_seed(0)
+torch.set_num_threads(1)
 sizes = ((100, 4, 2, 32, 32, 8), (31, 2, 2, 16, 16, 4), (130, 2, 1, 16, 64, 16))
 for count, heads, kv_heads, dim, window, stride in sizes:
     config = AdaptiveAttentionConfig(heads=heads, kv_heads=kv_heads, head_dim=dim, window=window, stride=stride)
@@ -391,6 +392,22 @@ for count, heads, kv_heads, dim, window, stride in sizes:
     one, other = (tuple(torch.full((2, *shape), 7.0) for shape in config.stored(count)) for _ in range(2))
     torch.testing.assert_close(attention._fused(*given, one), attention.mix(*given, other), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+places = ((4, 2, 32, 32, 8, (0, 31, 32, 64, 199)), (2, 2, 16, 16, 1, (16, 299)), (3, 1, 64, 64, 16, (15, 300)))
+windows.TILES = 1
+for windows.SPLITS in (1, 4):
+    for heads, kv_heads, dim, window, stride, positions in places:
+        config = AdaptiveAttentionConfig(heads=heads, kv_heads=kv_heads, head_dim=dim, window=window, stride=stride)
+        attention = config.build(64, 1e-6).requires_grad_(False)
+        attention.salience_Jd.normal_()
+        batch, positions = len(positions), torch.tensor(positions)[:, None]
+        x, q, kv = (torch.randn(batch, 1, *each) for each in ((64,), (heads, dim), (kv_heads, 2 * dim)))
+        masks = config.masks(positions, 304, x.dtype)
+        given = (x, q, *kv.chunk(2, -1), Places(positions, torch.arange(batch)[:, None], None, None, None, masks))
+        one = tuple(torch.randn(batch, *shape) for shape in config.stored(304))
+        one[1][:, :, 0] = 0
+        other = tuple(each.clone() for each in one)
+        torch.testing.assert_close(attention._fused(*given, one), attention.mix(*given, other), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 for interleaved in (False, True):
     for rows in (1, 3):
         x, rope = torch.randn(3, 70, 10, 32)[:, :, 2:6], Rope(interleaved=interleaved)

@@ -89,6 +89,28 @@ def test_a_prompt_by_kernels_gives_what_pytorch_gives(count: int) -> None:
         torch.testing.assert_close(mine.float(), exact, atol=3e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize("rows", [3, 150])  # in parts, and each by one program
+@torch.inference_mode()
+def test_a_step_by_kernels_gives_what_pytorch_gives(rows: int) -> None:
+    made, config = build(ATTENTIONS["adaptive"], PLAIN), ATTENTIONS["adaptive"]
+    attention = made.layers[0].attention
+    positions = torch.randint(0, 4000, (rows, 1), device="cuda")
+    positions[:3, 0] = torch.tensor([0, 31, 3999])
+    x, rows_B1 = torch.randn(rows, 1, 128, device="cuda").bfloat16(), torch.arange(rows, device="cuda")[:, None]
+    kept = [torch.randn(rows, *shape, device="cuda").bfloat16() for shape in config.stored(4000)]
+    kept[1][:, :, 0] = 0  # the null key
+    outs, stores = [], []
+    for dtype in (torch.bfloat16, torch.float32):
+        masks = config.masks(positions, 4000, dtype)
+        assert (masks == []) == (dtype == torch.bfloat16)
+        at = Places(positions, rows_B1, None, *made.rotary(positions), masks)
+        stores.append(tuple(each.to(dtype) for each in kept))
+        outs.append(attention.to(dtype)(x.to(dtype), at, stores[-1]).float())
+    torch.testing.assert_close(*outs, atol=3e-2, rtol=3e-2)
+    for mine, exact in zip(*stores, strict=True):
+        torch.testing.assert_close(mine.float(), exact, atol=3e-2, rtol=3e-2)
+
+
 def test_a_captured_call_keeps_what_it_reads() -> None:
     calls = []
     for value in (1.0, 2.0, 3.0):  # each capture hands unused memory back to the driver

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoder import Decoder
 from decoder.engine import Engine, Request
 from reports.grammar import ID, POINTERS, TOKENS, from_tokens
 from tests.engine_cases import ATTENTIONS, check_choices, make_decoder, make_requests, plain_loop, report_grammar
@@ -50,6 +51,18 @@ def test_graphs_of_all_sizes_share_one_pool() -> None:
     graphs = [graph for graph in engine._runner._graphs.values() if graph is not None]
     assert len(graphs) >= 3
     assert len({graph.pool() for graph in graphs}) == 1
+
+
+def test_steps_of_adaptive_attention_by_kernels_are_the_same_in_a_graph() -> None:
+    config = make_decoder("adaptive").config
+    attention = replace(config.attention, window=16)
+    torch.manual_seed(0)
+    decoder = Decoder(replace(config, attention=attention)).eval().requires_grad_(False).cuda().bfloat16()
+    requests = make_requests(25, most=60)
+    done = [[each.ids for each in Engine(decoder, slots=5, graphs=on).generate(requests)] for on in (True, False)]
+    assert done[0] == done[1]
+    alone = [plain_loop(decoder, each)[0] for each in requests]
+    assert sum(ids[0] == first for ids, first in zip(done[0], alone, strict=True)) > 22  # rounding decides a few
 
 
 def test_sampling_draws_what_it_draws_on_a_cpu() -> None:
