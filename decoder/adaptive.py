@@ -15,6 +15,7 @@ e = 2d of a key and its value.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -26,6 +27,19 @@ from decoder.layers import Linear
 from decoder.rotary import on_gpu
 
 ALIGNED: Final = 8  # masks of attention kernels want rows of whole 16 bytes
+POOLED: Final = 32  # blocks that a CPU pools together
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What up to a window of new positions see, and the blocks that they are in, `N` of them in each row."""
+
+    near_BTR: Tensor  # is added to the scores of raw keys: 0 or -inf
+    far_BTM: Tensor  # ... of blocks
+    pools: bool  # whether those blocks are pooled
+    block_BN: Tensor  # their places
+    place_BNP: Tensor  # those of their raw keys
+    absent_BNP: Tensor  # which of them are still to come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +77,43 @@ class AdaptiveAttentionConfig(FullAttentionConfig):
         raw = context - max(0, windows - 1) * self.window
         return 4 * self.heads * self.head_dim * (raw + windows * self.window // self.stride)
 
-    def masks(self, positions_BT: Tensor, reach: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """What is added to the scores of raw keys and of blocks, `[B, T, ...]` each, for each window of new positions.
+    def masks(self, positions_BT: Tensor, reach: int, dtype: torch.dtype) -> list[Sight]:
+        """What each window of new positions sees.
 
         A single position has stored its key before it looks; more find their own keys behind the stored ones. None
         where kernels do it, which know what a position sees.
         """
-        pairs: list[tuple[Tensor, Tensor]] = []
         if positions_BT.shape[1] == 1 and self.fused and on_gpu(positions_BT.device, dtype):
-            return pairs
-        blocks_M = torch.arange(reach // self.stride + 1, device=positions_BT.device)
-        places_R = torch.arange(self.stored(0)[0][1], device=positions_BT.device)
-        for new_BT in positions_BT.split(self.window, 1):
-            single = new_BT.shape[1] == 1 and positions_BT.shape[1] == 1
-            last_B1 = new_BT[:, :1] if single else new_BT[:, :1] - 1
-            raw_BR = last_B1 - (last_B1 - places_R) % (2 * self.window)  # the position in each place
-            raw_BR = torch.where(places_R < 2 * self.window, raw_BR, -1)
-            if not single:
-                raw_BR = torch.cat((raw_BR, new_BT), 1)
-            window_BT1 = new_BT[..., None] // self.window
-            first_BT1 = (window_BT1 - 1).clamp(min=0) * self.window
-            seen_BTR = (raw_BR[:, None] >= first_BT1) & (raw_BR[:, None] <= new_BT[..., None])
-            seen_BTM = blocks_M <= window_BT1 * (self.window // self.stride)
-            pairs.append((_added(seen_BTR, dtype), _added(seen_BTM, dtype)))
-        return pairs
+            return []
+        return [
+            self._sight(new_BT, positions_BT.shape[1] == 1, reach, dtype)
+            for new_BT in positions_BT.split(self.window, 1)
+        ]
+
+    def _sight(self, new_BT: Tensor, single: bool, reach: int, dtype: torch.dtype) -> Sight:
+        (_, count), device, places = new_BT.shape, new_BT.device, 2 * self.window
+        first_B1, stored_R = new_BT[:, :1], torch.arange(self.stored(0)[0][1], device=device)
+        last_B1 = first_B1 if single else first_B1 - 1
+        raw_BR = torch.where(
+            stored_R < places, last_B1 - (last_B1 - stored_R) % places, -1
+        )  # the position in each place
+        if not single:
+            raw_BR = torch.cat((raw_BR, new_BT), 1)
+        window_BT1 = new_BT[..., None] // self.window
+        since_BT1 = (window_BT1 - 1).clamp(min=0) * self.window
+        near_BTR = (raw_BR[:, None] >= since_BT1) & (raw_BR[:, None] <= new_BT[..., None])
+        blocks_M = torch.arange(reach // self.stride + 1, device=device)
+        far_BTM = blocks_M <= window_BT1 * (self.window // self.stride)
+        block_BN = first_B1 // self.stride + torch.arange((count + self.stride - 2) // self.stride + 1, device=device)
+        member_BNP = block_BN[..., None] * self.stride + torch.arange(self.stride, device=device)
+        place_BNP = member_BNP % places
+        if not single:
+            nth_BNP = (member_BNP - first_B1[..., None]).clamp(max=count - 1)
+            place_BNP = torch.where(nth_BNP < 0, place_BNP, len(stored_R) + nth_BNP)
+        absent_BNP = member_BNP >= first_B1[..., None] + count
+        # Nobody sees a block before it is whole; that there is none now is known on a CPU alone, without waiting.
+        pools = not (single and device.type == "cpu") or bool((~absent_BNP).all(-1).any())
+        return Sight(_added(near_BTR, dtype), _added(far_BTM, dtype), pools, block_BN + 1, place_BNP, absent_BNP)
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,43 +141,72 @@ class AdaptiveAttention(FullAttention):
     ) -> Tensor:
         if self.config.fused and on_gpu(q_BTHd.device, q_BTHd.dtype) and (at.masks is None or q_BTHd.shape[1] == 1):
             return self._fused(x_BTD, q_BTHd, k_BTJd, v_BTJd, at, stored)
+        gate_BTH1 = self.gate(x_BTD).sigmoid()[..., None].to(q_BTHd.dtype)
         if at.masks is None:
-            near_BTHd, far_BTHd = self._at_once(q_BTHd, k_BTJd, v_BTJd, at, stored)
-        else:
-            assert stored is not None
-            kv_BTJe = torch.cat((k_BTJd, v_BTJd), -1)
-            parts, start = [], 0
-            for masks in at.masks:
-                end = start + masks[0].shape[1]
-                parts.append(self._further(q_BTHd[:, start:end], kv_BTJe[:, start:end], at, start, masks, stored))
-                start = end
-            near_BTHd, far_BTHd = (
-                torch.cat(each, 1) if len(each) > 1 else each[0] for each in zip(*parts, strict=True)
-            )
-        gate_BTH1 = self.gate(x_BTD).sigmoid()[..., None].to(near_BTHd.dtype)
-        return torch.lerp(far_BTHd, near_BTHd, gate_BTH1)
+            return self._at_once(q_BTHd, k_BTJd, v_BTJd, gate_BTH1, at, stored)
+        assert stored is not None
+        kv_BTJe, results, start = torch.cat((k_BTJd, v_BTJd), -1), [], 0
+        for sight in at.masks:
+            new = slice(start, start := start + sight.near_BTR.shape[1])
+            near_BTHd, far_BTHd = self._further(q_BTHd[:, new], kv_BTJe[:, new], at, new.start, sight, stored)
+            results.append(torch.lerp(far_BTHd, near_BTHd, gate_BTH1[:, new]))
+        return torch.cat(results, 1) if len(results) > 1 else results[0]
 
     def pool(self, k: Tensor, v: Tensor, absent: Tensor | None = None) -> Tensor:
         """Keys and values `[..., P, J, d]` of blocks to one row each, `[..., J, e]`, without those `absent`."""
-        salience = torch.einsum("...jd,jd->...j", k.float(), self.salience_Jd.float())
+        if absent is None and not k.is_cuda and k.shape[1] > POOLED:  # in parts that a CPU's cache holds
+            parts = zip(k.split(POOLED, 1), v.split(POOLED, 1), strict=True)
+            return torch.cat([self.pool(*part) for part in parts], 1)
+        salience = (k.float() * self.salience_Jd.float()).sum(-1)
         if absent is not None:
             # Not -inf: a block of which nothing is there yet must be finite, too, as masks multiply it by 0.
             salience = salience.masked_fill(absent[..., None], torch.finfo(torch.float32).min)
-        weight = salience.softmax(-2).to(k.dtype)
-        return torch.cat([torch.einsum("...pjd,...pj->...jd", each, weight) for each in (k, v)], -1)
+        weight = salience.softmax(-2).to(k.dtype).mT[..., None, :]
+        return torch.cat([weight @ each.transpose(-3, -2) for each in (k, v)], -1)[..., 0, :]
 
     def _at_once(
-        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
-    ) -> tuple[Tensor, Tensor]:
-        """Results of both kinds for positions from 0 on."""
+        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, gate_BTH1: Tensor, at: Places, stored: Stored | None
+    ) -> Tensor:
+        """For positions from 0 on."""
         stride = self.config.stride
         whole = q_BTHd.shape[1] // stride * stride
-        blocks_BMJe = self.pool(*(each[:, :whole].unflatten(1, (-1, stride)) for each in (k_BTJd, v_BTJd)))
-        blocks_BMJe = F.pad(blocks_BMJe, (0, 0, 0, 0, 1, 0))  # the null key is the first
+        blocks = (each[:, :whole].unflatten(1, (-1, stride)) for each in (k_BTJd, v_BTJd))
+        blocks_BMJe = F.pad(self.pool(*blocks), (0, 0, 0, 0, 1, 0))  # the null key is the first
         if stored is not None:
             stored[1][:, :, : blocks_BMJe.shape[1]] = blocks_BMJe.transpose(1, 2)
             self._keep(torch.cat((k_BTJd, v_BTJd), -1), at, 0, stored)
-        return self._near(q_BTHd, k_BTJd, v_BTJd), self._far(q_BTHd, blocks_BMJe)
+        if q_BTHd.is_cuda:
+            near_BTHd, far_BTHd = self._near(q_BTHd, k_BTJd, v_BTJd), self._far(q_BTHd, blocks_BMJe)
+            return torch.lerp(far_BTHd, near_BTHd, gate_BTH1)
+        return self._by_window(q_BTHd, k_BTJd, v_BTJd, blocks_BMJe, gate_BTH1)
+
+    def _by_window(
+        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, blocks_BMJe: Tensor, gate_BTH1: Tensor
+    ) -> Tensor:
+        """Both kinds mixed, one window after another, so that a CPU works on what is in its cache."""
+        config, window = self.config, self.config.window
+        attend = partial(
+            F.scaled_dot_product_attention, scale=config.head_dim**-0.5, enable_gqa=config.heads != config.kv_heads
+        )
+        q_BHTd, k_BJTd, v_BJTd, gate_BHT1 = (each.transpose(1, 2) for each in (q_BTHd, k_BTJd, v_BTJd, gate_BTH1))
+        k_BJMd, v_BJMd = _halves(blocks_BMJe.transpose(1, 2))
+        mask_TS, results = self._mask(q_BTHd), []
+        for n, (q, gate) in enumerate(zip(q_BHTd.split(window, 2), gate_BHT1.split(window, 2), strict=True)):
+            since, end = max(0, n - 1) * window, n * window + q.shape[2]
+            mask = mask_TS[: q.shape[2], since - n * window + window : end - n * window + window]
+            mixed = attend(q, k_BJTd[:, :, since:end], v_BJTd[:, :, since:end], mask)
+            if n:
+                seen = n * (window // config.stride) + 1
+                mixed = torch.lerp(attend(q, k_BJMd[:, :, :seen], v_BJMd[:, :, :seen]), mixed, gate)
+            else:
+                mixed = mixed * gate  # the null key's value is 0
+            results.append(mixed.transpose(1, 2))
+        return torch.cat(results, 1)
+
+    def _mask(self, like: Tensor) -> Tensor:
+        """What a window of positions sees of the window before it and of its own, `[W, 2W]`."""
+        seen = torch.arange(2 * self.config.window, device=like.device) - self.config.window
+        return _added(seen <= torch.arange(self.config.window, device=like.device)[:, None], like.dtype)
 
     def _fused(
         self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
@@ -181,8 +237,7 @@ class AdaptiveAttention(FullAttention):
         results, whole = [], count // window * window
         k_BJTd, v_BJTd = k_BTJd.transpose(1, 2), v_BTJd.transpose(1, 2)
         results.append(attend(q_BTHd[:, :window], k_BJTd[:, :, :window], v_BJTd[:, :, :window], None, scale))
-        seen = torch.arange(2 * window, device=q_BTHd.device) - window
-        mask_TS = _added(seen <= torch.arange(window, device=q_BTHd.device)[:, None], q_BTHd.dtype)
+        mask_TS = self._mask(q_BTHd)
         if whole > window:
             q = q_BTHd[:, window:whole].unflatten(1, (-1, window)).flatten(0, 1)
             k, v = (each[:, :whole].unfold(1, 2 * window, window).flatten(0, 1).mT for each in (k_BTJd, v_BTJd))
@@ -195,51 +250,33 @@ class AdaptiveAttention(FullAttention):
         return torch.cat(results, 1)
 
     def _far(self, q_BTHd: Tensor, blocks_BMJe: Tensor) -> Tensor:
-        """Global results: each window looks at the blocks before it, the first at the null key, whose value is 0."""
+        """Global results: each window looks at the blocks before it."""
         config, count, device = self.config, q_BTHd.shape[1], q_BTHd.device
-        scale, ratio = config.head_dim**-0.5, config.window // config.stride
         k_BJMd, v_BJMd = _halves(blocks_BMJe.transpose(1, 2))
-        if q_BTHd.is_cuda:
-            window_T1 = torch.arange(count, device=device)[:, None] // config.window
-            mask_TM = _added(torch.arange(k_BJMd.shape[2], device=device) <= window_T1 * ratio, q_BTHd.dtype)
-            return attend(q_BTHd, k_BJMd, v_BJMd, mask_TM[None].expand(len(q_BTHd), -1, -1), scale)
-        results = [torch.zeros_like(q_BTHd[:, : config.window])]
-        grouped = config.heads != config.kv_heads
-        for window in range(1, -(-count // config.window)):
-            q_BHTd = q_BTHd[:, window * config.window : (window + 1) * config.window].transpose(1, 2)
-            k, v = k_BJMd[:, :, : window * ratio + 1], v_BJMd[:, :, : window * ratio + 1]
-            out = F.scaled_dot_product_attention(q_BHTd, k, v, scale=scale, enable_gqa=grouped)
-            results.append(out.transpose(1, 2))
-        return torch.cat(results, 1)
+        window_T1 = torch.arange(count, device=device)[:, None] // config.window
+        seen_TM = torch.arange(k_BJMd.shape[2], device=device) <= window_T1 * (config.window // config.stride)
+        mask_BTM = _added(seen_TM, q_BTHd.dtype)[None].expand(len(q_BTHd), -1, -1)
+        return attend(q_BTHd, k_BJMd, v_BJMd, mask_BTM, config.head_dim**-0.5)
 
     def _further(
-        self, q_BTHd: Tensor, kv_BTJe: Tensor, at: Places, start: int, masks: tuple[Tensor, Tensor], stored: Stored
+        self, q_BTHd: Tensor, kv_BTJe: Tensor, at: Places, start: int, sight: Sight, stored: Stored
     ) -> tuple[Tensor, Tensor]:
         """Results of both kinds for at most a window of positions, the new ones from `start` on, behind stored ones."""
-        config, count, single = self.config, q_BTHd.shape[1], at.positions_BT.shape[1] == 1
+        config, single = self.config, at.positions_BT.shape[1] == 1
         raw_BJRe, blocks_BJMe = stored
-        first_B1 = at.positions_BT[:, start : start + 1]
-        # Blocks that the new positions are in: pooled anew from raw keys, and looked at once their window is past.
-        touched = torch.arange((count + config.stride - 2) // config.stride + 1, device=first_B1.device)
-        block_BN = first_B1 // config.stride + touched
-        members_BNP = block_BN[..., None] * config.stride + torch.arange(config.stride, device=first_B1.device)
-        place_BNP = members_BNP % (2 * config.window)
         if single:
-            raw_BJRe[at.rows_B1, :, first_B1 % (2 * config.window)] = kv_BTJe
+            raw_BJRe[at.rows_B1, :, at.positions_BT % (2 * config.window)] = kv_BTJe
         else:
-            new_BNP = (members_BNP - first_B1[..., None]).clamp(max=count - 1)
-            place_BNP = torch.where(new_BNP < 0, place_BNP, raw_BJRe.shape[2] + new_BNP)
             raw_BJRe = torch.cat((raw_BJRe, kv_BTJe.transpose(1, 2)), 2)
-        absent_BNP = members_BNP >= first_B1[..., None] + count
-        place_BN = (block_BN + 1).clamp(max=blocks_BJMe.shape[2] - 1)
-        blocks_BJMe[at.rows_B1, :, place_BN] = self.pool(
-            *_halves(raw_BJRe[at.rows_B1[..., None], :, place_BNP]), absent_BNP
-        )
+        if sight.pools:
+            place_BN = sight.block_BN.clamp(max=blocks_BJMe.shape[2] - 1)
+            raw_BNPJe = raw_BJRe[at.rows_B1[..., None], :, sight.place_BNP]
+            blocks_BJMe[at.rows_B1, :, place_BN] = self.pool(*_halves(raw_BNPJe), sight.absent_BNP)
         if not single:
             self._keep(kv_BTJe, at, start, stored)
         scale = config.head_dim**-0.5
-        near = attend(q_BTHd, *_halves(raw_BJRe), masks[0], scale)
-        return near, attend(q_BTHd, *_halves(blocks_BJMe[:, :, : masks[1].shape[-1]]), masks[1], scale)
+        near = attend(q_BTHd, *_halves(raw_BJRe), sight.near_BTR, scale)
+        return near, attend(q_BTHd, *_halves(blocks_BJMe[:, :, : sight.far_BTM.shape[-1]]), sight.far_BTM, scale)
 
     def _keep(self, kv_BTJe: Tensor, at: Places, start: int, stored: Stored) -> None:
         """Stores the last two windows of each row's new keys, of which the first is number `start`."""

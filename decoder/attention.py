@@ -148,14 +148,18 @@ class FullAttention(nn.Module):
     def project(self, x_BTD: Tensor, at: Places) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, H, d]`, keys and values `[B, T, J, d]`, in their positions."""
         config, heads = self.config, (-1, self.config.head_dim)
-        q, k, v = self.qkv(x_BTD).split(config.split, -1)
+        queries, keys, values = config.split
+        qk, v = self.qkv(x_BTD).split((queries + keys, values), -1)  # queries and keys are rotated together
         if config.qk_norm == "head":
-            q, k = self.q_norm(q.unflatten(-1, heads)).flatten(2), self.k_norm(k.unflatten(-1, heads)).flatten(2)
+            q, k = (each.unflatten(-1, heads) for each in qk.split((queries, keys), -1))
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), 2).flatten(2)
         elif config.qk_norm == "width":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = qk.split((queries, keys), -1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), -1)
         if config.clip_qkv is not None:
-            q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
-        q, k = (config.rope.rotate(t.unflatten(-1, heads), at.cos_BT1r, at.sin_BT1r) for t in (q, k))
+            qk, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (qk, v))
+        qk = config.rope.rotate(qk.unflatten(-1, heads), at.cos_BT1r, at.sin_BT1r)
+        q, k = qk.split((config.heads, config.kv_heads), 2)
         return q, k, v.unflatten(-1, heads)
 
     def forward(self, x_BTD: Tensor, at: Places, stored: Stored | None) -> Tensor:
