@@ -39,8 +39,7 @@ from pipelines.run_folder import IndexEntry, OutputError
 from pipelines.store import home
 from pipelines.study import Rejection
 
-PICTURES_A_BATCH: Final = 16
-PICTURES_A_GPU_BATCH: Final = 64  # and the most of one that goes to a worker
+PICTURES_A_BATCH: Final = 64  # at most: Prefect takes some 40 ms of a core for a task
 MOST_TASKS: Final = 24  # at a time: a study is one, and its task takes a while beside the reading
 ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
@@ -75,13 +74,10 @@ def batch(job: str) -> RunSummary:
         units = tuple(discover(session))
         if asked.crewing:  # small enough that all have something to do until the end
             a_worker = len(units) // max(1, 4 * len(workers(asked.server.url())))
-            batches = group(units, min(max(a_worker, LEAST_A_BATCH), PICTURES_A_GPU_BATCH))
-        else:
-            batches = group(units, PICTURES_A_GPU_BATCH if may_be_gpu(session.job.device) else PICTURES_A_BATCH)
-        if asked.crewing:
+            batches = group(units, min(max(a_worker, LEAST_A_BATCH), PICTURES_A_BATCH))
             let_workers_report(session, batches, asked.server, asked.crewing)
         else:
-            report_here(session, batches, asked.min_free)
+            report_here(session, group(units), asked.min_free)
         summary = export(session)
     summarise(summary)
     return summary

@@ -44,7 +44,7 @@ def test_the_flow_gives_the_reports_of_a_one_off_run_and_tells_prefect_no_names(
     tmp_path: Path, state_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     TinyReader().install(monkeypatch)
-    for number in range(18):
+    for number in range(66):
         picture(tmp_path / "in" / f"Jane-Doe-{number:02}.png", seed=number, first=CURSED if number == 3 else 0)
     (tmp_path / "in" / "John-Roe.png").touch()
     monkeypatch.chdir(tmp_path)
@@ -54,7 +54,7 @@ def test_the_flow_gives_the_reports_of_a_one_off_run_and_tells_prefect_no_names(
 
     assert [entry.id for entry in summary.reported] == [entry.id for entry in alone.reported]
     assert [r.code for r in summary.rejected] == [r.code for r in alone.rejected] == ["empty-file", "model-failed"]
-    assert len(lines(tmp_path / "flow-out" / "index.jsonl")) == 17
+    assert len(lines(tmp_path / "flow-out" / "index.jsonl")) == 65
     assert capfd.readouterr() == ("", "")
 
     private = (b"Jane", b"John", str(tmp_path).encode())
@@ -137,9 +137,9 @@ def test_batches_keep_studies_apart_and_pictures_in_order() -> None:
     def unit(name: str, kind: str) -> Unit:
         return Unit(name, kind, (FileRef(Path(name)),))  # type: ignore[arg-type]
 
-    units = [*(unit(f"p{n}", "picture") for n in range(17)), unit("s1", "series"), unit("s2", "series")]
+    units = [*(unit(f"p{n}", "picture") for n in range(65)), unit("s1", "series"), unit("s2", "series")]
     batches = group(units)
-    assert [len(each.units) for each in batches] == [16, 1, 1, 1]
+    assert [len(each.units) for each in batches] == [64, 1, 1, 1]
     assert [u for each in batches for u in each.units] == units
     assert group([]) == ()
 
