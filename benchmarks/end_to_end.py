@@ -6,8 +6,14 @@ Photos are 1600 x 1200 JPEGs of steel, tiles and boards, made from the samples; 
 each a copy of the series in FOLDER under UIDs of its own, or of the phantom. Reports are JSON and HTML. The model is
 loaded, and one run went before (it counts nowhere). Medians of the runs; the last line of the output is a JSON object.
 
-A machine needs torch, numpy, scipy, pillow, safetensors, pyyaml, jinja2, pydantic, pydicom and pypdfium2 in the
-versions of requirements.lock; for a compressed series in FOLDER also pylibjpeg-openjpeg, pyjpegls or python-gdcm.
+A machine needs torch, transformers, scipy, pillow and safetensors, and in the versions of requirements.lock pydantic,
+pydicom and pypdfium2; for a compressed series in FOLDER also pylibjpeg-openjpeg, pyjpegls or python-gdcm. For one
+without a network (Python 3.12), fetch them elsewhere into a folder that travels with the repository:
+
+    python3 -m pip download --dest pack/wheels --only-binary :all: --python-version 3.12 \\
+        $(grep -oE "^(pydantic|pydicom|pypdfium2)==[^ ;]+" requirements.lock)
+    python3 -m pip install --no-index --find-links pack/wheels pydantic pydicom pypdfium2 && \\
+        PYTHONPATH=. python3 benchmarks/end_to_end.py --device cuda
 """
 
 from __future__ import annotations

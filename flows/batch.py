@@ -153,7 +153,7 @@ def let_workers_report(session: Session, batches: Sequence[Batch], server: Local
                     hand_out(row.request, [first, *others])
                     continue
                 for unit in others:
-                    session.settled(unit, row.request, before=True)
+                    session.settled(unit, row.request, already=True)
 
         for each in batches:
             requests = zip(each.units, hashers.map(session.request, each.units), strict=True)
@@ -163,7 +163,7 @@ def let_workers_report(session: Session, batches: Sequence[Batch], server: Local
                     session.conclude(session.prepare(unit))
                 elif request in units:
                     units[request].append(unit)
-                elif not session.settled(unit, request, before=True):
+                elif not session.settled(unit, request, already=True, whole=True):
                     units[request] = [unit]
                     handed.append(Handed(request, _files(unit), unit))
             known = {

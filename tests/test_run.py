@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +368,31 @@ def test_a_torn_last_line_is_repaired_and_the_lines_before_it_stay(
         assert folder.rejections[0].path == "b\udcff.png"
         folder.add(ENTRY)
     assert (out / "index.jsonl").read_bytes() == whole
+
+
+def test_a_folder_of_many_reports_keeps_none_of_them_in_memory(tmp_path: Path) -> None:
+    count = 2000
+    lines = (replace(ENTRY, id=f"{n:016x}", request=f"{n:064x}", subject=f"{n:x}") for n in range(count))
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in lines))
+    tracemalloc.start()
+    try:
+        with RunFolder(tmp_path) as folder:
+            everything = folder.entries
+            assert folder.known(f"{1234:064x}") == everything[1234] and everything[1234].id == f"{1234:016x}"
+            assert len(everything) == count and tracemalloc.get_traced_memory()[0] / count < 100  # bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_summary_says_stays_whatever_becomes_of_the_index(tmp_path: Path, reader: TinyReader) -> None:
+    for name in "abc":
+        picture(tmp_path / "in" / f"{name}.png", seed=ord(name))
+    job = Job((tmp_path / "in",), tmp_path / "out", formats=("json",))
+    summary = execute(job)
+    execute(replace(job, formats=("json", "html")))  # the lines are written anew
+    (tmp_path / "out" / "index.jsonl").unlink()
+    assert [tuple(entry.formats) for entry in summary.reported] == [("json",)] * 3
+    assert [Path(entry.inputs[0]["path"]).name for entry in summary.reported[1:]] == ["b.png", "c.png"]
 
 
 SLOW_RUN = """

@@ -121,14 +121,17 @@ def test_two_workers_share_the_work_and_a_killed_one_hands_it_over_within_its_le
     assert workers[0].wait(60) == 0
 
 
-def test_a_file_that_is_deleted_before_a_worker_comes_to_it_is_refused(
+def test_what_was_deleted_meanwhile_or_lacks_a_format_is_not_handed_out_forever(
     tmp_path: Path, machines: tuple[Machine, Machine], postgres: str
 ) -> None:
     out = tmp_path / "out"
     for number in range(3):
         picture(tmp_path / "in" / f"{number}.png", seed=number)
     one, other = machines
-    flow = one.start("batch", str(tmp_path / "in"), "--out", str(out), "--workers", "--ledger", postgres, "--json")
+    formats = ["--formats", "json,seg"]  # pictures have no masks
+    flow = one.start(
+        "batch", str(tmp_path / "in"), "--out", str(out), *formats, "--workers", "--ledger", postgres, "--json"
+    )
     with Ledger(out, postgres) as ledger:
         until(lambda: ledger.counts()["waiting"] == 3, seconds=60)
     (tmp_path / "in" / "1.png").unlink()
@@ -136,6 +139,7 @@ def test_a_file_that_is_deleted_before_a_worker_comes_to_it_is_refused(
     assert flow.wait(120) == 1, flow.log.read_text()  # type: ignore[attr-defined]
     summary = json.loads(flow.log.read_text().splitlines()[-1])  # type: ignore[attr-defined]
     assert [Path(each["inputs"][0]["path"]).name for each in summary["reported"]] == ["0.png", "2.png"]
+    assert all(each["errors"].keys() == {"seg"} for each in summary["reported"])
     assert [(Path(each["path"]).name, each["code"]) for each in summary["rejected"]] == [("1.png", "not-found")]
 
 
