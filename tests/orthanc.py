@@ -35,11 +35,11 @@ class Orthanc:
         return f"http://127.0.0.1:{self.http_port}/dicom-web"
 
     def get(self, path: str) -> Any:
-        return httpx.get(f"http://127.0.0.1:{self.http_port}{path}", timeout=20).raise_for_status().json()
+        return httpx.get(f"http://127.0.0.1:{self.http_port}{path}", timeout=60).raise_for_status().json()
 
     def put(self, file: Path) -> None:
         httpx.post(
-            f"http://127.0.0.1:{self.http_port}/instances", content=file.read_bytes(), timeout=20
+            f"http://127.0.0.1:{self.http_port}/instances", content=file.read_bytes(), timeout=60
         ).raise_for_status()
 
     def study(self, uid: str) -> dict[str, set[str]]:
@@ -58,7 +58,7 @@ class Orthanc:
 
     def clear(self) -> None:
         for study in self.get("/studies"):
-            httpx.delete(f"http://127.0.0.1:{self.http_port}/studies/{study}", timeout=20).raise_for_status()
+            httpx.delete(f"http://127.0.0.1:{self.http_port}/studies/{study}", timeout=60).raise_for_status()
 
 
 def free_port() -> int:

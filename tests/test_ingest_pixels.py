@@ -21,6 +21,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from pipelines.ingest import FileRef, load, plan
 from pipelines.ingest.dicom import forget_headers, read_header
+from pipelines.ingest.refusals import Refusal
 from pipelines.ingest.scan import scan
 from pipelines.study import ImageStudy
 
@@ -194,6 +195,56 @@ def test_a_child_that_dies_costs_its_frame_alone(tmp_path: Path) -> None:
     for child in codecs._children._idle:
         child.kill()
     np.testing.assert_array_equal(read(folder).pixels, first.pixels)
+
+
+CHILD = """
+import os, time
+from pipelines.ingest import decoders
+from pipelines.ingest.decoders import decode
+decoders.SECONDS = 0.2
+def slow(frame):
+    {what}
+    return decode(frame)
+decoders.decode = slow
+decoders._serve()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "patience", "read_all_the_same"),
+    [
+        ("time.sleep(1)", 20, True),  # as where the machine has other work
+        ("while True: pass", 200, False),
+        ("time.sleep(60)", 2, False),
+    ],
+    ids=["waits", "computes for ever", "hangs"],
+)
+def test_a_child_may_take_its_time_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, what: str, patience: int, read_all_the_same: bool
+) -> None:
+    from pipelines.ingest import codecs, decoders
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", CHILD.format(what=what)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    monkeypatch.setattr(codecs, "_start", start)
+    monkeypatch.setattr(codecs, "_children", codecs._Children())
+    monkeypatch.setattr(codecs, "PATIENCE", patience)
+    monkeypatch.setattr(decoders, "SECONDS", 0.2)
+    ds = phantom_slices()[0]
+    ds.compress(JPEG2000Lossless, generate_instance_uid=False)
+    [stream] = generate_frames(ds.PixelData, number_of_frames=1)
+    frame = decoders.Frame(JPEG2000Lossless, ds.Rows, ds.Columns, 16, ds.BitsStored, True, "gdcm", stream)
+    try:
+        if read_all_the_same:
+            assert codecs._children.decode(frame) == decoders.decode(frame)
+        else:
+            with pytest.raises(Refusal) as refused:
+                codecs._children.decode(frame)
+            assert refused.value.code == "decoding-timed-out"
+    finally:
+        codecs._children.close()
 
 
 # ---------------------------------------------------------------- the quick header scan

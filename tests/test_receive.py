@@ -55,7 +55,7 @@ def storescu(port: int, *files: Path) -> int:
     if shutil.which("storescu") is None:
         pytest.skip("storescu is not installed (Debian: dcmtk)")
     command = ["storescu", "-R", "-aet", "ME", "-aec", "INBOX", "127.0.0.1", str(port), *map(str, files)]
-    return subprocess.run(command, capture_output=True, timeout=60).returncode
+    return subprocess.run(command, capture_output=True, timeout=180).returncode
 
 
 def received(inbox: Path) -> dict[str, Path]:

@@ -188,7 +188,7 @@ def browse(page: Path, profile: Path, *arguments: str) -> bytes:
         pytest.skip("no Chromium to look at the page with; install the package chromium")
     switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars"]
     command = [chromium, *switches, f"--user-data-dir={profile}", *arguments, page.as_uri()]
-    return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, check=True, timeout=180).stdout
 
 
 def test_a_browser_draws_the_box_where_the_finding_is(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def hook() -> Iterator[Hook]:
 
 def scrape(port: int) -> dict[str, float]:
     """The samples of an endpoint, by name and labels, as Prometheus' own parser reads them."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     return {
         sample.name + "".join(f"[{value}]" for _, value in sorted(sample.labels.items())): sample.value

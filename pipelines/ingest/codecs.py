@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from pipelines.ingest.jpeg_stream import checked_stream, size_of
 from pipelines.ingest.refusals import Refusal
 
 CORES: Final = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
-SECONDS: Final = 3  # for one frame, and one more for each million pixels
+PATIENCE: Final = 20  # times what a child may compute on a frame, until it is taken for dead: the machine may be busy
 MARGIN: Final = 4096  # bytes of an answer beside its values
 MANY: Final = 8  # frames: from here on children are worth their start
 NATIVE: Final = {  # transfer syntaxes of pixels that are not compressed -> byte order
@@ -121,12 +122,13 @@ class _Children:
         try:
             facts = asdict(frame)
             send(child.stdin, {k: v for k, v in facts.items() if k != "stream"}, frame.stream)
-            seconds = SECONDS + frame.rows * frame.columns / 1e6
-            if not select.select([child.stdout], [], [], seconds)[0]:
+            if not select.select([child.stdout], [], [], PATIENCE * decoders.seconds(frame))[0]:
                 raise Refusal("decoding-timed-out", "Decoding the pixel data took too long.")
             kind, values = receive(child.stdout, most=8 * frame.rows * frame.columns + MARGIN)
-        except (OSError, EOFError, ValueError, TypeError):  # it ended, or what it writes is no answer
+        except (OSError, EOFError, ValueError, TypeError) as error:  # it ended, or what it writes is no answer
             _end(child)
+            if child.returncode == -signal.SIGPROF:
+                raise Refusal("decoding-timed-out", "Decoding the pixel data took too long.") from error
             return None
         except BaseException:
             _end(child)

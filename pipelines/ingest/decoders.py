@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
 MAX_BYTES: Final = 4 << 30  # of a child's memory
 SIZE_BYTES: Final = 8
+SECONDS: Final = 3.0  # of the processor that a child may take for one frame, and one more for each million pixels
 
 RLE: Final = "1.2.840.10008.1.2.5"
 JPEG_BASELINE: Final = "1.2.840.10008.1.2.4.50"
@@ -106,6 +108,11 @@ def _with_gdcm(frame: Frame) -> tuple[str, bytes]:
     return f"<{'i' if frame.signed else 'u'}{frame.bits_allocated // 8}", values.encode("utf-8", "surrogateescape")
 
 
+def seconds(frame: Frame) -> float:
+    """How long a child may compute on a frame: damaged streams make some codecs do so for ever."""
+    return SECONDS + frame.rows * frame.columns / 1e6
+
+
 def send(pipe: IO[bytes], facts: Any, data: bytes) -> None:
     """Write some plain values (JSON) and some bytes, each with its size in front."""
     for part in (json.dumps(facts).encode(), data):
@@ -147,8 +154,10 @@ def _serve() -> None:
             facts, stream = receive(sys.stdin.buffer)
         except EOFError:
             return
+        frame = Frame(stream=stream, **facts)
+        signal.setitimer(signal.ITIMER_PROF, seconds(frame))  # by processor time; SIGPROF then ends the process
         try:
-            dtype, values = decode(Frame(stream=stream, **facts))
+            dtype, values = decode(frame)
         except Exception:
             send(answers, None, b"")
         else:
