@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from reports.bundle import Bundle
 from reports.figures import close_ups, figures
 from reports.page import page_of
-from reports.texts import capital, visible, words
+from reports.texts import capital, percent, visible, words
 
 LONGEST_SIDE: Final = 1600  # of an embedded picture
 CLOSE_UP_SIDE: Final = 360
@@ -46,5 +46,5 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"capital": capital, "words": lambda term: words("en").term("type", term)}
+    env.filters |= {"capital": capital, "percent": percent, "words": lambda term: words("en").term("type", term)}
     return env

@@ -11,7 +11,7 @@ from typing import Final
 
 from reports.schema import Evidence, FieldValue, Finding, Measurement, Report
 from reports.taxonomy import UNDETERMINED
-from reports.texts import Words, capital, decimal, number, visible, visible_lines, words
+from reports.texts import Words, capital, decimal, number, percent, visible, visible_lines, words
 
 FIELDS: Final = ("region", "plane", "contrast")
 INPUTS_LISTED: Final = 24
@@ -199,7 +199,7 @@ def _row(finding: Finding, report: Report, say: Words) -> Row:
         severity=finding.severity,
         severity_title=say.term("severity", finding.severity) if finding.severity else "",
         confidence=finding.confidence,
-        sure=f"{finding.confidence:.0%}",
+        sure=percent(finding.confidence),
         side=visible(say.term("laterality", finding.laterality or "")),
         concept=visible(f"{concept.scheme} {concept.value} {concept.meaning}") if concept else "",
         places=tuple(_place(evidence, report, say) for evidence in finding.evidence),
@@ -266,8 +266,8 @@ def _technique(report: Report, say: Words) -> Iterator[Fact]:
 def _field(name: str, field: FieldValue, known: bool, read_from: str, say: Words) -> Fact:
     title, value = visible(say.term("field", name)), visible(say.term(name, field.value))
     sure = None if known or field.value == UNDETERMINED else field.confidence
-    percent = "" if sure is None else f"{sure:.0%}"
-    return Fact(capital(title), capital(value), say.bracketed(read_from) if known else "", sure, percent)
+    shown = "" if sure is None else percent(sure)
+    return Fact(capital(title), capital(value), say.bracketed(read_from) if known else "", sure, shown)
 
 
 def _provenance(report: Report, say: Words) -> Iterator[Fact]:

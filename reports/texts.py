@@ -86,7 +86,7 @@ class Words:
         if name == "guess":
             return self.term(str(item.values["field"]), str(value))
         if name == "probability":
-            return f"{value:.0%}"
+            return percent(float(value))
         return self.term(name, str(value))
 
 
@@ -241,6 +241,14 @@ _UNSEEN: Final = {
     )
     for point in range(low, high + 1)
 }
+
+
+def percent(probability: float) -> str:
+    """A probability (0 to 1) in whole per cent; only what is certain, or impossible, is shown as such."""
+    shown = f"{probability:.0%}"
+    if shown == "100%" and probability < 1:
+        return ">99%"
+    return "<1%" if shown == "0%" and probability > 0 else shown
 
 
 def visible(text: str) -> str:

@@ -22,6 +22,7 @@ from pipelines.store import StoredModel
 from pipelines.study import Rejection
 from reports.formats import by_reason
 from reports.taxonomy import title
+from reports.texts import percent
 from scanscribe.doctor import Check
 
 MOST_ALIKE = 3  # reports that lack a format for the same reason, until that is said once for all of them
@@ -101,7 +102,7 @@ def _reports(entries: Iterable[IndexEntry], left_out: Collection[str]) -> Table:
             plain(entry.title),
             findings,
             Text(entry.disposition or "", DISPOSITION_STYLE.get(entry.disposition or "", "")),
-            "" if entry.confidence is None else f"{entry.confidence:.0%}",
+            "" if entry.confidence is None else percent(entry.confidence),
         )
         for line in unwritten(entry.errors):
             if line not in left_out:

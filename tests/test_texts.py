@@ -21,7 +21,7 @@ from reports.page import page_of
 from reports.schema import Report
 from reports.taxonomy import CT_FIELDS, CT_TYPES, DEFECT_TYPES, LINES, UNDETERMINED
 from reports.text import render_markdown, render_text
-from reports.texts import CATALOGUE, LANGUAGES, number, visible, worded, words
+from reports.texts import CATALOGUE, LANGUAGES, number, percent, visible, worded, words
 
 TABLES = {language: tomllib.loads((CATALOGUE / f"{language}.toml").read_text("utf-8")) for language in LANGUAGES}
 # On a Chinese page, besides names: units and notations, codes, hashes and what the industry writes in Latin letters.
@@ -64,6 +64,11 @@ def leaves(table: dict, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str
     for key, value in table.items():
         found |= leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value}
     return found
+
+
+def test_only_what_is_certain_is_shown_as_certain() -> None:
+    shown = [percent(value) for value in (0.0, 0.001, 0.005, 0.0051, 0.5, 0.9949, 0.995, 0.9999, 1.0)]
+    assert shown == ["0%", "<1%", "<1%", "1%", "50%", "99%", ">99%", ">99%", "100%"]
 
 
 def test_the_languages_have_the_same_keys_and_values_to_fill_in() -> None:

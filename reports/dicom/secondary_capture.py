@@ -26,7 +26,7 @@ from reports.dicom.text import line, prose
 from reports.formats import CannotCarryError
 from reports.images import BOX_COLOUR, Picture
 from reports.schema import Evidence, Finding, Report
-from reports.texts import words
+from reports.texts import percent, words
 
 ROLE: Final = Role("sc", "OT", 9004, "key images")
 SOP_CLASS: Final = "1.2.840.10008.5.1.4.1.1.7"
@@ -112,7 +112,7 @@ def _tag(report: Report, mark: Mark) -> str:
 
 def _caption(report: Report, mark: Mark) -> str:
     finding, _ = mark
-    return prose(f"{_tag(report, mark)} ({finding.confidence:.0%}): {finding.description}")
+    return prose(f"{_tag(report, mark)} ({percent(finding.confidence)}): {finding.description}")
 
 
 def draw(report: Report, index: int, picture: Picture, marks: list[Mark]) -> np.ndarray:

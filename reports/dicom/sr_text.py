@@ -28,6 +28,7 @@ from reports.dicom.text import prose
 from reports.dicom_source import Instance
 from reports.page import Fact, Page, Row, page_of
 from reports.schema import Report
+from reports.texts import percent
 
 ROLE: Final = Role("sr-text", "SR", 9002, "narrative")
 SOP_CLASS: Final = "1.2.840.10008.5.1.4.1.1.88.11"
@@ -90,7 +91,7 @@ def _section(heading: Code | CodedConcept, items: Iterable[ContentItem]) -> Iter
 
 
 def _fact(fact: Fact) -> str:
-    sure = "" if fact.confidence is None else f" ({fact.confidence:.0%})"
+    sure = "" if fact.confidence is None else f" ({percent(fact.confidence)})"
     return f"{fact.title}: {fact.value}{fact.note and f' {fact.note}'}{sure}"
 
 
@@ -118,7 +119,7 @@ def _findings(report: Report, page: Page, source: SourceSeries) -> Iterator[Text
 
 
 def _finding(row: Row, page: Page) -> str:
-    facts = [(page.headings["confidence"], f"{row.confidence:.0%}")]
+    facts = [(page.headings["confidence"], percent(row.confidence))]
     if row.severity:
         facts.append((page.headings["severity"], row.severity_title))
     if row.side:
