@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from pipelines.run_folder import INDEX, IndexEntry, RunFolder, cannot_write
+from pipelines.run_folder import INDEX, IndexEntry, RunFolder, cannot_write, figures_of
 from reports.bundle import Bundle, load_bundle
 from reports.language import Contradiction, Sentence, contradictions
 from reports.schema import Report
@@ -99,20 +99,20 @@ def corrected(report: Report, edits: dict[str, Any]) -> tuple[Report, tuple[Chan
     places = {change.place for change in changes}
     if "disposition" in places and "disposition_rule" not in places:
         after = after | {"disposition_rule": None}  # no rule gave it
-    flags = [flag for flag in after.get("quality_flags", ()) if flag not in (CORRECTED, CONTRADICTORY)]
     digest = hashlib.sha256(json.dumps([report.id, after], sort_keys=True).encode()).hexdigest()
     after = after | {
         "id": digest[:16],
         "version": report.version + 1,
         "supersedes": report.id,
         "created": datetime.now(UTC).replace(microsecond=0).isoformat(),
-        "quality_flags": [*flags, CORRECTED],
     }
     try:
         new = Report.model_validate_json(json.dumps(after))
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CorrectionError(f"The corrected report is not valid ({faults}).") from None
+    flags = (*(flag for flag in new.quality_flags if flag not in (CORRECTED, CONTRADICTORY)), CORRECTED)
+    new = new.model_copy(update={"quality_flags": flags})
     ids = [finding.id for finding in new.findings]
     if len(set(ids)) < len(ids):
         raise CorrectionError("Two findings have the same id: give each its own, F1, F2, ...")
@@ -180,15 +180,11 @@ def _write(directory: Path, bundle: Bundle, entry: IndexEntry, folder: RunFolder
     line = replace(
         entry,
         id=report.id,
-        title=report.title,
-        findings=len(report.findings),
-        types=tuple(dict.fromkeys(finding.type for finding in report.findings)),
-        disposition=report.disposition,
-        confidence=max((finding.confidence for finding in report.findings), default=None),
         formats={name: str(path.relative_to(folder.path)) for name, path in files.items()},
         errors=errors,
         thumbnail=entry.thumbnail and entry.thumbnail.replace(entry.id, report.id),
         version=report.version,
         supersedes=report.supersedes,
+        **figures_of(report),
     )
     return line, errors

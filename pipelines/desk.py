@@ -27,13 +27,12 @@ from pipelines.ingest.refusals import MissingPackageError
 from pipelines.measures import NOT_MEASURED, StudyMeasures, measure_study
 from pipelines.reading import ModelIdentity, NotFiniteError, Reading
 from pipelines.reporting import build_report, report_images
-from pipelines.run_folder import IndexEntry, cannot_write
+from pipelines.run_folder import IndexEntry, cannot_write, figures_of
 from pipelines.sight import Sight, sight
 from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
 from reports.bundle import Bundle
-from reports.rules import WORST_FIRST, load_rules
-from reports.schema import Report
+from reports.rules import load_rules
 from reports.writing import THUMBNAIL, FormatError, fault, report_formats, write_report
 
 if TYPE_CHECKING:
@@ -168,14 +167,8 @@ class Desk:
         return IndexEntry(
             id=report.id,
             kind=report.kind,
-            title=report.title,
             request=opened.request,
             inputs=tuple({"path": source.name, "sha256": source.sha256} for source in report.source.inputs),
-            findings=len(report.findings),
-            types=tuple(dict.fromkeys(finding.type for finding in report.findings)),
-            severity=_worst(report),
-            disposition=report.disposition,
-            confidence=max((finding.confidence for finding in report.findings), default=None),
             formats=files,
             thumbnail=str((directory / THUMBNAIL).relative_to(self._job.out)),
             errors=errors,
@@ -185,6 +178,7 @@ class Desk:
             version=report.version,
             supersedes=report.supersedes,
             subject=opened.subject,
+            **figures_of(report),
         )
 
     def clear(self, opened: Opened) -> None:
@@ -397,9 +391,3 @@ def _same_proportions(study: ImageStudy, reference: ImageStudy) -> bool:
     """Whether the sides of both pictures have the same ratio, to within a tenth."""
     (height, width), (golden_height, golden_width) = study.pixels.shape[1:3], reference.pixels.shape[1:3]
     return 0.9 < (width * golden_height) / (height * golden_width) < 1 / 0.9
-
-
-def _worst(report: Report) -> str | None:
-    """The severity of the worst finding."""
-    found = {finding.severity for finding in report.findings}
-    return next((severity for severity in WORST_FIRST if severity in found), None)

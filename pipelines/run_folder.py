@@ -30,6 +30,8 @@ from pipelines.study import Rejection
 from reports.bundle import REPORT, note_superseded
 from reports.files import atomic_write, is_temporary
 from reports.formats import own_files, run_file_links
+from reports.rules import WORST_FIRST
+from reports.schema import Report
 
 INDEX: Final = "index.jsonl"
 REJECTED: Final = "rejected.jsonl"
@@ -75,6 +77,19 @@ class IndexEntry:
     superseded_by: str | None = None
     severity: str | None = None  # of the worst finding, where the rules say one
     subject: str = ""  # hash of the part of a series or the file it is about: the next report on it supersedes this one
+
+
+def figures_of(report: Report) -> dict[str, Any]:
+    """What a report's line says of its content."""
+    severities = {finding.severity for finding in report.findings}
+    return {
+        "title": report.title,
+        "findings": len(report.findings),
+        "types": tuple(dict.fromkeys(finding.type for finding in report.findings)),
+        "severity": next((severity for severity in WORST_FIRST if severity in severities), None),
+        "disposition": report.disposition,
+        "confidence": max((finding.confidence for finding in report.findings), default=None),
+    }
 
 
 _FIELDS: Final = {f.name for f in fields(IndexEntry)}

@@ -180,6 +180,7 @@ def test_a_correction_is_the_next_version_in_the_same_formats(out: Path, reader:
     assert (out / first / "report.json").read_bytes() == before
     assert index(out)[first]["superseded_by"] == second
     assert index(out)[second]["findings"] == 0
+    assert index(out)[first]["severity"] == "minor" and index(out)[second]["severity"] is None
     assert "Dust, wiped off." in (out / second / "report.html").read_text()
     assert load_bundle(out / second).images.slices
 
@@ -258,6 +259,7 @@ def test_a_whole_corrected_report_is_taken_too_and_the_changes_are_told(scanscri
         ({"status": "final"}, "status cannot be corrected"),
         ({"disposition": "scrap"}, "disposition"),
         ({"comment": "x"}, "comment"),
+        ({"quality_flags": 5}, "quality_flags"),
         ({"findings": [{"id": "F1"}]}, r"findings\.0\.type"),
         ([1], "no JSON object"),
     ],

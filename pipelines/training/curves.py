@@ -1,9 +1,9 @@
-"""Draws the loss curves of training runs: `python -m pipelines.training.curves OUT.svg RUN.log.jsonl ...`."""
+"""Draws the loss curves of training runs: `python -m pipelines.training.curves OUT.svg LOG ...`."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -25,4 +25,8 @@ def draw_curves(out: Path, logs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    draw_curves(Path(sys.argv[1]), [Path(each) for each in sys.argv[2:]])
+    parser = argparse.ArgumentParser(prog="python -m pipelines.training.curves", description="Draws runs' loss curves.")
+    parser.add_argument("out", type=Path, metavar="OUT.svg")
+    parser.add_argument("logs", type=Path, nargs="+", metavar="LOG", help="log.jsonl of a run; its name is the title")
+    args = parser.parse_args()
+    draw_curves(args.out, args.logs)
