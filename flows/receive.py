@@ -29,6 +29,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from flows.machine.space import MIN_FREE, Room
 from flows.seeing.log import EventLog
+from pipelines.ingest.dicom import check_deflated
 
 INCOMING: Final = ".incoming"
 SYNTAXES: Final = tuple(
@@ -72,6 +73,7 @@ class Receiver:
         self._lock = threading.Lock()
         self._counts: dict[int, list[int]] = {}  # association -> stored, refused
         self._released: set[int] = set()  # associations that their peer ended in order
+        self._lost = False  # the folder is not there
         self._room = Room({"inbox": inbox}, node.min_free, log)
         self._tls = _tls(node)
         try:
@@ -89,12 +91,8 @@ class Receiver:
         self._entity.supported_contexts = [build_context(Verification), *contexts]
 
     def __enter__(self) -> Receiver:
-        self._folder = os.open(self._incoming, os.O_RDONLY)
-        try:
-            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._folder)
-            raise ReceiveError(f"Another receiver writes to {self._inbox}: give each a folder of its own.") from None
+        self._folder = self._have_folder()
+        self._disk = self._inbox.stat().st_dev
         self.clear_incoming(all_of_it=True)
         self._before = _config.STORE_RECV_CHUNKED_DATASET, tempfile.tempdir
         _config.STORE_RECV_CHUNKED_DATASET = True  # straight to a file: memory does not grow with the instance
@@ -134,11 +132,45 @@ class Receiver:
         self._log("stopped")
 
     def clear_incoming(self, *, all_of_it: bool = False) -> None:
-        """Remove what aborted associations left: what grows no more for longer than peers may be silent."""
-        for path in self._incoming.iterdir():
-            with contextlib.suppress(FileNotFoundError):
+        """Remove what aborted associations left: what grows no more for longer than peers may be silent.
+
+        A folder that was removed is made again; on a disk that is no longer mounted, it is waited for.  Raises
+        ReceiveError where another receiver has it by then.
+        """
+        try:
+            left = list(self._incoming.iterdir())
+        except OSError:
+            self._find_again()
+            return
+        if self._lost:
+            self._lost = False
+            self._log("folder-lost-over")
+        for path in left:
+            with contextlib.suppress(OSError):  # it is gone, or no file of ours
                 if all_of_it or time.time() - path.stat().st_mtime > 2 * SILENCE_S:
                     path.unlink()
+
+    def _have_folder(self) -> int:
+        """Lock it, as its one receiver. Raises ReceiveError, OSError."""
+        folder = os.open(self._incoming, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(folder)
+            raise ReceiveError(f"Another receiver writes to {self._inbox}: give each a folder of its own.") from None
+        return folder
+
+    def _find_again(self) -> None:
+        if not self._lost:
+            self._lost = True
+            self._log("folder-lost", message="The inbox is not there: what is sent is refused until it is.")
+        there = next(each for each in (self._inbox, *self._inbox.absolute().parents) if each.exists())
+        with contextlib.suppress(OSError):
+            if there.stat().st_dev == self._disk:
+                self._incoming.mkdir(parents=True, exist_ok=True)
+                folder = self._have_folder()
+                os.close(self._folder)
+                self._folder = folder
 
     def _restore(self) -> None:
         _config.STORE_RECV_CHUNKED_DATASET, tempfile.tempdir = self._before
@@ -163,9 +195,11 @@ class Receiver:
         if not self._room():
             return NO_RESOURCES
         try:
-            header = pydicom.dcmread(
-                path, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SOPInstanceUID"]
-            )
+            with path.open("rb") as stream:
+                check_deflated(stream)
+                header = pydicom.dcmread(
+                    stream, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SOPInstanceUID"]
+                )
             study, named = str(header.get("StudyInstanceUID") or ""), str(header.get("SOPInstanceUID") or "")
         except OSError:
             raise

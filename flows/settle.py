@@ -18,6 +18,7 @@ import pydicom
 from pydicom.dataset import FileDataset
 
 from flows.ledger import Seen
+from pipelines.ingest.dicom import check_deflated
 from pipelines.ingest.files import DOCUMENT_SUFFIXES, HEAD_BYTES, sniff
 
 _TEMPORARY_ENDINGS: Final = (
@@ -286,7 +287,9 @@ class Settling:
         if file.kind != "dicom":
             return
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(_HEADER))
+            with open(path, "rb") as stream:
+                check_deflated(stream)
+                header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(_HEADER))
             uid = str(header.get("StudyInstanceUID") or "")
             if not uid:
                 return

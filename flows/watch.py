@@ -326,6 +326,7 @@ class Watcher:
                             break  # what comes back is another folder to the system
                 except Exception:  # no folder, or too many for the system
                     self._deaf = True
+                    self._next_scan = 0.0
                 over.wait(PAUSE_S)
 
         if not self._poll:

@@ -89,21 +89,25 @@ class Worker:
 
     def run(self) -> Tally:
         """Serve until `stop`. Raises ModelError, DeviceTakenError, and ServerError where none comes up at the start."""
-        global _worker
         self._device = run.device_name(self._work.device)
         with LocalServer() as server, self._only_one():
-            run.load_reader(self._work.model, self._device)  # both while the server starts
-            url = server.url()
-            _worker = self
-            thread = threading.Thread(target=self._serve, args=(url,), name="serve", daemon=True)
-            thread.start()
-            while not self._stopping.wait(PAUSE_S):
-                server.keep()
-            self._idle.wait()
-            self._close()
-            thread.join(PAUSE_S)
+            if not self._stopping.is_set():
+                self._work_until_stopped(server)
         self._log("stopped", **asdict(self.tally))
         return self.tally
+
+    def _work_until_stopped(self, server: LocalServer) -> None:
+        global _worker
+        run.load_reader(self._work.model, self._device)  # while the server starts
+        url = server.url()
+        _worker = self
+        thread = threading.Thread(target=self._serve, args=(url,), name="serve", daemon=True)
+        thread.start()
+        while not self._stopping.wait(PAUSE_S):
+            server.keep()
+        self._idle.wait()
+        self._close()
+        thread.join(PAUSE_S)
 
     @contextlib.contextmanager
     def _only_one(self) -> Iterator[None]:
@@ -112,7 +116,7 @@ class Worker:
         folder.mkdir(mode=0o700, exist_ok=True)
         with (folder / f"{self._device.replace(':', '-')}.lock").open("a+") as file:
             said = False
-            while not self._stopping.is_set():
+            while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -127,7 +131,9 @@ class Worker:
                     if not said:
                         self._log("waiting-for-device", device=self._device, process=other)
                     said = True
-                    self._stopping.wait(PAUSE_S)
+                    if self._stopping.wait(PAUSE_S):
+                        yield  # without the device
+                        return
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()

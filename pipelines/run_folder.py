@@ -562,9 +562,10 @@ def _line(record: IndexEntry | Rejection) -> str:
 
 def cannot_write(error: OSError) -> OutputError:
     """What to tell a person when the disk fails in the middle of a run."""
+    mend = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "let this user write there"
     return OutputError(
-        f"The output folder cannot be written ({error.strerror}): free some space or name another one with --out; "
-        "the same command then goes on where it stopped."
+        f"The output folder cannot be written ({error.strerror}): {mend} or name another one with --out; the same "
+        "command then goes on where it stopped."
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 from pynetdicom import AE
 
 from flows.receive import INCOMING, Node, ReceiveError, Receiver
@@ -181,6 +181,34 @@ def test_what_cannot_be_kept_is_refused_with_the_status_that_says_why(tmp_path: 
         assert peer.send_c_store(other).Status == 0xA700
         peer.release()
     assert not received(tmp_path / "full")
+
+
+def test_what_unpacks_to_far_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.ingest.dicom.MAX_INFLATED_BYTES", 1 << 20)
+    bomb = phantom_slices()[0]
+    bomb.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    bomb.PixelData = bytes(8 << 20)
+    with receiving(tmp_path / "inbox") as (receiver, _):
+        peer = association(receiver.port, (CT, DeflatedExplicitVRLittleEndian))
+        assert peer.send_c_store(bomb).Status == 0xC000
+        peer.release()
+
+
+def test_an_inbox_that_is_removed_is_made_again(tmp_path: Path) -> None:
+    slices = phantom_slices()
+    with receiving(tmp_path / "inbox") as (receiver, log):
+        shutil.rmtree(tmp_path / "inbox")
+        receiver.clear_incoming()
+        (tmp_path / "inbox" / INCOMING / "folder").mkdir()
+        receiver.clear_incoming(all_of_it=True)
+        peer = association(receiver.port, (CT, ExplicitVRLittleEndian))
+        assert peer.send_c_store(slices[0]).Status == 0
+        peer.release()
+        with pytest.raises(ReceiveError, match="Another receiver"), Receiver(Node("B", 0), tmp_path / "inbox", log):
+            pass
+        (tmp_path / "inbox" / INCOMING / "folder").rmdir()
+    assert [event for event, _ in log.said if event.startswith("folder")] == ["folder-lost", "folder-lost-over"]
+    assert received(tmp_path / "inbox").keys() == {str(slices[0].SOPInstanceUID)}
 
 
 def test_only_peers_on_the_list_may_call_and_not_too_many_at_once(tmp_path: Path) -> None:

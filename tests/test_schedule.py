@@ -240,7 +240,7 @@ def test_the_commands_create_list_pause_resume_and_delete(
     assert code == 0 and "1 reported" in said
     assert command("delete", "nightly") == (0, "nightly is deleted.\n")
     for words, why in (
-        (("pause", "nightly"), "There is no schedule nightly: there are: none"),
+        (("pause", "nightly"), "There is no schedule nightly. Those that there are: none yet"),
         ((*new, "--cron", "0 25 * * *"), "is no cron line"),
         ((*new, "--cron", "0 22 * * *", "--time-zone", "Mars/Base"), "There is no time zone"),
         ((*new,), "a cron line or an interval"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,11 +24,12 @@ from pydicom.dataset import Dataset
 
 from flows.ledger import Ledger
 from flows.seeing.log import EventLog
-from flows.settle import Patience, is_temporary_name
+from flows.settle import Patience, Settling, is_temporary_name
 from flows.watch import Watcher, Watching
 from pipelines.run import Job, UsageError
 from pipelines.run_folder import RunFolder
 from tests.phantom import phantom_slices
+from tests.test_ingest_dicom import deflated
 from tests.test_run import lines, picture
 from tests.tiny_reader import CURSED, TinyReader
 
@@ -343,9 +345,8 @@ def test_a_system_without_events_is_looked_at_all_the_time(tmp_path: Path, monke
 
     monkeypatch.setattr("flows.watch.watch_files", refuses)
     monkeypatch.setattr("flows.watch.PAUSE_S", 0.1)
-    with watching(tmp_path, rescan_s=1) as running:
+    with watching(tmp_path, rescan_s=NEVER) as running:
         until(lambda: running.heard("no-events"))
-        running.watcher._watching = replace(running.watcher._watching, rescan_s=NEVER)  # it is not waited for
         for number in range(3):
             picture(running.inbox / f"{number}.png", number)
             until(lambda number=number: running.heard("reported", number + 1))  # type: ignore[misc]
@@ -533,3 +534,19 @@ def test_a_watcher_that_is_killed_loses_nothing_and_makes_nothing_twice(tmp_path
 @pytest.mark.parametrize("seed", range(3))
 def test_the_same_for_longer(tmp_path: Path, seed: int) -> None:
     killed_at_random(tmp_path, pictures=300, studies=20, kills=25, seed=seed)
+
+
+def test_what_unpacks_to_far_too_much_is_not_unpacked_by_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.ingest.dicom.MAX_INFLATED_BYTES", 1 << 20)
+    path = deflated(tmp_path / "bomb.dcm", bytes(128 << 20))
+    settling = Settling(Patience(interval=0, looks=2))
+    tracemalloc.start()
+    try:
+        for now in (1.0, 2.0):
+            settling.look(str(path), path.stat(), now, now)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert settling.ready(100.0) is not None  # for the plan to say what is wrong

@@ -9,6 +9,7 @@ in-process server takes longer to start and prints tracebacks when it stops.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -38,13 +39,15 @@ class ServerError(Exception):
 
 
 def state_folder() -> Path:
-    """`home()`, made if it is absent. Raises ServerError."""
+    """`home()`, made if it is absent. Raises ServerError where it cannot be made or written."""
     folder = home()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ServerError(
-            f"The state folder {folder} cannot be made ({error.strerror}): "
+            f"The state folder {folder} cannot be used ({error.strerror}): "
             "set SCANSCRIBE_HOME to a folder that can be written."
         ) from None
     return folder

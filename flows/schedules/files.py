@@ -78,8 +78,8 @@ def load(name: str) -> Schedule:
     except ValueError:
         raise ScheduleError(f"{_file(name)} is damaged: delete the schedule and create it again.") from None
     if plain is None:
-        known = ", ".join(each.name for each in schedules()) or "none"
-        raise ScheduleError(f"There is no schedule {name}: there are: {known}.")
+        known = ", ".join(each.name for each in schedules()) or "none yet"
+        raise ScheduleError(f"There is no schedule {name}. Those that there are: {known}.")
     timing, window = plain["timing"], plain["timing"]["window"]
     return Schedule(
         name,
