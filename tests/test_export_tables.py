@@ -7,7 +7,8 @@ import errno
 import io
 import json
 import os
-import resource
+import subprocess
+import sys
 from datetime import UTC
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from reports.schema import Evidence, Finding, Measurement, Report
 from reports.tables import TABLES, cell
 from reports.texts import visible
 from reports.writing import FormatError, write_run_formats
+
+ROOT = Path(__file__).parents[1]
 
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
@@ -187,22 +190,26 @@ def test_a_full_disk_leaves_no_partial_file(
     assert [each.name for each in tmp_path.iterdir()] == ["0" * 16]
 
 
+ON_A_SMALL_DISK = """
+import os, resource, signal, sys
+from pathlib import Path
+from reports.formats import RunReports
+from reports.writing import write_run_formats
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # it stands in for the end of a disk
+folder = Path(sys.argv[1])
+try:
+    write_run_formats(RunReports(folder, tuple(os.listdir(folder))), ["coco"])
+except OSError as error:
+    print(error.strerror)
+"""
+
+
 def test_a_disk_that_fills_up_while_a_table_is_written_leaves_nothing(tmp_path: Path) -> None:
     write_reports(tmp_path, 30)
-    run = RunReports(tmp_path, tuple(path.name for path in tmp_path.iterdir()))
     before = sorted(tmp_path.iterdir())
-    pid = os.fork()
-    if pid == 0:  # a limit on the size of files stands in for the end of a disk
-        import signal
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-        try:
-            write_run_formats(run, ["coco"])
-        except OSError:
-            os._exit(0)
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    done = subprocess.run([sys.executable, "-c", ON_A_SMALL_DISK, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "File too large\n", done.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
