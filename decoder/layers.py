@@ -51,18 +51,24 @@ def linear(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor
     """`F.linear`: `[..., D]` to `[..., O]`."""
     if not (READING.get() and stepping(x)):
         return F.linear(x, weight_OD, bias_O)
-    if weight_OD.numel() <= PIECE:
-        return _read_first(x, weight_OD, bias_O)
-    if x.numel() <= BATCHED and len(weight_OD) % PARTS == 0:
-        # The fewest rows by large weights: as a batch of products with the weights on the left, nothing is read twice.
-        x_DR = x.reshape(-1, x.shape[-1]).t().expand(PARTS, -1, -1)
-        out_RO = torch.bmm(weight_OD.unflatten(0, (PARTS, -1)), x_DR).flatten(0, 1).t().contiguous()
-        return (out_RO if bias_O is None else out_RO.add_(bias_O)).view(*x.shape[:-1], -1)
-    pieces = weight_OD.split(max(1, PIECE // weight_OD.shape[1]))
-    out = torch.cat([_read_first(x, piece_OD) for piece_OD in pieces], -1)
+    out = product(x.reshape(-1, x.shape[-1]), weight_OD).view(*x.shape[:-1], -1)
     return out if bias_O is None else out.add_(bias_O)
 
 
-def _read_first(x: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def product(x_RD: Tensor, weight_OD: Tensor) -> Tensor:
+    """`x @ weight.T` of few rows on a CPU, `[R, O]`, for weights that come from memory."""
+    (rows, width), outs = x_RD.shape, weight_OD.shape[0]
+    large = outs * width > PIECE
+    if (rows == 1 or (large and rows * width <= BATCHED)) and outs % PARTS == 0:
+        # The fewest rows: as a batch of products with the weights on the left, nothing has to be read twice.
+        parts_PID = weight_OD.view(PARTS, -1, width)
+        out_OR = torch.bmm(parts_PID, x_RD.t().expand(PARTS, -1, -1)).view(-1, rows)
+        return out_OR.view(1, -1) if rows == 1 else out_OR.t().contiguous()
+    if not large:
+        return _read_first(x_RD, weight_OD)
+    return torch.cat([_read_first(x_RD, each) for each in weight_OD.split(max(1, PIECE // width))], -1)
+
+
+def _read_first(x_RD: Tensor, weight_OD: Tensor) -> Tensor:
     weight_OD.sum()
-    return F.linear(x, weight_OD, bias_O)
+    return F.linear(x_RD, weight_OD)

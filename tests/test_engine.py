@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decoder import Decoder, PromptError
-from decoder.engine import Completion, Engine, Grammar, Request
+from decoder.engine import Completion, Engine, Grammar, Request, lean
 from decoder.engine.grammar import Rules
 from decoder.engine.requests import Plan
 from decoder.engine.runner import RUN
@@ -304,6 +304,33 @@ def shortest(table_SV: np.ndarray, forbidden: set[int]) -> int | None:
         seen |= front
         steps += 1
     return None
+
+
+# Steps
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 9, 9], [30, 1, 17, 9]])
+@pytest.mark.parametrize("attention", ["full", "fused"])
+@torch.inference_mode()
+def test_a_step_in_few_operators_gives_what_the_layers_give(attention: str, lengths: list[int]) -> None:
+    decoder = make_decoder(attention)
+    assert lean.fits(decoder)
+    mine, its = (decoder.new_cache(len(lengths), 40) for _ in range(2))
+    x_BTD = torch.randn(len(lengths), 30, 64)
+    for cache in (mine, its):
+        decoder.hidden(x_BTD, cache, torch.tensor(lengths))
+    for step in range(4):
+        token = READING.set(step > 1)  # weights read in either way
+        out_BTD = lean.Lean(decoder).hidden(x_BTD[:, step : step + 1], mine)
+        READING.reset(token)
+        torch.testing.assert_close(out_BTD, decoder.hidden(x_BTD[:, step : step + 1], its), atol=1e-5, rtol=1e-5)
+    assert torch.equal(mine.used_B, its.used_B)
+    for ours, theirs in zip(mine.buffers, its.buffers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    full = decoder.new_cache(1, 4)
+    decoder.hidden(x_BTD[:1, :4], full)
+    with pytest.raises(PromptError, match="there is room for 0"):
+        lean.Lean(decoder).hidden(x_BTD[:1, :1], full)
 
 
 # Kernels

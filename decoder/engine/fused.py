@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from decoder.attention import FullAttention, FullAttentionConfig
+from decoder.attention import FullAttentionConfig
 from decoder.cache import Cache
+from decoder.engine import lean
 from decoder.model import Decoder
-from decoder.moe import MixtureOfExperts
 
 PROGRAMS = 264  # enough to keep a large GPU busy
 POSITIONS = 64  # of the cache that are looked at together
@@ -36,19 +36,11 @@ def fits(decoder: Decoder) -> bool:
     config = decoder.config
     attention, experts = config.attention, config.experts
     return (
-        isinstance(attention, FullAttentionConfig)
-        and attention.qk_norm != "width"
-        and attention.clip_qkv is None
-        and not attention.bias
-        and not attention.rope.interleaved
+        lean.fits(decoder)
+        and isinstance(attention, FullAttentionConfig)
         and attention.head_dim in (32, 64, 128)
         and config.width % 64 == 0
-        and all(type(layer.attention) is FullAttention for layer in decoder.layers)
-        and all(type(layer.feed_forward) is MixtureOfExperts for layer in decoder.layers)
         and experts is not None
-        and experts.groups == 1
-        and not experts.threshold
-        and not experts.cooperation
         and experts.hidden % 16 == 0
     )
 
