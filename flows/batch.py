@@ -72,12 +72,16 @@ def batch(job: str) -> RunSummary:
         if telling:
             telling.session = session
         units = tuple(discover(session))
+        pictures = PICTURES_A_BATCH
         if asked.crewing:  # small enough that all have something to do until the end
             a_worker = len(units) // max(1, 4 * len(workers(asked.server.url())))
-            batches = group(units, min(max(a_worker, LEAST_A_BATCH), PICTURES_A_BATCH))
+            pictures = min(max(a_worker, LEAST_A_BATCH), PICTURES_A_BATCH)
+        batches = deque(group(units, pictures))
+        del units  # a unit is let go when it is done
+        if asked.crewing:
             let_workers_report(session, batches, asked.server, asked.crewing)
         else:
-            report_here(session, group(units), asked.min_free)
+            report_here(session, batches, asked.min_free)
         summary = export(session)
     summarise(summary)
     return summary
@@ -105,12 +109,13 @@ class Telling:
         )
 
 
-def report_here(session: Session, batches: Sequence[Batch], min_free: int) -> None:
-    """Each batch is a task of this process."""
+def report_here(session: Session, batches: deque[Batch], min_free: int) -> None:
+    """Each batch is a task of this process; takes them out of `batches`."""
     at_once = MOST_TASKS if may_be_gpu(session.job.device) else 2
     running: deque[PrefectFuture[None]] = deque()
     try:
-        for each in batches:
+        while batches:
+            each = batches.popleft()
             named = read_and_report.with_options(task_run_name=each.name)
             quoted: Any = quote(each)  # Prefect does not look through it
             running.append(named.submit(session, quoted, min_free))
@@ -124,8 +129,8 @@ def report_here(session: Session, batches: Sequence[Batch], min_free: int) -> No
         raise
 
 
-def let_workers_report(session: Session, batches: Sequence[Batch], server: LocalServer, crewing: Crewing) -> None:
-    """Each batch is a task of some worker. What this flow leaves behind when it is stopped, the next one takes up."""
+def let_workers_report(session: Session, batches: deque[Batch], server: LocalServer, crewing: Crewing) -> None:
+    """Each batch is a task of a worker; takes them out of `batches`. What a stopped flow leaves, the next takes up."""
     units: dict[str, list[Unit]] = {}  # the same content may be there under several names
     with Ledger(session.job.out, crewing.ledger) as ledger, ThreadPoolExecutor(HASHERS) as hashers:
         crew = Crew(session.job, ledger, server, EventLog())
@@ -155,7 +160,8 @@ def let_workers_report(session: Session, batches: Sequence[Batch], server: Local
                 for unit in others:
                     session.settled(unit, row.request, already=True)
 
-        for each in batches:
+        while batches:
+            each = batches.popleft()
             requests = zip(each.units, hashers.map(session.request, each.units), strict=True)
             handed = []
             for unit, request in requests:

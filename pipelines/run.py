@@ -217,10 +217,15 @@ class Session:
         """What some inputs hold, without golden samples and what runs wrote. Puts nothing on record."""
         plan = ingest.plan(inputs, progress=functools.partial(self._tell, "look"))
         wrote = self._folder.wrote  # output and inputs may share a folder
+
+        def without_ours(unit: ingest.Unit) -> ingest.Unit:
+            documents = tuple(each for each in unit.documents if not wrote(each.path))
+            return unit if documents == unit.documents else replace(unit, documents=documents)
+
         return replace(
             plan,
             units=tuple(
-                replace(unit, documents=tuple(each for each in unit.documents if not wrote(each.path)))
+                without_ours(unit)
                 for unit in plan.units
                 if not wrote(unit.files[0].path) and not self._references.has(unit)
             ),

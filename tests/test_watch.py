@@ -29,7 +29,6 @@ from flows.watch import Watcher, Watching
 from pipelines.run import Job, UsageError
 from pipelines.run_folder import RunFolder
 from tests.phantom import phantom_slices
-from tests.test_ingest_dicom import deflated
 from tests.test_run import lines, picture
 from tests.tiny_reader import CURSED, TinyReader
 
@@ -539,6 +538,8 @@ def test_the_same_for_longer(tmp_path: Path, seed: int) -> None:
 def test_what_unpacks_to_far_too_much_is_not_unpacked_by_a_look(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tests.test_ingest_dicom import deflated  # not for the processes that take `until` from here
+
     monkeypatch.setattr("pipelines.ingest.dicom.MAX_INFLATED_BYTES", 1 << 20)
     path = deflated(tmp_path / "bomb.dcm", bytes(128 << 20))
     settling = Settling(Patience(interval=0, looks=2))
