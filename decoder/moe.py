@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoder.layers import Linear, linear, stepping
+from decoder.layers import READING, Linear, product, stepping
 from decoder.rotary import Fp32
 
 # Up to so many (token, expert) pairs on a GPU weights are gathered; above, pairs are sorted for one grouped product.
@@ -171,18 +171,17 @@ class Experts(nn.Module):
 
     def _few(self, x_ND: Tensor, chosen_NK: Tensor) -> Tensor:
         """The same on a CPU: only experts that somebody chose, where a grouped product goes through all."""
-        if len(x_ND) == 1 and not self.varying:
-            return torch.cat([self._one(x_ND, expert) for expert in chosen_NK[0].tolist()])[None]
+        multiply = product if READING.get() else F.linear
+        w13_E, w2_E = self.w13_E2ID.unbind(), self.w2_EDI.unbind()
         expert, order = chosen_NK.flatten().sort(stable=True)
-        counts = torch.bincount(expert, minlength=len(self.w2_EDI) + 1).tolist()
+        counts = torch.bincount(expert, minlength=len(w2_E) + 1).tolist()
+        used = [number for number, count in enumerate(counts[:-1]) if count]
         *parts, none = x_ND[order // chosen_NK.shape[1]].split(counts)
-        results = [self._one(rows, number) for number, rows in enumerate(parts) if len(rows)]
+        gate, up = torch.cat([multiply(parts[number], w13_E[number]) for number in used]).chunk(2, -1)
+        hidden = F.silu(gate).mul_(up).split([counts[number] for number in used])
+        results = [multiply(rows, w2_E[number]) for number, rows in zip(used, hidden, strict=True)]
         out = torch.cat((*results, torch.zeros_like(none)))
         return torch.empty_like(out).index_copy_(0, order, out).unflatten(0, chosen_NK.shape)
-
-    def _one(self, rows: Tensor, number: int) -> Tensor:
-        gate, up = linear(rows, self.w13_E2ID[number]).chunk(2, -1)
-        return linear(F.silu(gate).mul_(up), self.w2_EDI[number])
 
 
 class Cooperation(nn.Module):
