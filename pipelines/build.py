@@ -22,7 +22,9 @@ from torch import Tensor
 
 from pipelines import ingest
 from pipelines.domain import fit_domain
+from pipelines.evaluation.defects import has_image_types
 from pipelines.evaluation.detection import IOUS, match
+from pipelines.evaluation.figures import image_type, reported, top_type
 from pipelines.evaluation.predictions import Prediction
 from pipelines.look import Seen
 from pipelines.manifest import Case, read_manifest
@@ -149,6 +151,16 @@ def f1(cases: Sequence[Labelled], readings: Sequence[Reading]) -> float:
     return 2 * good / max(1, good + wrong + labelled)
 
 
+def right_types(cases: Sequence[Labelled], readings: Sequence[Reading]) -> float:
+    """Share of the pictures whose type the report tells right; 0 where pictures have no type of their own."""
+    labels = [each.case for each in cases]
+    if any(case.kind == "ct" for case in labels) or not has_image_types(labels):
+        return 0.0
+    answers = [Prediction.from_reading(case.id, r) for case, r in zip(labels, readings, strict=True)]
+    right = [top_type(reported(a)) == image_type(case) for a, case in zip(answers, labels, strict=True)]
+    return sum(right) / len(right)
+
+
 def _written(reader: Reader, views: Sequence[Seen]) -> list[Reading]:
     """The readings of what was seen. Raises NotFiniteError."""
     readings = []
@@ -205,10 +217,11 @@ def calibrate(
             reader.calibration = Calibration(
                 evidence={line: evidence[line]}, point={line: weight}, report={line: least}, assessed=known
             )
-            scores[weight, least] = f1(cases, _written(reader, views))
+            again = _written(reader, views)
+            scores[weight, least] = f1(cases, again) + right_types(cases, again)
         reader.calibration = Calibration()
         point[line], report[line] = max(scores, key=lambda pair: scores[pair])  # of equals the least weight
-        print(f"{line}: F1 of the report {scores[point[line], report[line]]:.3f} at {point[line]}, {report[line]}")
+        print(f"{line}: F1 and image type {scores[point[line], report[line]]:.3f} at {point[line]}, {report[line]}")
     temperature = {field: fit_temperature(*pairs[field]) for field in CT_FIELDS if field in pairs}
     answer = (
         {"laterality": fit_answer(*pairs["laterality"], temperature["laterality"])} if "laterality" in pairs else {}

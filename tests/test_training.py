@@ -16,9 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from encoders import Detector, DetectorConfig
-from pipelines.build import join_weights
-from pipelines.manifest import read_manifest
+from pipelines.build import Labelled, f1, join_weights, right_types
+from pipelines.manifest import Case, read_manifest
 from pipelines.model import ModelConfig, ScanScribeModel
+from pipelines.reading import FindingReading, Reading
+from pipelines.study import ImageStudy
 from pipelines.training import run as training_run
 from pipelines.training.__main__ import cli
 from pipelines.training.augment import LATERALITY, LEFT_RIGHT, Augmentation, augmentation, draw
@@ -228,6 +230,24 @@ def test_groups_that_are_held_out_are_whole_and_unknown_to_the_network(data: Pat
         assert load_held_out(out / "detector.safetensors") == share
         weights.append(load_weights(out / "detector.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_report_is_judged_by_its_boxes_and_by_the_type_of_the_picture(data: Path) -> None:
+    cases = read_manifest(data / "strip/manifest.jsonl")
+    grey = np.zeros((1, 100, 120), np.uint8)
+    labelled = [Labelled(case, ImageStudy(case.id, case.id, "display", grey, ()), None) for case in cases]
+
+    def answer(case: Case, *types: str) -> Reading:
+        box = case.boxes[0].bbox
+        found = [FindingReading(t, box, 0, 0.9 - 0.1 * n, True, "box") for n, t in enumerate(types)]
+        return Reading("defect", 1.0, "steel", {}, tuple(found), "")
+
+    assert right_types(labelled, [answer(case, "scratches", "patches") for case in cases]) == 1
+    assert right_types(labelled, [answer(case, "patches", "scratches") for case in cases]) == 0
+    some = [answer(case, "scratches") if n < 3 else answer(case) for n, case in enumerate(cases)]
+    assert (right_types(labelled, some), f1(labelled, some)) == (0.5, pytest.approx(2 * 3 / 9))
+    several = [replace(case, finding_types=("patches", "scratches")) for case in cases]  # no type of their own
+    assert right_types([replace(each, case=case) for each, case in zip(labelled, several, strict=True)], some) == 0
 
 
 def test_a_backbone_learns_without_labels_and_the_glance_starts_from_it(
