@@ -36,7 +36,11 @@ def make_decoder(
     config = DecoderConfig(
         vocabulary=vocabulary, width=width, layers=2, length=length, attention=ATTENTIONS[attention], experts=EXPERTS
     )
-    return Decoder(config).eval().requires_grad_(False)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    for name, weight in decoder.named_parameters():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)  # all are 1 at first, and a gain that is forgotten would not show
+    return decoder
 
 
 def report_grammar() -> Grammar:
