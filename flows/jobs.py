@@ -97,11 +97,12 @@ def run_batch(
             ):
                 return batch(name) if flow_run is None else _as_run(flow_run, name)
         except Exception as error:
-            lost = isinstance(error, httpx.HTTPError)  # Prefect's client has given up
-            told = lost_server(url, error) if lost else error
+            lost = lost_server(url, error) if isinstance(error, httpx.HTTPError) else None  # the client has given up
             if seen is not None:
-                seen.log("run-failed", code=str(getattr(told, "code", "fault")))
-            raise told from None
+                seen.log("run-failed", code=str(getattr(lost or error, "code", "fault")))
+            if lost:
+                raise lost from None
+            raise
         finally:
             EventsWorker.drain_all(timeout=10)  # what Prefect has yet to tell the server, before that stops
             _path(name).unlink(missing_ok=True)
