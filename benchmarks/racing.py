@@ -65,5 +65,5 @@ def claim(
 
 def machine(devices: Sequence[str]) -> str:
     """What the figures were measured on."""
-    named = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    named = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
     return f"{named}, {torch.cuda.get_device_name()}" if "cuda" in devices else named
