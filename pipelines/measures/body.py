@@ -58,12 +58,11 @@ def find_body(grid: Grid) -> Body | None:
 
 def _trunk(mask: np.ndarray) -> np.ndarray:
     labels, count = ndimage.label(mask, SECTIONS)
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    sizes[0] = 0
     chosen = np.zeros(count + 1, bool)
     for section in labels:
-        present = np.unique(section)
-        chosen[present[sizes[present].argmax()]] = True
+        sizes = np.bincount(section.ravel())
+        sizes[0] = 0
+        chosen[sizes.argmax()] = True
     chosen[0] = False
     return np.asarray(chosen[labels])
 

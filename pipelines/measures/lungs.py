@@ -113,7 +113,7 @@ def _open_to_the_side(grid: Grid, body: Body) -> bool:
 def _trachea_like(grid: Grid, body: Body, labels: np.ndarray, areas: np.ndarray, z: int) -> list[int]:
     """Labels of a section that are round, of a trachea's size and near the middle of the body."""
     columns = np.flatnonzero(body.trunk[z].any(axis=0))
-    present = np.unique(labels[z])
+    present = np.flatnonzero(np.bincount(labels[z].ravel()))
     fit = present[(areas[present] >= TRACHEA_MM2[0]) & (areas[present] <= TRACHEA_MM2[1])]
     found = []
     for label in fit:

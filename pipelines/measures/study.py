@@ -6,6 +6,7 @@ scipy is imported when a study in HU is really measured: photos do not pay for i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.measures.body import Body
     from pipelines.measures.lungs import Lungs, Tally
 
+MOST_THREADS: Final = 4
 BODY_TRUNCATED, LUNGS_INCOMPLETE, NOISY = "body-truncated", "lungs-incomplete", "densitometry-noisy"
 
 _BODY = Segment(
@@ -165,12 +167,20 @@ def _masks(
     outline = Outline(grid, lungs) if lungs else None
     inside, bone = grid.stored(body.mask), grid.stored(near_bone(body))
     tallies = Tally(), Tally()
-    for index, raw in enumerate(volume_SHW):
-        hu = clean(raw)
+
+    def fill(index: int) -> list[np.ndarray]:
+        """The masks of one slice; the HU of its voxels in either lung."""
+        hu = clean(volume_SHW[index])
         masks[_BODY.id][index] = grid.on_slice(inside, index)
         masks[_BONE.id][index] = grid.on_slice(bone, index) & (hu >= BONE_HU)
-        if outline:
-            for name, tally, mask in zip((_LEFT.id, _RIGHT.id), tallies, outline.on_slice(index, hu), strict=True):
-                masks[name][index] = mask
-                tally.add(hu[mask])
+        sides = outline.on_slice(index, hu) if outline else ()
+        for name, mask in zip((_LEFT.id, _RIGHT.id), sides):
+            masks[name][index] = mask
+        return [hu[mask] for mask in sides]
+
+    # numpy lets other threads run while it copies and compares: half the time on two cores.
+    with ThreadPoolExecutor(MOST_THREADS) as pool:
+        for values in pool.map(fill, range(len(volume_SHW))):
+            for tally, hu in zip(tallies, values):
+                tally.add(hu)
     return masks, tallies
