@@ -11,8 +11,10 @@ cache of that length. On a GPU both kinds are CUDA graphs, so that neither is bo
 is torch's causal scaled_dot_product_attention, flash on a GPU. Both kinds run by turns; medians of the runs, and the
 spread between quartiles.
 
-Needle: a text of noise holds pairs of a key and a value; behind it stand keys, whose values are to be told. Pairs lie
-further back than the window reaches. Small decoders with either attention are trained alike, on new texts at each step.
+Needle: a text of noise holds words that each stand for a key and a value; behind it stand the keys, each to be answered
+with its value. Needles lie further back than the window reaches. Small decoders with either attention are trained
+alike, on new texts at each step that grow from few words to the whole length: what to look for shows where there is
+little else. A question takes one layer of attention, so that neither kind has to learn a detour first.
 The last line of the output is one JSON object with each figure beside its target.
 """
 
@@ -47,9 +49,8 @@ class Needles:
     """A recall task and how long it is trained."""
 
     length: int
-    pairs: int  # in a text
-    asked: int  # questions behind a text
-    words: int = 64  # keys, values and noise words, each
+    needles: int  # in a text, each of which is asked for
+    words: int = 16  # keys, values and noise words, each
     steps: int = 3000
     batch: int = 64
     seeds: int = 3
@@ -57,8 +58,8 @@ class Needles:
     stride: int = 16
 
 
-FULL = Needles(length=1024, pairs=6, asked=32, words=16, steps=2400, batch=64, seeds=2, window=64, stride=8)
-QUICK = Needles(length=512, pairs=4, asked=8, words=16, steps=20, batch=4, seeds=1, window=32, stride=8)
+FULL = Needles(length=1024, needles=8, steps=2400, batch=64, seeds=2, window=64, stride=8)
+QUICK = Needles(length=512, needles=8, steps=20, batch=4, seeds=1, window=32, stride=8)
 
 
 def main() -> None:
@@ -194,7 +195,7 @@ def places(
 
 def needle(task: Needles, device: str, jobs: int) -> list[dict[str, object]]:
     """Trains both kinds and compares what they find."""
-    print(f"\nneedle: {task.asked} questions about {task.pairs} pairs in {task.length} words, window {task.window}")
+    print(f"\nneedle: {task.needles} in {task.length} words, window {task.window}")
     runs = [(name, seed) for seed in range(task.seeds) for name in ("full", "adaptive")]
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -214,7 +215,7 @@ def needle(task: Needles, device: str, jobs: int) -> list[dict[str, object]]:
 
 
 def recall(name: str, task: Needles, seed: int, place: str) -> float:
-    """The share of values told rightly after training, first on texts of a quarter of the length, then of half."""
+    """The share of values told rightly after training on texts that grow from a few words to the whole length."""
     device, started = torch.device(place), time.perf_counter()
     torch.manual_seed(seed)
     sizes = {"heads": 4, "kv_heads": 4, "head_dim": 32}
@@ -222,7 +223,7 @@ def recall(name: str, task: Needles, seed: int, place: str) -> float:
     if name == "adaptive":
         kind = AdaptiveAttentionConfig(**sizes, window=task.window, stride=task.stride)
     config = DecoderConfig(
-        vocabulary=3 * task.words,
+        vocabulary=(2 + task.words) * task.words,
         width=128,
         layers=2,
         length=task.length,
@@ -238,15 +239,14 @@ def recall(name: str, task: Needles, seed: int, place: str) -> float:
     def told(length: int) -> tuple[Tensor, Tensor]:
         ids, values = texts(replace(task, length=length), task.batch, chance, device)
         with half:
-            hidden = decoder.hidden(decoder.embed(ids))[:, -2 * task.asked :: 2]
-            return decoder.logits(hidden).float(), values
+            hidden = decoder.hidden(decoder.embed(ids))[:, -task.needles :]
+            return decoder.logits(hidden)[..., : task.words].float(), values
 
     for step in range(task.steps):
         rate = 2e-3 * min(1.0, (step + 1) / 100) * min(1.0, 4 * (task.steps - step) / task.steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        shorter = 4 if step < 0.6 * task.steps else 2 if step < 0.8 * task.steps else 1
-        logits, values = told(task.length // shorter)
+        logits, values = told(grown(task, step / task.steps))
         loss = F.cross_entropy(logits.flatten(0, 1), values.flatten())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -264,24 +264,28 @@ def recall(name: str, task: Needles, seed: int, place: str) -> float:
     return float(torch.stack(right).mean())
 
 
-def texts(task: Needles, batch: int, chance: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Word ids `[B, length]`, keys and their values in turns at the end, and the values asked for `[B, asked]`.
+def grown(task: Needles, share: float) -> int:
+    """A text's length after a share of the training: what to look for is learned where there is little else."""
+    shortest = min(task.length, 5 * task.needles)
+    return round(shortest * (task.length / shortest) ** min(1.0, max(0.0, (share - 0.2) / 0.5)))
 
-    Words: keys, then values, then noise.
+
+def texts(task: Needles, batch: int, chance: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Word ids `[B, length]`, a question about each needle at the end, and the values asked for `[B, needles]`.
+
+    Words: questions (one for each key), then noise, then needles (one for each key and value).
     """
-    words, tail = task.words, 2 * task.asked
-    ids = torch.randint(2 * words, 3 * words, (batch, task.length), generator=chance, device=device)
-    keys = torch.rand(batch, words, generator=chance, device=device).argsort(1)[:, : task.pairs]
-    values = torch.randint(words, 2 * words, keys.shape, generator=chance, device=device)
-    # Pairs lie at even positions of the text's part that no window reaches from where they are asked for.
-    room = (task.length - tail - 2 * task.window) // 2
-    place = 2 * torch.rand(batch, room, generator=chance, device=device).argsort(1)[:, : task.pairs]
-    ids.scatter_(1, place, keys)
-    ids.scatter_(1, place + 1, values)
-    which = torch.randint(task.pairs, (batch, task.asked), generator=chance, device=device)
-    keys, values = keys.gather(1, which), values.gather(1, which)
-    ids[:, -tail::2], ids[:, task.length - tail + 1 :: 2] = keys, values
-    return ids, values
+    keys, count = task.words, task.needles
+    ids = torch.randint(keys, 2 * keys, (batch, task.length), generator=chance, device=device)
+    key = torch.rand(batch, keys, generator=chance, device=device).argsort(1)[:, :count]
+    value = torch.randint(keys, key.shape, generator=chance, device=device)
+    # Needles lie where no window reaches from where they are asked for, in texts that are long enough.
+    room = max(2 * count, task.length - count - 2 * task.window)
+    place = torch.rand(batch, room, generator=chance, device=device).argsort(1)[:, :count]
+    ids.scatter_(1, place, 2 * keys + keys * key + value)
+    which = torch.rand(batch, count, generator=chance, device=device).argsort(1)
+    ids[:, -count:] = key.gather(1, which)
+    return ids, value.gather(1, which)
 
 
 if __name__ == "__main__":

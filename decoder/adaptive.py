@@ -225,7 +225,8 @@ class AdaptiveAttention(FullAttention):
             blocks_BJMe = stored[1]
             self._keep(torch.cat((k_BTJd, v_BTJd), -1), at, 0, stored)
         windows.pool(k_BTJd, v_BTJd, self.salience_Jd, config.stride, blocks_BJMe)
-        return windows.attend(config, q_BTHd, k_BTJd, v_BTJd, blocks_BJMe, self.gate(x_BTD))
+        gate_BTH = windows.gate(x_BTD, self.gate.weight, self.gate.bias, q_BTHd.dtype)
+        return windows.attend(config, q_BTHd, k_BTJd, v_BTJd, blocks_BJMe, gate_BTH)
 
     def _near(self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor) -> Tensor:
         """Local results: the first window by itself, whole ones with the one before them as one batch, then the rest.

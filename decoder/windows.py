@@ -1,6 +1,6 @@
 """Triton kernels on a GPU: rotation, and adaptive attention of whole prompts and of single positions behind a cache.
 
-PyTorch takes some forty kernels for adaptive attention, and copies keys for windows that overlap; these are two for a
+PyTorch takes some forty kernels for adaptive attention, and copies keys for windows that overlap; these are three for a
 prompt and one or two for a position, and read keys where they lie. All accumulate in fp32. The null key scores 0 and
 has the value 0: it is how the running sums of the global part start, and is never read.
 Shapes: B batch, T positions, W of a window, P of a block, R places of raw keys, M blocks, the null key first; H query
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from decoder.adaptive import AdaptiveAttentionConfig
 
-KEYS = 64  # that a program looks at together
+TILE = 64  # queries and keys that a program looks at together
 PROGRAMS = 264  # enough to keep a large GPU busy
 SPLITS = 16  # of a row at most
-TILES = 4  # of keys from which on a split pays
 LOG2E = 1.4426950408889634
 
 
@@ -29,10 +28,11 @@ def rotate(x_BTHd: Tensor, cos_BT1r: Tensor, sin_BT1r: Tensor, interleaved: bool
     out_BTHd = torch.empty(x_BTHd.shape, dtype=x_BTHd.dtype, device=x_BTHd.device)
     half = dim // 2
     block = 64 if count >= 64 else triton.next_power_of_2(count)
+    together = 4 if count >= 64 else 1
     turn = 0 if len(cos_BT1r) == 1 else count * half
-    _rotate[(triton.cdiv(count, block), heads, batch)](
+    _rotate[(triton.cdiv(count, block), triton.cdiv(heads, together), batch)](
         x_BTHd, cos_BT1r, sin_BT1r, out_BTHd, *x_BTHd.stride(), turn, count, heads,
-        HALF=half, PADDED=triton.next_power_of_2(half), INTERLEAVED=interleaved, ROWS=block,
+        HALF=half, PADDED=triton.next_power_of_2(half), INTERLEAVED=interleaved, ROWS=block, HEADS=together,
     )  # fmt: skip
     return out_BTHd
 
@@ -40,11 +40,22 @@ def rotate(x_BTHd: Tensor, cos_BT1r: Tensor, sin_BT1r: Tensor, interleaved: bool
 def pool(k_BTJd: Tensor, v_BTJd: Tensor, salience_Jd: Tensor, stride: int, blocks_BJMe: Tensor) -> None:
     """Writes the null key and every whole block into `blocks_BJMe`, which has room for them."""
     batch, count, heads, dim = k_BTJd.shape
-    blocks, together = count // stride + 1, max(1, 64 // stride)
+    blocks, together = count // stride + 1, 16
     _pool[(triton.cdiv(blocks, together), heads, batch)](
         k_BTJd, v_BTJd, salience_Jd, blocks_BJMe, *k_BTJd.stride(), *v_BTJd.stride(), *blocks_BJMe.stride()[:3], blocks,
-        DIM=dim, STRIDE=stride, BLOCKS=together,
+        DIM=dim, STRIDE=stride, UNROLLED=min(stride, 16), BLOCKS=together, num_warps=max(1, dim // 16),
     )  # fmt: skip
+
+
+def gate(x_BTD: Tensor, weight_HD: Tensor, bias_H: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gate of each position and head before its sigmoid, `[B, T, H]`: as a product it is too narrow for cuBLAS."""
+    x_RD, heads = x_BTD.reshape(-1, x_BTD.shape[-1]), len(weight_HD)
+    out_BTH = torch.empty(*x_BTD.shape[:-1], heads, dtype=dtype, device=x_BTD.device)
+    _gate[(triton.cdiv(len(x_RD), TILE),)](
+        x_RD, weight_HD, bias_H, out_BTH, x_RD.stride(0), len(x_RD),
+        WIDTH=x_RD.shape[1], HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), ROWS=TILE, DEPTH=TILE,
+    )  # fmt: skip
+    return out_BTH
 
 
 def attend(
@@ -57,14 +68,14 @@ def attend(
 ) -> Tensor:
     """Both parts for positions from 0 on, mixed by the gate (before its sigmoid), `[B, T, H, d]`."""
     batch, count, heads, dim = q_BTHd.shape
-    queries = min(config.window, 128 if dim <= 64 else 64)
+    tile = min(config.window, TILE)
     out_BTHd = torch.empty(q_BTHd.shape, dtype=q_BTHd.dtype, device=q_BTHd.device)
-    _attend[(triton.cdiv(count, queries), heads, batch)](
+    _attend[(triton.cdiv(count, tile), heads, batch)](
         q_BTHd, k_BTJd, v_BTJd, blocks_BJMe, gate_BTH, out_BTHd,
         *q_BTHd.stride()[:3], *k_BTJd.stride()[:3], *v_BTJd.stride()[:3], *blocks_BJMe.stride()[:3],
         count, heads, config.head_dim**-0.5 * LOG2E,
         GROUP=heads // config.kv_heads, DIM=dim, WINDOW=config.window, RATIO=config.window // config.stride,
-        QUERIES=queries, KEYS=min(KEYS, queries), num_warps=4, num_stages=3,
+        TILE=tile, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out_BTHd
 
@@ -82,10 +93,10 @@ def step(
     """Stores one more position of each row and mixes both parts for it, `[B, 1, H, d]`; can be captured as a graph."""
     raw_BJRe, blocks_BJMe = stored
     (batch, _, heads, dim), kv_heads = q_B1Hd.shape, config.kv_heads
-    keys = min(KEYS, config.window)
     # Few rows leave most of the GPU idle: then each is looked at in parts. By what a row may hold, not what it holds.
-    tiles = (2 * config.window + blocks_BJMe.shape[2]) // keys
-    splits = max(1, min(SPLITS, PROGRAMS // (batch * kv_heads), tiles // TILES))
+    spare = PROGRAMS // (batch * kv_heads)
+    keys = min(TILE if spare < 2 else TILE // 2, config.window)
+    splits = max(1, min(SPLITS, spare, (2 * config.window + blocks_BJMe.shape[2]) // keys))
     splits = 1 << (splits.bit_length() - 1)
     out_B1Hd = torch.empty(q_B1Hd.shape, dtype=q_B1Hd.dtype, device=q_B1Hd.device)
     # Of the near and the far part: sums, and by how much they count.
@@ -97,7 +108,7 @@ def step(
         *raw_BJRe.stride()[:2], *blocks_BJMe.stride()[:2], gate_B1H.stride(0), positions_B1.stride(0),
         dim**-0.5 * LOG2E,
         HEADS=heads, GROUP=heads // kv_heads, PADDED=max(16, triton.next_power_of_2(heads // kv_heads)), DIM=dim,
-        WINDOW=config.window, STRIDE=config.stride, SPLITS=splits, KEYS=keys,
+        WINDOW=config.window, STRIDE=config.stride, SPLITS=splits, KEYS=keys, num_warps=2,
     )  # fmt: skip
     if splits > 1:
         _join[(batch, heads)](
@@ -123,9 +134,10 @@ def _rotate(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """Some positions of one head of one row."""
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Some positions of some heads of one row."""
+    row = tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     i = tl.arange(0, PADDED)[None]
     inside = (t < count) & (i < HALF)
@@ -133,12 +145,15 @@ def _rotate(  # type: ignore[no-untyped-def]
     c, s = tl.load(cos + turn, inside, 0.0), tl.load(sin + turn, inside, 0.0)
     first = 2 * i if INTERLEAVED else i
     second = 2 * i + 1 if INTERLEAVED else i + HALF
-    x += row * row_stride + head * head_stride + t * position_stride
-    a = tl.load(x + first * value_stride, inside, 0.0).to(tl.float32)
-    b = tl.load(x + second * value_stride, inside, 0.0).to(tl.float32)
-    out += ((row * count + t) * heads + head) * 2 * HALF + i
-    tl.store(out, (a * c - b * s).to(out.dtype.element_ty), inside)
-    tl.store(out + HALF, (b * c + a * s).to(out.dtype.element_ty), inside)
+    for nth in tl.static_range(HEADS):
+        head = tl.program_id(1) * HEADS + nth
+        real = inside & (head < heads)
+        from_ = x + row * row_stride + head * head_stride + t * position_stride
+        a = tl.load(from_ + first * value_stride, real, 0.0).to(tl.float32)
+        b = tl.load(from_ + second * value_stride, real, 0.0).to(tl.float32)
+        to = out + ((row * count + t) * heads + head) * 2 * HALF + i
+        tl.store(to, (a * c - b * s).to(out.dtype.element_ty), real)
+        tl.store(to + HALF, (b * c + a * s).to(out.dtype.element_ty), real)
 
 
 @triton.jit
@@ -161,34 +176,77 @@ def _pool(  # type: ignore[no-untyped-def]
     blocks,
     DIM: tl.constexpr,
     STRIDE: tl.constexpr,
+    UNROLLED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Some blocks of one head of one row; the null key is block 0, one before those of the positions."""
+    """Some blocks of one head of one row; the null key is block 0, one before those of the positions.
+
+    One position of each block after another, as running sums of a softmax: nothing is exchanged but a row's score.
+    """
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first = tl.program_id(0) * BLOCKS
-    t = (first - 1) * STRIDE + tl.arange(0, BLOCKS * STRIDE)[:, None]
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     i = tl.arange(0, DIM)[None]
-    inside = (t >= 0) & (t < (blocks - 1) * STRIDE)
-    keys = tl.load(k + row * k_row + head * k_head + t * k_position + i * k_value, inside, 0.0).to(tl.float32)
-    values = tl.load(v + row * v_row + head * v_head + t * v_position + i * v_value, inside, 0.0).to(tl.float32)
-    score = tl.sum(keys * tl.load(salience + head * DIM + i).to(tl.float32), 1)
-    score = tl.reshape(score, [BLOCKS, STRIDE])
-    weight = tl.exp(score - tl.max(score, 1)[:, None])
-    weight = tl.reshape(weight / tl.sum(weight, 1)[:, None], [BLOCKS, STRIDE, 1])
-    key = tl.sum(tl.reshape(keys, [BLOCKS, STRIDE, DIM]) * weight, 1)
-    value = tl.sum(tl.reshape(values, [BLOCKS, STRIDE, DIM]) * weight, 1)
-    block = first + tl.arange(0, BLOCKS)[:, None]
+    inside = (block > 0) & (block < blocks)
+    k += row * k_row + head * k_head + (block - 1) * STRIDE * k_position + i * k_value
+    v += row * v_row + head * v_head + (block - 1) * STRIDE * v_position + i * v_value
+    salient = tl.load(salience + head * DIM + i).to(tl.float32)
+    peak = tl.full([BLOCKS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCKS, 1], tl.float32)
+    key_sum = tl.zeros([BLOCKS, DIM], tl.float32)
+    value_sum = tl.zeros([BLOCKS, DIM], tl.float32)
+    for start in range(0, STRIDE, UNROLLED):
+        for nth in tl.static_range(UNROLLED):
+            key = tl.load(k + (start + nth) * k_position, inside, 0.0).to(tl.float32)
+            value = tl.load(v + (start + nth) * v_position, inside, 0.0).to(tl.float32)
+            score = tl.sum(key * salient, 1)[:, None]
+            higher = tl.maximum(peak, score)
+            weight, fading = tl.exp(score - higher), tl.exp(peak - higher)
+            total = total * fading + weight
+            key_sum = key_sum * fading + key * weight
+            value_sum = value_sum * fading + value * weight
+            peak = higher
     out += row * out_row + head * out_head + block * out_block + i
-    tl.store(out, key.to(out.dtype.element_ty), block < blocks)
-    tl.store(out + DIM, value.to(out.dtype.element_ty), block < blocks)
+    tl.store(out, (key_sum / total).to(out.dtype.element_ty), block < blocks)
+    tl.store(out + DIM, (value_sum / total).to(out.dtype.element_ty), block < blocks)
 
 
 @triton.jit
-def _look(q, keys, values, seen, scale, peak, total, sums):  # type: ignore[no-untyped-def]
+def _gate(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    out,
+    x_row,
+    rows,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The gates of some rows."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    head, at = tl.arange(0, PADDED)[None], tl.arange(0, DEPTH)
+    x += row.to(tl.int64) * x_row
+    total = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in tl.range(0, WIDTH, DEPTH, num_stages=3):
+        i = start + at
+        each = tl.load(x + i[None], (row < rows) & (i[None] < WIDTH), 0.0).to(out.dtype.element_ty)
+        own = tl.load(weight + head * WIDTH + i[:, None], (head < HEADS) & (i[:, None] < WIDTH), 0.0)
+        total = tl.dot(each, own.to(out.dtype.element_ty), total)
+    total += tl.load(bias + head, head < HEADS, 0.0).to(tl.float32)
+    to = out + row.to(tl.int64) * HEADS + head
+    tl.store(to, total.to(out.dtype.element_ty), (row < rows) & (head < HEADS))
+
+
+@triton.jit
+def _look(q, keys, values, scale, peak, total, sums, seen, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Takes some keys `[d, S]` and values `[S, d]` into running sums of a softmax."""
-    score = tl.where(seen, tl.dot(q, keys) * scale, float("-inf"))
-    higher = tl.maximum(peak, tl.max(score, 1))
-    weight = tl.exp2(score - higher[:, None])
+    score = tl.dot(q, keys)
+    if MASKED:
+        score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, 1) * scale)
+    weight = tl.exp2(score * scale - higher[:, None])  # one multiply-add and one exponential
     fading = tl.exp2(peak - higher)
     sums = tl.dot(weight.to(values.dtype), values, sums * fading[:, None])
     return higher, total * fading + tl.sum(weight, 1), sums
@@ -221,48 +279,54 @@ def _attend(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     RATIO: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Some positions of one window, of one head of one row."""
+    """Some positions of one window, of one head of one row. Tiles that all of them see whole need no mask."""
     # The last windows see most blocks: they go first, so that none is left over at the end.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     window = start // WINDOW
-    t = start + tl.arange(0, QUERIES)
-    s = tl.arange(0, KEYS)
+    s = tl.arange(0, TILE)
+    t = start + s
     i = tl.arange(0, DIM)
     inside = t[:, None] < count
     mine = tl.load(q + row * q_row + head * q_head + t[:, None] * q_position + i[None], inside, 0.0)
+    place = (row * count + t) * heads + head
+    share = tl.sigmoid(tl.load(gate + place, t < count, 0.0).to(tl.float32))[:, None]  # early: nobody waits for it
     k += row * k_row + (head // GROUP) * k_head
     v += row * v_row + (head // GROUP) * v_head
     blocks += row * blocks_row + (head // GROUP) * blocks_head
 
-    peak = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    sums = tl.zeros([QUERIES, DIM], tl.float32)
-    for at in range(tl.maximum(window - 1, 0) * WINDOW, start + QUERIES, KEYS):
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    sums = tl.zeros([TILE, DIM], tl.float32)
+    for at in range(tl.maximum(window - 1, 0) * WINDOW, start, TILE):
         j = at + s
-        keys = tl.load(k + j[None] * k_position + i[:, None], j[None] < count, 0.0)
-        values = tl.load(v + j[:, None] * v_position + i[None], j[:, None] < count, 0.0)
-        peak, total, sums = _look(mine, keys, values, j[None] <= t[:, None], scale, peak, total, sums)
-    near = sums / total[:, None]
+        keys = tl.load(k + j[None] * k_position + i[:, None])
+        values = tl.load(v + j[:, None] * v_position + i[None])
+        peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, inside, False)
+    keys = tl.load(k + t[None] * k_position + i[:, None], t[None] < count, 0.0)
+    values = tl.load(v + t[:, None] * v_position + i[None], inside, 0.0)
+    peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, t[None] <= t[:, None], True)
+    near = sums * (share / total[:, None])
 
     # The null key has been seen.
-    peak = tl.zeros([QUERIES], tl.float32)
-    total = tl.full([QUERIES], 1.0, tl.float32)
-    sums = tl.zeros([QUERIES, DIM], tl.float32)
+    peak = tl.zeros([TILE], tl.float32)
+    total = tl.full([TILE], 1.0, tl.float32)
+    sums = tl.zeros([TILE, DIM], tl.float32)
     last = window * RATIO
-    for at in range(1, last + 1, KEYS):
+    whole = last // TILE * TILE
+    for at in range(1, whole + 1, TILE):
         j = at + s
+        keys = tl.load(blocks + j[None] * blocks_block + i[:, None])
+        values = tl.load(blocks + j[:, None] * blocks_block + DIM + i[None])
+        peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, inside, False)
+    if whole < last:
+        j = whole + 1 + s
         keys = tl.load(blocks + j[None] * blocks_block + i[:, None], j[None] <= last, 0.0)
         values = tl.load(blocks + j[:, None] * blocks_block + DIM + i[None], j[:, None] <= last, 0.0)
-        peak, total, sums = _look(mine, keys, values, j[None] <= last, scale, peak, total, sums)
-    far = sums / total[:, None]
-
-    place = (row * count + t) * heads + head
-    share = tl.sigmoid(tl.load(gate + place, t < count, 0.0).to(tl.float32))[:, None]
-    mixed = far + share * (near - far)
+        peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, j[None] <= last, True)
+    mixed = near + sums * ((1.0 - share) / total[:, None])
     tl.store(out + place[:, None] * DIM + i[None], mixed.to(out.dtype.element_ty), inside)
 
 
@@ -347,7 +411,7 @@ def _step(  # type: ignore[no-untyped-def]
         place = j % (2 * WINDOW) * 2 * DIM
         keys = tl.load(raw + place[None] + i[:, None], j[None] < end, 0.0)
         values = tl.load(raw + place[:, None] + DIM + i[None], j[:, None] < end, 0.0)
-        peak, total, sums = _look(mine, keys, values, j[None] < end, scale, peak, total, sums)
+        peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, j[None] < end, True)
 
     far_peak = tl.where(begins, tl.zeros([PADDED], tl.float32), float("-inf"))
     far_total = tl.where(begins, tl.full([PADDED], 1.0, tl.float32), 0.0)
@@ -360,7 +424,8 @@ def _step(  # type: ignore[no-untyped-def]
         j = at + s
         keys = tl.load(blocks + j[None] * 2 * DIM + i[:, None], j[None] < end, 0.0)
         values = tl.load(blocks + j[:, None] * 2 * DIM + DIM + i[None], j[:, None] < end, 0.0)
-        far_peak, far_total, far_sums = _look(mine, keys, values, j[None] < end, scale, far_peak, far_total, far_sums)
+        seen = j[None] < end
+        far_peak, far_total, far_sums = _look(mine, keys, values, scale, far_peak, far_total, far_sums, seen, True)
 
     place = row * HEADS + head
     if SPLITS == 1:

@@ -393,7 +393,6 @@ for count, heads, kv_heads, dim, window, stride in sizes:
     torch.testing.assert_close(attention._fused(*given, one), attention.mix(*given, other), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 places = ((4, 2, 32, 32, 8, (0, 31, 32, 64, 199)), (2, 2, 16, 16, 1, (16, 299)), (3, 1, 64, 64, 16, (15, 300)))
-windows.TILES = 1
 for windows.SPLITS in (1, 4):
     for heads, kv_heads, dim, window, stride, positions in places:
         config = AdaptiveAttentionConfig(heads=heads, kv_heads=kv_heads, head_dim=dim, window=window, stride=stride)
