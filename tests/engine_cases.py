@@ -138,10 +138,14 @@ def check_choices(vocabulary: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 @torch.inference_mode()
-def check_fused(slots: int, count: int) -> None:
-    """Whether the kernels of a step give what the layers give, on the CPU in Triton's interpreter."""
+def check_fused(slots: int, count: int, *, positions: int = 64, joined: int = 4) -> None:
+    """Whether the kernels of a step give what the layers give, on the CPU in Triton's interpreter.
+
+    Rows of the cache are looked at in as many parts as there are `positions` in it, so far as there are few rows.
+    """
     from decoder.engine import fused  # Triton
 
+    fused.POSITIONS, fused.JOINED, fused.OUTPUTS = positions, joined, 16  # fewer programs, as they run by turns
     decoder = make_decoder("fused", length=80)
     assert fused.fits(decoder)
     torch.manual_seed(slots)

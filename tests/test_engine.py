@@ -350,8 +350,9 @@ import torch
 from tests.engine_cases import check_choices, check_fused
 
 torch.set_num_threads(1)
-for slots, count in ((2, 1), (3, 4), (17, 1)):  # pairs by their rows, by rows of several positions, sorted by expert
-    check_fused(slots, count)
+check_fused(3, 4)  # sorted by expert,
+check_fused(2, 2, positions=16)  # ... few rows, and those of the cache in parts,
+check_fused(2, 1, positions=16, joined=1)  # ... which are joined by themselves
 for vocabulary in ({len(TOKENS)}, 2100):
     check_choices(vocabulary, torch.float32, torch.device("cpu"))
 """

@@ -1,7 +1,9 @@
-"""A step of the decoder in six to eight Triton kernels a layer, for few new positions on a GPU.
+"""A step of the decoder in six to nine Triton kernels a layer, for few new positions on a GPU.
 
 At a batch of one a step is bound by the number of kernels, not by what they do: PyTorch takes about fifty a layer.
-These read each weight once and the cache up to where it is used. For grouped-query attention and a mixture of experts:
+These read each weight once and the cache up to where it is used. Up to `FEW` rows a kernel takes as long as its longest
+program: there each product is spread over many programs of a few outputs, and what little lies between two products is
+done anew by each program that needs it. For grouped-query attention and a mixture of experts:
 `fits` says which decoders that is. All accumulate in fp32 as PyTorch's do, but not in the same order.
 Shapes: R rows (slots times new positions), D width, H query heads, J key/value heads, d width of a head, E experts, K
 experts of a token, I hidden width of an expert, N splits of a cache row.
@@ -24,6 +26,8 @@ from decoder.model import Decoder
 PROGRAMS = 264  # enough to keep a large GPU busy
 POSITIONS = 64  # of the cache that are looked at together
 FEW = 8  # rows up to which hardly any share an expert
+OUTPUTS = 4  # of a product of few rows that a program makes
+JOINED = 4  # parts of a row up to which each program that needs them joins them
 
 
 def _depth(size: int, most: int) -> int:
@@ -68,38 +72,46 @@ class Fused:
         rows, width = x_RD.shape
         keys, values = stored
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+        few = rows <= FEW
         block = 16 if rows <= 16 else 32 if rows <= 256 else 64
-        # Few rows leave shared memory for longer steps through the weights.
-        depth = 128 if rows <= 16 and x_RD.element_size() == 2 and dim <= 64 else 64
         q_RHd = x_RD.new_empty(rows, heads, dim)
         norm = config.qk_norm == "head"
-        _qkv[(triton.cdiv(rows, block), heads + 2 * kv_heads)](
-            x_RD,
-            layer.attention_norm.weight,
-            attention.qkv.weight,
-            attention.q_norm.weight if norm else x_RD,
-            attention.k_norm.weight if norm else x_RD,
-            self.decoder.rotary.inv_freq,
-            cache.used_B,
-            counts_B,
-            q_RHd,
-            keys,
-            values,
-            keys.stride(0),
-            keys.stride(1),
-            cache.length,
-            rows,
-            count,
-            layer.attention_norm.eps,
-            self.decoder.rotary.amplitude,
-            WIDTH=width,
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            HALF=dim // 2,
-            NORM=norm,
-            ROWS=block,
-            DEPTH=_depth(width, depth),
-        )
+        if few:
+            new = torch.empty(rows, heads + 2 * kv_heads, dim, dtype=torch.float32, device=x_RD.device)
+            _project[(rows, triton.cdiv(new[0].numel(), OUTPUTS))](
+                x_RD, layer.attention_norm.weight, attention.qkv.weight, x_RD, new, layer.attention_norm.eps,
+                WIDTH=width, PADDED=triton.next_power_of_2(width), OUTPUTS=new[0].numel(), TILE=OUTPUTS, KEPT=False,
+            )  # fmt: skip
+        else:
+            new = q_RHd
+            _qkv[(triton.cdiv(rows, block), heads + 2 * kv_heads)](
+                x_RD,
+                layer.attention_norm.weight,
+                attention.qkv.weight,
+                attention.q_norm.weight if norm else x_RD,
+                attention.k_norm.weight if norm else x_RD,
+                self.decoder.rotary.inv_freq,
+                cache.used_B,
+                counts_B,
+                q_RHd,
+                keys,
+                values,
+                keys.stride(0),
+                keys.stride(1),
+                cache.length,
+                rows,
+                count,
+                layer.attention_norm.eps,
+                self.decoder.rotary.amplitude,
+                WIDTH=width,
+                HEADS=heads,
+                KV_HEADS=kv_heads,
+                HALF=dim // 2,
+                NORM=norm,
+                ROWS=block,
+                # Few rows leave shared memory for longer steps through the weights.
+                DEPTH=_depth(width, 128 if rows <= 16 and x_RD.element_size() == 2 and dim <= 64 else 64),
+            )
         # Few rows leave most of the GPU idle: then each row of the cache is looked at in parts.
         splits = max(1, min(16, PROGRAMS // (rows * kv_heads), cache.places // POSITIONS))
         splits = 1 << (splits.bit_length() - 1)
@@ -107,7 +119,10 @@ class Fused:
         part = torch.empty(rows, heads, splits, dim if splits > 1 else 0, dtype=torch.float32, device=x_RD.device)
         peak, total = torch.empty(2, rows, heads, splits, dtype=torch.float32, device=x_RD.device)
         _attend[(rows, kv_heads, splits)](
-            q_RHd,
+            new,
+            attention.q_norm.weight if norm else x_RD,
+            attention.k_norm.weight if norm else x_RD,
+            self.decoder.rotary.inv_freq,
             keys,
             values,
             keys.stride(0),
@@ -121,19 +136,31 @@ class Fused:
             cache.length,
             count,
             dim**-0.5,
+            layer.attention_norm.eps,
+            self.decoder.rotary.amplitude,
             HEADS=heads,
-            GROUP=heads // kv_heads,
+            KV_HEADS=kv_heads,
             DIM=dim,
+            NORM=norm,
+            PLAIN=few,
             SPLITS=splits,
             POSITIONS=POSITIONS,
         )
-        if splits > 1:
+        joined = few and splits <= JOINED
+        if splits > 1 and not joined:
             _join[(rows * heads,)](part, peak, total, mixed_RHd, DIM=dim, SPLITS=splits, num_warps=1)
-        out = 16 if rows <= 32 else 32
-        _out[(triton.cdiv(rows, block), triton.cdiv(width, out))](
-            mixed_RHd, attention.out.weight, x_RD, rows, width,
-            DEPTHS=heads * dim, DEPTH=_depth(heads * dim, depth), ROWS=block, OUT=out,
-        )  # fmt: skip
+        if few:
+            _out_few[(rows, triton.cdiv(width, OUTPUTS))](
+                mixed_RHd, part, peak, total, attention.out.weight, x_RD,
+                WIDTH=width, DEPTHS=heads * dim, PADDED=triton.next_power_of_2(heads * dim), DIM=dim,
+                SPLITS=splits if joined else 1, TILE=OUTPUTS,
+            )  # fmt: skip
+        else:
+            out = 16 if rows <= 32 else 32
+            _out[(triton.cdiv(rows, block), triton.cdiv(width, out))](
+                mixed_RHd, attention.out.weight, x_RD, rows, width,
+                DEPTHS=heads * dim, DEPTH=_depth(heads * dim, 64), ROWS=block, OUT=out,
+            )  # fmt: skip
 
     def _experts(self, layer: Any, x_RD: Tensor) -> None:
         mixture = layer.feed_forward
@@ -141,9 +168,14 @@ class Fused:
         rows, width = x_RD.shape
         pairs, hidden = rows * config.active, config.hidden
         normed_RD = torch.empty_like(x_RD)
+        gates = triton.next_power_of_2(config.count)
+        if rows <= FEW:
+            self._few_experts(layer, x_RD, normed_RD, gates)
+            if mixture.shared is not None:
+                x_RD.add_(mixture.shared(normed_RD))
+            return
         chosen_RK = torch.empty(rows, config.active, dtype=torch.int32, device=x_RD.device)
         share_RK = torch.empty(rows, config.active, dtype=torch.float32, device=x_RD.device)
-        gates = triton.next_power_of_2(config.count)
         _route[(rows,)](
             x_RD,
             layer.feed_forward_norm.weight,
@@ -167,31 +199,48 @@ class Fused:
         )
         h = x_RD.new_empty(pairs, hidden)
         sizes = {"WIDTH": width, "HIDDEN": hidden, "ACTIVE": config.active}
-        if rows <= FEW:
-            _up_rows[(pairs, hidden // 4)](
-                normed_RD, chosen_RK, experts.w13_E2ID, h, TILE=4, DEPTH=_depth(width, 512), **sizes
-            )
-            depth = triton.next_power_of_2(min(hidden, 256))
-            _down_rows[(rows, width // 8)](h, chosen_RK, share_RK, experts.w2_EDI, x_RD, TILE=8, DEPTH=depth, **sizes)
-        else:
-            # Sorted by expert, so that each reads its weights once for all rows that chose it.
-            order = torch.empty(pairs, dtype=torch.int32, device=x_RD.device)
-            bounds = torch.empty(2, config.count, dtype=torch.int32, device=x_RD.device)
-            padded = triton.next_power_of_2(pairs)
-            _sort[(config.count,)](chosen_RK, order, bounds, pairs, EXPERTS=config.count, PAIRS=padded, num_warps=8)
-            sizes["ROWS"] = 16 if pairs <= 8 * config.count else 32 if pairs <= 16 * config.count else 64
-            tile = 16 if rows <= 32 else 32
-            _up[(config.count, triton.cdiv(hidden, tile))](
-                normed_RD, order, bounds, experts.w13_E2ID, h, EXPERTS=config.count, TILE=tile, DEPTH=64, **sizes
-            )
-            y = x_RD.new_empty(pairs, width)
-            _down[(config.count, width // 64)](
-                h, order, bounds, experts.w2_EDI, y,
-                EXPERTS=config.count, TILE=64, DEPTH=_depth(hidden, 64), **sizes,
-            )  # fmt: skip
-            _sum[(rows,)](y, share_RK, x_RD, WIDTH=width, ACTIVE=config.active, PADDED=triton.next_power_of_2(width))
+        # Sorted by expert, so that each reads its weights once for all rows that chose it.
+        order = torch.empty(pairs, dtype=torch.int32, device=x_RD.device)
+        bounds = torch.empty(2, config.count, dtype=torch.int32, device=x_RD.device)
+        padded = triton.next_power_of_2(pairs)
+        _sort[(config.count,)](chosen_RK, order, bounds, pairs, EXPERTS=config.count, PAIRS=padded, num_warps=8)
+        sizes["ROWS"] = 16 if pairs <= 8 * config.count else 32 if pairs <= 16 * config.count else 64
+        tile = 16 if rows <= 32 else 32
+        _up[(config.count, triton.cdiv(hidden, tile))](
+            normed_RD, order, bounds, experts.w13_E2ID, h, EXPERTS=config.count, TILE=tile, DEPTH=64, **sizes
+        )
+        y = x_RD.new_empty(pairs, width)
+        _down[(config.count, width // 64)](
+            h, order, bounds, experts.w2_EDI, y,
+            EXPERTS=config.count, TILE=64, DEPTH=_depth(hidden, 64), **sizes,
+        )  # fmt: skip
+        _sum[(rows,)](y, share_RK, x_RD, WIDTH=width, ACTIVE=config.active, PADDED=triton.next_power_of_2(width))
         if mixture.shared is not None:
             x_RD.add_(mixture.shared(normed_RD))
+
+    def _few_experts(self, layer: Any, x_RD: Tensor, normed_RD: Tensor, gates: int) -> None:
+        """For few rows: the experts are chosen by each program that needs to know them."""
+        mixture = layer.feed_forward
+        config, router, experts = mixture.router.config, mixture.router, mixture.experts
+        rows, width = x_RD.shape
+        pairs, hidden = rows * config.active, config.hidden
+        logits_RE = torch.empty(rows, config.count, dtype=torch.float32, device=x_RD.device)
+        _project[(rows, triton.cdiv(config.count, OUTPUTS))](
+            x_RD, layer.feed_forward_norm.weight, router.weight, normed_RD, logits_RE, layer.feed_forward_norm.eps,
+            WIDTH=width, PADDED=triton.next_power_of_2(width), OUTPUTS=config.count, TILE=OUTPUTS, KEPT=True,
+        )  # fmt: skip
+        h = x_RD.new_empty(pairs, hidden)
+        balance = router.balance_E if config.balanced else router.weight
+        sizes = {"WIDTH": width, "HIDDEN": hidden, "ACTIVE": config.active, "EXPERTS": config.count, "PADDED": gates}
+        sizes |= {"SIGMOID": config.score == "sigmoid", "BALANCED": config.balanced}
+        _up_few[(pairs, hidden // 4)](
+            normed_RD, logits_RE, balance, experts.w13_E2ID, h, TILE=4, DEPTH=_depth(width, 512), **sizes
+        )
+        depth = triton.next_power_of_2(min(hidden, 256))
+        _down_few[(rows, width // 8)](
+            h, logits_RE, balance, experts.w2_EDI, x_RD, config.scale,
+            TILE=8, DEPTH=depth, NORMALISED=config.normalised, **sizes,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -266,8 +315,59 @@ def _qkv(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _project(  # type: ignore[no-untyped-def]
+    x,
+    gain,
+    weight,
+    normed,
+    out,
+    eps,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TILE: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """Norm and some outputs of a product of one row, in fp32; `KEPT` the normed row, too."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, PADDED)
+    o = part * TILE + tl.arange(0, TILE)
+    real = at < WIDTH
+    own = tl.load(weight + o[:, None] * WIDTH + at[None, :], mask=(o < OUTPUTS)[:, None] & real[None, :], other=0.0)
+    each = tl.load(x + row * WIDTH + at, mask=real, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(each * each, axis=0) / WIDTH + eps)
+    rounded = each * root * tl.load(gain + at, mask=real, other=0.0).to(tl.float32)
+    rounded = rounded.to(normed.dtype.element_ty)
+    if KEPT:  # noqa: SIM102 - known when it is compiled
+        if part == 0:
+            tl.store(normed + row * WIDTH + at, rounded, mask=real)
+    result = tl.sum(own.to(tl.float32) * rounded.to(tl.float32)[None, :], axis=1)
+    tl.store(out + row * OUTPUTS + o, result, mask=o < OUTPUTS)
+
+
+@triton.jit
+def _placed(  # type: ignore[no-untyped-def]
+    from_, real, position, gain, inv_freq, eps, amplitude, DIM: tl.constexpr, NORM: tl.constexpr
+):
+    """Some heads `[G, d]` of a plain projection, normed and rotated."""
+    c = tl.arange(0, DIM)[None, :]
+    other = (c + DIM // 2) % DIM  # what a value is rotated with
+    first, second = tl.load(from_ + c, mask=real, other=0.0), tl.load(from_ + other, mask=real, other=0.0)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(first * first, axis=1) / DIM + eps)[:, None]
+        first = first * scale * tl.load(gain + c).to(tl.float32)
+        second = second * scale * tl.load(gain + other).to(tl.float32)
+    angle = position.to(tl.float32) * tl.load(inv_freq + c % (DIM // 2))
+    cos, sin = tl.cos(angle) * amplitude, tl.sin(angle) * amplitude
+    return first * cos + tl.where(c < DIM // 2, -second, second) * sin
+
+
+@triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    q,
+    new,
+    q_gain,
+    k_gain,
+    inv_freq,
     keys,
     values,
     slot_stride,
@@ -281,25 +381,41 @@ def _attend(  # type: ignore[no-untyped-def]
     length,
     count,
     scale,
+    eps,
+    amplitude,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    NORM: tl.constexpr,
+    PLAIN: tl.constexpr,
     SPLITS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Attention of the query heads of one key/value head over a part of one row of the cache."""
+    """Attention of the query heads of one key/value head over a part of one row of the cache.
+
+    `new` are the queries; `PLAIN`: queries, keys and values as they were projected. Then the last part stores its row's
+    key and value, and looks at those of the rows before it in `new`, as nobody knows when they are stored.
+    """
+    GROUP: tl.constexpr = HEADS // KV_HEADS
     PADDED: tl.constexpr = 16 if GROUP < 16 else GROUP
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot, nth = row // count, row % count
-    position = tl.load(used + slot) + nth
+    before = tl.load(used + slot)
+    position = before + nth
+    counts_here = (nth < tl.load(counts + slot)) & (position < length)
     # Padding looks at one position, so that it stays finite.
-    last = tl.where((nth < tl.load(counts + slot)) & (position < length), position, 0)
-    span = tl.cdiv(tl.cdiv(last + 1, SPLITS), POSITIONS) * POSITIONS
+    stored = tl.where(counts_here, before if PLAIN else position + 1, 0 if PLAIN else 1)
+    span = tl.cdiv(tl.cdiv(stored, SPLITS), POSITIONS) * POSITIONS
     start = split * span
-    end = tl.minimum(start + span, last + 1)
+    end = tl.minimum(start + span, stored)
     g, c, s = tl.arange(0, PADDED), tl.arange(0, DIM), tl.arange(0, POSITIONS)
     head = row * HEADS + kv_head * GROUP + g
-    query = tl.load(q + head[:, None] * DIM + c[None, :], mask=(g < GROUP)[:, None], other=0.0)
+    real = (g < GROUP)[:, None]
+    if PLAIN:
+        from_ = new + (row * (HEADS + 2 * KV_HEADS) + kv_head * GROUP + g)[:, None] * DIM
+        query = _placed(from_, real, position, q_gain, inv_freq, eps, amplitude, DIM, NORM).to(keys.dtype.element_ty)
+    else:
+        query = tl.load(new + head[:, None] * DIM + c[None, :], mask=real, other=0.0)
     keys += slot * slot_stride + kv_head * head_stride
     values += slot * slot_stride + kv_head * head_stride
     top = tl.full([PADDED], float("-inf"), tl.float32)
@@ -316,12 +432,30 @@ def _attend(  # type: ignore[no-untyped-def]
         mixed = mixed * fade[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
         weight = weight * fade + tl.sum(p, axis=1)
         top = higher
+    if PLAIN:  # noqa: SIM102 - known when it is compiled
+        if split == SPLITS - 1:
+            for other in range(tl.where(counts_here, 0, nth), nth + 1):
+                its = new + ((row - nth + other) * (HEADS + 2 * KV_HEADS) + HEADS + kv_head) * DIM + c[None, :] * 0
+                one = _placed(its, c[None, :] >= 0, before + other, k_gain, inv_freq, eps, amplitude, DIM, NORM)
+                one = one.to(keys.dtype.element_ty)
+                its_value = tl.load(its + KV_HEADS * DIM + c[None, :]).to(values.dtype.element_ty)
+                if other == nth:
+                    # What does not count goes to the place behind the last position, where nobody looks.
+                    place = tl.where(counts_here, position, length) * DIM + c[None, :]
+                    tl.store(keys + place, one)
+                    tl.store(values + place, its_value)
+                new_score = tl.sum(query.to(tl.float32) * one.to(tl.float32), axis=1) * scale
+                new_top = tl.maximum(top, new_score)
+                new_fade, new_p = tl.exp(top - new_top), tl.exp(new_score - new_top)
+                mixed = mixed * new_fade[:, None] + new_p[:, None] * its_value.to(tl.float32)
+                weight = weight * new_fade + new_p
+                top = new_top
     if SPLITS == 1:
         mixed = (mixed / weight[:, None]).to(out.dtype.element_ty)
-        tl.store(out + head[:, None] * DIM + c[None, :], mixed, mask=(g < GROUP)[:, None])
+        tl.store(out + head[:, None] * DIM + c[None, :], mixed, mask=real)
     else:
         to = head * SPLITS + split
-        tl.store(part + to[:, None] * DIM + c[None, :], mixed, mask=(g < GROUP)[:, None])
+        tl.store(part + to[:, None] * DIM + c[None, :], mixed, mask=real)
         tl.store(peak + to, top, mask=g < GROUP)
         tl.store(total + to, weight, mask=g < GROUP)
 
@@ -366,6 +500,45 @@ def _out(  # type: ignore[no-untyped-def]
     to = x + row[:, None] * width + out[None, :]
     result = tl.load(to, mask=inside & real, other=0.0).to(tl.float32) + result
     tl.store(to, result.to(to.dtype.element_ty), mask=inside & real)
+
+
+@triton.jit
+def _out_few(  # type: ignore[no-untyped-def]
+    mixed,
+    part,
+    peak,
+    total,
+    weight,
+    x,
+    WIDTH: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As `_join` and `_out`, some outputs of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, PADDED)
+    o = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    real, inside = at < DEPTHS, o < WIDTH
+    own = tl.load(weight + o[:, None] * DEPTHS + at[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+    if SPLITS == 1:
+        each = tl.load(mixed + row * DEPTHS + at, mask=real, other=0.0)
+    else:
+        place = (row * (DEPTHS // DIM) + at // DIM) * SPLITS
+        highest = tl.load(peak + place, mask=real, other=0.0)
+        for nth in tl.static_range(1, SPLITS):
+            highest = tl.maximum(highest, tl.load(peak + place + nth, mask=real, other=0.0))
+        sums, weights = tl.zeros([PADDED], tl.float32), tl.zeros([PADDED], tl.float32)
+        for nth in tl.static_range(SPLITS):
+            share = tl.exp(tl.load(peak + place + nth, mask=real, other=0.0) - highest)
+            sums += share * tl.load(part + (place + nth) * DIM + at % DIM, mask=real, other=0.0)
+            weights += share * tl.load(total + place + nth, mask=real, other=1.0)
+        each = (sums / weights).to(x.dtype.element_ty)
+    result = tl.sum(own.to(tl.float32) * each.to(tl.float32)[None, :], axis=1)
+    to = x + row * WIDTH + o
+    tl.store(to, (tl.load(to, mask=inside).to(tl.float32) + result).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -526,26 +699,54 @@ def _sum(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _up_rows(  # type: ignore[no-untyped-def]
+def _scores(  # type: ignore[no-untyped-def]
+    logits, balance, e, EXPERTS: tl.constexpr, SIGMOID: tl.constexpr, BALANCED: tl.constexpr
+):
+    """The scores of a row's experts, and what they are chosen by."""
+    logit = tl.load(logits + e, mask=e < EXPERTS, other=float("-inf"))
+    if SIGMOID:
+        score = 1.0 / (1.0 + tl.exp(-logit))
+    else:
+        score = tl.exp(logit - tl.max(logit, axis=0))
+        score = score / tl.sum(score, axis=0)
+    choice = tl.where(e < EXPERTS, score, float("-inf"))
+    if BALANCED:
+        choice += tl.load(balance + e, mask=e < EXPERTS, other=0.0)
+    return score, choice
+
+
+@triton.jit
+def _up_few(  # type: ignore[no-untyped-def]
     x,
-    chosen,
+    logits,
+    balance,
     w13,
     h,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     ACTIVE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BALANCED: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """As `_up`, one pair alone."""
+    """As `_up`, one pair alone, for which it chooses the expert."""
     pair = tl.program_id(0).to(tl.int64)
+    row, e = pair // ACTIVE, tl.arange(0, PADDED)
+    _, choice = _scores(logits + row * EXPERTS, balance, e, EXPERTS, SIGMOID, BALANCED)
+    best = tl.minimum(tl.argmax(choice, axis=0), EXPERTS - 1)  # also where all is NaN
+    for _nth in range(pair % ACTIVE):
+        choice = tl.where(e == best, float("-inf"), choice)
+        best = tl.minimum(tl.argmax(choice, axis=0), EXPERTS - 1)
     i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    own = w13 + tl.load(chosen + pair).to(tl.int64) * 2 * HIDDEN * WIDTH
+    own = w13 + best.to(tl.int64) * 2 * HIDDEN * WIDTH
     gate = tl.zeros([TILE, DEPTH], tl.float32)
     up = tl.zeros([TILE, DEPTH], tl.float32)
     for start in range(0, WIDTH, DEPTH):
         at = start + tl.arange(0, DEPTH)
-        each = tl.load(x + pair // ACTIVE * WIDTH + at).to(tl.float32)[None, :]
+        each = tl.load(x + row * WIDTH + at).to(tl.float32)[None, :]
         from_ = own + i[:, None] * WIDTH + at[None, :]
         gate += tl.load(from_).to(tl.float32) * each
         up += tl.load(from_ + HIDDEN * WIDTH).to(tl.float32) * each
@@ -554,25 +755,37 @@ def _up_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _down_rows(  # type: ignore[no-untyped-def]
+def _down_few(  # type: ignore[no-untyped-def]
     h,
-    chosen,
-    share,
+    logits,
+    balance,
     w2,
     x,
+    scale,
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
     ACTIVE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BALANCED: tl.constexpr,
+    NORMALISED: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """As `_down` and `_sum`, one row alone."""
-    row = tl.program_id(0).to(tl.int64)
+    """As `_down` and `_sum`, one row alone, for which it chooses the experts."""
+    row, e = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
+    score, choice = _scores(logits + row * EXPERTS, balance, e, EXPERTS, SIGMOID, BALANCED)
     o = tl.program_id(1) * TILE + tl.arange(0, TILE)
     result = tl.zeros([TILE], tl.float32)
+    shares = 0.0
     for nth in tl.static_range(ACTIVE):
+        best = tl.minimum(tl.argmax(choice, axis=0), EXPERTS - 1)
+        share = tl.sum(tl.where(e == best, score, 0.0), axis=0)
+        choice = tl.where(e == best, float("-inf"), choice)
+        shares += share
         pair = row * ACTIVE + nth
-        own = w2 + tl.load(chosen + pair).to(tl.int64) * WIDTH * HIDDEN
+        own = w2 + best.to(tl.int64) * WIDTH * HIDDEN
         each = tl.zeros([TILE, DEPTH], tl.float32)
         for start in range(0, HIDDEN, DEPTH):
             at = start + tl.arange(0, DEPTH)
@@ -580,6 +793,8 @@ def _down_rows(  # type: ignore[no-untyped-def]
             value = tl.load(h + pair * HIDDEN + at, mask=real, other=0.0).to(tl.float32)
             weight = tl.load(own + o[:, None] * HIDDEN + at[None, :], mask=real[None, :], other=0.0).to(tl.float32)
             each += weight * value[None, :]
-        result += tl.load(share + pair) * tl.sum(each, axis=1)
+        result += share * tl.sum(each, axis=1)
+    if NORMALISED:
+        result = result / (shares + 1e-20)
     to = x + row * WIDTH + o
-    tl.store(to, (tl.load(to).to(tl.float32) + result).to(x.dtype.element_ty))
+    tl.store(to, (tl.load(to).to(tl.float32) + result * scale).to(x.dtype.element_ty))
