@@ -74,7 +74,7 @@ def batch(job: str) -> RunSummary:
         units = tuple(discover(session))
         pictures = PICTURES_A_BATCH
         if asked.crewing:  # small enough that all have something to do until the end
-            a_worker = len(units) // max(1, 4 * len(workers(asked.server.url())))
+            a_worker = len(units) // max(1, 4 * len(workers(asked.server.url()) or ()))
             pictures = min(max(a_worker, LEAST_A_BATCH), PICTURES_A_BATCH)
         batches = deque(group(units, pictures))
         del units  # a unit is let go when it is done
@@ -131,46 +131,48 @@ def report_here(session: Session, batches: deque[Batch], min_free: int) -> None:
 
 def let_workers_report(session: Session, batches: deque[Batch], server: LocalServer, crewing: Crewing) -> None:
     """Each batch is a task of a worker; takes them out of `batches`. What a stopped flow leaves, the next takes up."""
-    units: dict[str, list[Unit]] = {}  # the same content may be there under several names
+    units: dict[str, list[tuple[int, Unit]]] = {}  # and their places; the same content may be there under several names
     with Ledger(session.job.out, crewing.ledger) as ledger, ThreadPoolExecutor(HASHERS) as hashers:
         crew = Crew(session.job, ledger, server, EventLog())
 
-        def hand_out(request: str, alike: list[Unit]) -> None:
+        def hand_out(request: str, alike: list[tuple[int, Unit]]) -> None:
             units[request] = alike
-            crew.give([Handed(request, _files(alike[0]), alike[0])], crewing.lane)
+            _, unit = alike[0]
+            crew.give([Handed(request, _files(unit), unit)], crewing.lane)
 
         def look() -> None:
             for handed, row in crew.settled():
                 session.refresh()
-                first, *others = units.pop(handed.request)
+                alike = units.pop(handed.request)
+                (place, first), *others = alike
                 if row is None:
-                    session.conclude(session.prepare(first))  # says what is wrong with it
+                    session.conclude(session.prepare(first), place)  # says what is wrong with it
                     if others:
                         hand_out(handed.request, others)
                     continue
                 if row.state == "quarantined":
                     remedy = REMEDIES.get(row.code or "", "")
-                    for unit in (first, *others):
+                    for _, unit in alike:
                         session.refused(Rejection(unit.path, row.code or "", row.reason or "", remedy))
                     continue
-                if not session.settled(first, row.request):  # it was removed meanwhile
+                if not session.settled(first, row.request, place):  # it was removed meanwhile
                     ledger.retry([row.request])
-                    hand_out(row.request, [first, *others])
+                    hand_out(row.request, alike)
                     continue
-                for unit in others:
-                    session.settled(unit, row.request, already=True)
+                for place, unit in others:
+                    session.settled(unit, row.request, place, already=True)
 
         while batches:
             each = batches.popleft()
             requests = zip(each.units, hashers.map(session.request, each.units), strict=True)
             handed = []
-            for unit, request in requests:
+            for place, (unit, request) in enumerate(requests, each.place):
                 if not request:  # it cannot be read: that is said here
-                    session.conclude(session.prepare(unit))
+                    session.conclude(session.prepare(unit), place)
                 elif request in units:
-                    units[request].append(unit)
-                elif not session.settled(unit, request, already=True, whole=True):
-                    units[request] = [unit]
+                    units[request].append((place, unit))
+                elif not session.settled(unit, request, place, already=True, whole=True):
+                    units[request] = [(place, unit)]
                     handed.append(Handed(request, _files(unit), unit))
             known = {
                 row.request for row in ledger.some(h.request for h in handed) if row.state in ("done", "quarantined")

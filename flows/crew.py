@@ -1,13 +1,14 @@
 """Hands units to the workers that share a Prefect server, and learns from the ledger what came of them.
 
 Prefect carries a batch to one worker, at least once; the ledger sees to it that each unit in it is reported once. What
-a dead worker had claimed is carried to another one when its lease ends, and what it had not begun, at once. Paths and
-hashes travel, never pixels.
+a dead worker had claimed is carried to another one when its lease ends, and what it had been sent and not claimed, or
+gave back, at once: Prefect takes that for delivered. Paths and hashes travel, never pixels.
 """
 
 from __future__ import annotations
 
 import contextvars
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,8 @@ class Crew:
         self._next_look = self._not_before = 0.0
         self._moved = time.monotonic()  # when the ledger last told something new
         self._lonely = False
+        self._present: frozenset[str] = frozenset()  # workers
+        self._left = -math.inf  # when the last of them was gone
         self._rows: dict[str, tuple[State, float]] = {}
 
     def __len__(self) -> int:
@@ -90,13 +93,25 @@ class Crew:
             self._moved, self._rows = now, told
         if now >= self._next_look:
             self._next_look = now + LOOK_S
-            self._say_if_lonely(now)
+            self._look_at_workers(now)
             self._ledger.hand_over()
-            self._hand_out(self._stranded(rows, now))
+            stranded = self._stranded(rows, now)
+            size = max(LEAST_A_BATCH, len(stranded) // 16)
+            for start in range(0, len(stranded), size):
+                self._hand_out(stranded[start : start + size])
         return settled
 
-    def _say_if_lonely(self, now: float) -> None:
-        lonely = bool(self._out) and now - self._moved > LONELY_S and not workers(self._server.url())
+    def _look_at_workers(self, now: float) -> None:
+        """Notes that one is gone, and says so when there is none."""
+        present = workers(self._server.url()) if self._out else None
+        if present is None:
+            return
+        # Of all that waits, most is still in the server's queue: it is not handed out twice for each worker of many.
+        if now - self._left > self._ledger.lease_s:
+            self._left = now if self._present - present else self._left
+            self._present = present
+        self._present |= present
+        lonely = now - self._moved > LONELY_S and not present
         if lonely and not self._lonely:
             self._log("no-worker", message="No worker takes batches: start one with `scanscribe worker`.")
         self._lonely = lonely
@@ -110,8 +125,9 @@ class Crew:
             if out is None:
                 continue
             due = row.state in ("claimed", "failed") and row.due <= self._ledger.now()
+            waiting = row.state == "waiting"
             lately = now - out.since < (PAUSE_S if due else self._ledger.lease_s)
-            if not out.since or (not lately and (due or (stuck and row.state == "waiting"))):
+            if not out.since or (waiting and out.since < self._left) or (not lately and (due or (stuck and waiting))):
                 stranded.append(out)
         return stranded
 
@@ -146,10 +162,10 @@ def _send(url: str, lane: Lane, plain: dict[str, Any], batch: Sequence[Handed]) 
         TASKS[lane].delay(plain, tuple(batch))
 
 
-def workers(url: str) -> tuple[str, ...]:
-    """Names of the workers that the Prefect server at `url` knows; none where it does not answer."""
+def workers(url: str) -> frozenset[str] | None:
+    """Names of the workers that the Prefect server at `url` knows; None where it does not answer."""
     try:
         answer = httpx.post(f"{url}/task_workers/filter", json={}, timeout=PAUSE_S).raise_for_status()
-        return tuple(each["identifier"] for each in answer.json())
+        return frozenset(each["identifier"] for each in answer.json())
     except (httpx.HTTPError, ValueError):
-        return ()
+        return None

@@ -157,7 +157,7 @@ class Worker:
         serving = asyncio.create_task(_one_by_one(served, url))
         while not serving.done() and not self._stopping.is_set():
             await asyncio.sleep(0.2)
-            if not known and (known := served.client_id in await asyncio.to_thread(workers, url)):
+            if not known and (known := served.client_id in (await asyncio.to_thread(workers, url) or ())):
                 self._log("serving", device=self._device, pid=os.getpid())
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -395,18 +395,19 @@ class Session:
         entry = self._folder.finished(request, self._formats)
         return entry.id if entry else None
 
-    def settled(self, unit: ingest.Unit, request: str, *, already: bool = False, whole: bool = False) -> bool:
+    def settled(
+        self, unit: ingest.Unit, request: str, place: int, *, already: bool = False, whole: bool = False
+    ) -> bool:
         """Count a unit whose report another session has written; False where it is not there.
 
-        `already`: as one that was there before this unit's turn. With `whole` it must have all formats of the job;
-        without, its errors say why it lacks some.
+        `place` is where it comes in the summary. `already`: as one that was there before this unit's turn. With `whole`
+        it must have all formats of the job; without, its errors say why it lacks some.
         """
         entry = self._folder.finished(request, self._formats) if whole else self._folder.known(request)
         if entry is None:
             return False
         with self._changed:
-            (self._already if already else self._reported)[self._places] = entry.id
-            self._places += 1
+            (self._already if already else self._reported)[place] = entry.id
             if already:
                 self._reject_missing(unit, entry)
             self._rejected |= dict.fromkeys(entry.refused)

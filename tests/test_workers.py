@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,9 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from flows.crew import Crew, Handed
 from flows.ledger import Ledger
 from flows.machine.server import LocalServer, import_prefect
 from flows.seeing.log import EventLog
+from pipelines.ingest import plan
+from pipelines.run import Job
 from tests.test_cli import run
 from tests.test_run import lines, picture
 from tests.test_watch import until
@@ -106,6 +110,8 @@ def test_two_workers_share_the_work_and_a_killed_one_hands_it_over_within_its_le
 
     summary = json.loads(flow.log.read_text().splitlines()[-1])  # type: ignore[attr-defined]
     assert (len(summary["reported"]), summary["rejected"]) == (count, [])
+    names = [Path(each["inputs"][0]["path"]).name for each in summary["reported"]]
+    assert names == [unit.files[0].path.name for unit in plan([tmp_path / "in"]).units]  # whoever ends first
     index = lines(out / "index.jsonl")
     assert len({line["id"] for line in index}) == len(index) == count
     assert all((out / line["formats"]["json"]).is_file() for line in index)
@@ -139,9 +145,48 @@ def test_what_was_deleted_meanwhile_or_lacks_a_format_is_not_handed_out_forever(
     other.start("worker", "--ledger", postgres)
     assert flow.wait(120) == 1, flow.log.read_text()  # type: ignore[attr-defined]
     summary = json.loads(flow.log.read_text().splitlines()[-1])  # type: ignore[attr-defined]
-    assert sorted(Path(each["inputs"][0]["path"]).name for each in summary["reported"]) == ["0.png", "2.png"]
+    assert [Path(each["inputs"][0]["path"]).name for each in summary["reported"]] == ["0.png", "2.png"]
     assert all(each["errors"].keys() == {"seg"} for each in summary["reported"])
     assert [(Path(each["path"]).name, each["code"]) for each in summary["rejected"]] == [("1.png", "not-found")]
+
+
+def test_what_a_worker_was_sent_and_had_not_claimed_when_it_died_goes_to_another_at_once(
+    tmp_path: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path))
+    for name, value in shared.items():
+        monkeypatch.setenv(name, value)
+    url = shared["PREFECT_API_URL"]
+    import_prefect()
+    from prefect.client.schemas.objects import TaskRun
+    from prefect.client.subscriptions import Subscription
+
+    from flows.worker import TASKS
+
+    def worker(name: str) -> Subscription[TaskRun]:
+        return Subscription(TaskRun, "/task_runs/subscriptions/scheduled", [TASKS["off-peak"].task_key], name, url)
+
+    async def hand_out(crew: Crew) -> None:
+        doomed, heir = worker("doomed"), worker("heir")
+        await asyncio.wait_for(anext(doomed), 20)  # it takes receipt
+        crew.settled()
+        waiting = asyncio.create_task(anext(heir))
+        await asyncio.sleep(1.5)
+        crew.settled()
+        assert not waiting.done()  # it is on its way to one worker
+        await doomed.websocket.close()
+        async with asyncio.timeout(10):
+            while not waiting.done():
+                await asyncio.to_thread(crew.settled)
+                await asyncio.sleep(0.1)
+        await heir.websocket.close()
+
+    [unit] = plan([picture(tmp_path / "in" / "0.png")]).units
+    job = Job((tmp_path / "in",), tmp_path / "out")
+    with LocalServer() as server, Ledger(job.out) as ledger:
+        crew = Crew(job, ledger, server, EventLog())
+        crew.give([Handed("0" * 64, (str(unit.files[0].path),), unit)], "off-peak")
+        asyncio.run(hand_out(crew))
 
 
 def test_a_watcher_hands_what_is_dropped_to_workers_and_each_is_reported_once(
