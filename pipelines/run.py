@@ -697,10 +697,7 @@ def check_job(job: Job) -> None:
     """Raises UsageError, PatternError or ModelError for what can be told to be wrong before any work."""
     if not job.inputs:
         raise UsageError("There is nothing to report: name at least one file, folder or zip archive.")
-    # One missing path among others is a refused input; when nothing is there, the command itself is wrong.
-    faults = [fault for fault in map(_out_of_reach, job.inputs) if fault]
-    if len(faults) == len(job.inputs):
-        raise UsageError(faults[0])
+    check_inputs(job.inputs)
     if job.reference and (fault := _out_of_reach(job.reference)):
         raise UsageError(fault)
     if job.kind not in KINDS:
@@ -717,6 +714,13 @@ def check_job(job: Job) -> None:
         raise UsageError(f"{error}.") from None
     load_patterns(job.identifiers)
     find(job.model)
+
+
+def check_inputs(paths: Sequence[Path]) -> None:
+    """One missing path among others is a refused input; when nothing is there, the command is wrong: UsageError."""
+    faults = [fault for fault in map(_out_of_reach, paths) if fault]
+    if len(faults) == len(paths):
+        raise UsageError(faults[0])
 
 
 def _out_of_reach(path: Path) -> str:

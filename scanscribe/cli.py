@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that `scanscribe --help` is quick.
 
-Exit codes: 0 all is reported; 1 some inputs were refused; 2 wrong usage or an environment that cannot work; 130 Ctrl-C.
+Exit codes: 0 all is done; 1 some inputs were refused; 2 wrong usage, or nothing can be done at all; 130 Ctrl-C.
 With `--json` standard output carries exactly one object; everything else goes to standard error.
 """
 
@@ -33,29 +33,24 @@ from scanscribe.commands.watch import watch
 from scanscribe.commands.worker import server, worker
 from scanscribe.options import (
     Device,
-    Formats,
-    Identifiers,
     Inputs,
     Json,
-    Kind,
     Lane,
-    Language,
     LogJson,
     MetricsPort,
     MinFree,
-    MmPerPixel,
     Model,
     NotifyUrl,
     Out,
-    Reference,
-    Rules,
     Workers,
     flag,
+    takes_settings,
 )
 
 if TYPE_CHECKING:
     from pipelines.run import Job, Listener, RunSummary
     from pipelines.store import StoredModel
+    from scanscribe.settings import Settings
 
 OK, SOME_REFUSED, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 AFTER_CTRL_C = {  # command -> how to go on
@@ -97,52 +92,26 @@ def scanscribe(
 
 
 @app.command(epilog="Example: [cyan]scanscribe report scans/ photo.png --out reports[/]")
+@takes_settings
 def report(
     inputs: Inputs,
     out: Out,
-    formats: Formats = None,
-    model: Model = None,
-    device: Device = None,
-    kind: Kind = None,
-    reference: Reference = None,
-    rules: Rules = None,
-    language: Language = None,
-    mm_per_pixel: MmPerPixel = None,
-    identifiers: Identifiers = None,
+    chosen: Settings,
     as_json: Json = False,
 ) -> None:
     """Report files and folders now. Running it again goes on where it stopped."""
-    from pipelines.run import execute
+    from pipelines.run import Job, execute
 
-    job = _job(
-        inputs,
-        out,
-        formats=formats,
-        model=model,
-        device=device,
-        kind=kind,
-        reference=reference,
-        rules=rules,
-        language=language,
-        mm_per_pixel=mm_per_pixel,
-        identifiers=identifiers,
-    )
+    job = Job(tuple(inputs), out, **dict(chosen))
     run_job(execute, job, "Starting", as_json)
 
 
 @app.command(epilog="Example: [cyan]scanscribe batch archive/ --out reports --formats json[/]")
+@takes_settings
 def batch(
     inputs: Inputs,
     out: Out,
-    formats: Formats = None,
-    model: Model = None,
-    device: Device = None,
-    kind: Kind = None,
-    reference: Reference = None,
-    rules: Rules = None,
-    language: Language = None,
-    mm_per_pixel: MmPerPixel = None,
-    identifiers: Identifiers = None,
+    chosen: Settings,
     workers: Workers = False,
     lane: Lane = "normal",
     ledger: LedgerUrl = None,
@@ -155,22 +124,10 @@ def batch(
     """The same work as a Prefect flow, on this machine's server or that of PREFECT_API_URL. Resumable."""
     from flows.jobs import Crewing, run_batch
     from flows.seeing.seeing import seeing
+    from pipelines.run import Job
 
     crewing = Crewing(lane, ledger) if workers else None
-
-    job = _job(
-        inputs,
-        out,
-        formats=formats,
-        model=model,
-        device=device,
-        kind=kind,
-        reference=reference,
-        rules=rules,
-        language=language,
-        mm_per_pixel=mm_per_pixel,
-        identifiers=identifiers,
-    )
+    job = Job(tuple(inputs), out, **dict(chosen))
     waiting = "Starting the flow server" if workers else "Starting the model and the flow server"
     with seeing(
         "batch", log_json=log_json, silent=not log_json, port=metrics, notify=notify, disks={"reports": out}
@@ -337,14 +294,6 @@ def _model_facts(model: StoredModel) -> dict[str, Any]:
     if model.base is None or model.own_line is None:
         return facts
     return facts | {"adapts": asdict(model.base), "line": asdict(model.own_line)}
-
-
-def _job(inputs: list[Path], out: Path, **flags: Any) -> Job:
-    from pipelines.run import Job
-    from scanscribe.settings import settings
-
-    chosen = settings(**flags)
-    return Job(tuple(inputs), out, **dict(chosen))
 
 
 def run_job(work: Callable[[Job, Listener], RunSummary], job: Job, waiting: str, as_json: bool) -> NoReturn:

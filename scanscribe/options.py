@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, get_type_hints
 
 import typer
 
@@ -43,6 +46,17 @@ Identifiers = Annotated[
         help="Patterns for accession, lot, part and serial numbers. (default pipelines/ingest/default_identifiers.toml)"
     ),
 ]
+SETTINGS: Final[dict[str, Any]] = {  # name in `scanscribe.settings` -> option
+    "formats": Formats,
+    "model": Model,
+    "device": Device,
+    "kind": Kind,
+    "reference": Reference,
+    "rules": Rules,
+    "language": Language,
+    "mm_per_pixel": MmPerPixel,
+    "identifiers": Identifiers,
+}
 LogJson = Annotated[bool, flag("--log-json", "Log JSON objects.")]
 MetricsPort = Annotated[
     int | None,
@@ -71,3 +85,28 @@ LaneOfWorkers = Annotated[
 ]
 MinFree = Annotated[int, typer.Option(min=0, help="MiB that stay free: with less, no work is taken.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object on standard output.")]
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for each setting of a run; the command gets as `chosen: Settings` what is in force with them."""
+    hints = get_type_hints(command, localns={"Settings": Any}, include_extras=True)
+    options: list[inspect.Parameter] = []
+    for each in inspect.signature(command).parameters.values():
+        if each.name == "chosen":
+            options += [
+                inspect.Parameter(name, each.KEYWORD_ONLY, default=None, annotation=option)
+                for name, option in SETTINGS.items()
+            ]
+        else:
+            options.append(each.replace(kind=each.KEYWORD_ONLY, annotation=hints[each.name]))
+
+    @functools.wraps(command)
+    def given(**values: Any) -> None:
+        from scanscribe.settings import settings
+
+        flags = {name: values.pop(name) for name in SETTINGS}
+        command(**values, chosen=settings(**flags))
+
+    given.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    given.__annotations__ = {each.name: each.annotation for each in options}
+    return given

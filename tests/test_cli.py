@@ -106,6 +106,35 @@ def test_wrong_usage_exits_2_with_a_sentence_that_helps(scanscribe, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "report nope --out out",
+        "batch nope --out out",
+        "ingest nope",
+        "watch nope --out out",
+        "export nope --formats csv",
+        "send nope --to A@127.0.0.1:1",
+        "correct nope --by nope.json",
+        "evaluate --data nope --out scores.json",
+        "adapt --data nope --name line",
+        "train --recipe detector --data nope --out run",
+        "schedule create nightly nope --out out --every 1h",
+        "schedule run nope",
+        "ledger list --out nope",
+        "ledger show 0123 --out nope",
+        "ledger prune --out nope --older-than 1",
+        "status --out nope",
+    ],
+)
+def test_what_is_not_there_exits_2_whatever_the_command(scanscribe, tmp_path: Path, monkeypatch, command: str) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
+    code, _, err = scanscribe(*command.split())
+    assert code == 2
+    assert ("nope" in err or "0123" in err) and err.count("\n") == 1
+
+
 def test_an_unknown_model_exits_2_and_names_what_there_is(scanscribe, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipelines.run.find", find)
     picture(tmp_path / "a.png")

@@ -322,6 +322,7 @@ def test_the_command_lists_shows_retries_and_forgets(
     monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("SCANSCRIBE_LEDGER", raising=False)
     out = tmp_path / "out"
+    out.mkdir()
     code, said, _ = run(capfd, monkeypatch, "ledger", "list", "--out", str(out))
     assert code == 0 and "has no items for" in said
     with Ledger(out) as ledger:

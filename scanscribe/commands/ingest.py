@@ -42,8 +42,10 @@ def ingest(
 ) -> None:
     """Look at files and folders: which series and pictures they hold, what each is good for, what is refused."""
     from pipelines import ingest as door
+    from pipelines.run import check_inputs
     from scanscribe import console
 
+    check_inputs(inputs)
     if isotropic is not None and save is None:
         raise typer.BadParameter("--isotropic needs --save.")
     with console.progress("Looking at files") as tell:

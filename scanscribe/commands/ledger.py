@@ -59,6 +59,8 @@ def list_items(
     with Ledger(out, ledger) as open_ledger:
         counts = open_ledger.counts()
         rows = open_ledger.rows(state)  # type: ignore[arg-type]  # checked above
+    if not any(counts.values()):
+        check_folder(out)
     if as_json:
         _print({"counts": counts, "items": [row.as_dict() for row in rows]})
         return
@@ -138,8 +140,7 @@ def prune_folder(
     """Remove copies in quarantine and superseded versions of reports. Current reports and input files stay."""
     from flows.ledger.retention import prune
 
-    if not out.is_dir():
-        raise UnknownItemError(f"There is no folder {out}: give the output folder of reports with --out.")
+    check_folder(out)
     found = prune(out, older_than, archive=archive, dry_run=not yes)
     counts = {"superseded": found.count("superseded"), "quarantine": found.count("quarantine")}
     if as_json:
@@ -147,6 +148,12 @@ def prune_folder(
         return
     what = f"{counts['superseded']} superseded reports and the copies of {counts['quarantine']} items in quarantine"
     print(f"{what}, {found.size / (1 << 20):.1f} MiB, {'are gone' if yes else 'would go: give --yes to do it'}.")
+
+
+def check_folder(out: Path) -> None:
+    """Raises UnknownItemError where there is no such output folder."""
+    if not out.is_dir():
+        raise UnknownItemError(f"There is no folder {out}: give the output folder of reports with --out.")
 
 
 def _row(ledger: Ledger, item: str) -> Row:

@@ -14,27 +14,20 @@ import typer
 
 from scanscribe.commands.ledger import URL_VARIABLE
 from scanscribe.options import (
-    Device,
-    Formats,
-    Identifiers,
     Inputs,
     Json,
-    Kind,
     LaneOfWorkers,
-    Language,
     LogJson,
     MetricsPort,
-    MmPerPixel,
-    Model,
     NotifyUrl,
     Out,
-    Reference,
-    Rules,
     flag,
+    takes_settings,
 )
 
 if TYPE_CHECKING:
     from flows.schedules.files import Schedule
+    from scanscribe.settings import Settings
 
 Name = Annotated[str, typer.Argument(help="The schedule's name.", show_default=False)]
 
@@ -46,6 +39,7 @@ app = typer.Typer(help="Batches by the clock: cron lines, intervals, off-peak ho
     epilog='Example: [cyan]scanscribe schedule create nightly archive/ --out reports --cron "0 22 * * *" '
     "--window 22:00-06:00[/]",
 )
+@takes_settings
 def create_schedule(
     name: Name,
     inputs: Inputs,
@@ -67,22 +61,14 @@ def create_schedule(
     catch_up: Annotated[str, typer.Option(help="Runs were due while nothing ran them: once, all or none.")] = "once",
     workers: LaneOfWorkers = None,
     replace: Annotated[bool, flag("--replace", "Change a schedule that is there.")] = False,
-    formats: Formats = None,
-    model: Model = None,
-    device: Device = None,
-    kind: Kind = None,
-    reference: Reference = None,
-    rules: Rules = None,
-    language: Language = None,
-    mm_per_pixel: MmPerPixel = None,
-    identifiers: Identifiers = None,
+    *,
+    chosen: Settings,
     as_json: Json = False,
 ) -> None:
     """Let a batch run by the clock."""
     from flows.schedules.files import create
     from flows.schedules.timing import Timing, Window, machine_zone, parse_interval
     from pipelines.run import Job
-    from scanscribe.settings import settings
 
     timing = Timing(
         time_zone or machine_zone(),
@@ -92,17 +78,6 @@ def create_schedule(
         Window.parse(window) if window else None,
         overlap,  # type: ignore[arg-type]  # checked there
         catch_up,  # type: ignore[arg-type]
-    )
-    chosen = settings(
-        formats=formats,
-        model=model,
-        device=device,
-        kind=kind,
-        reference=reference,
-        rules=rules,
-        language=language,
-        mm_per_pixel=mm_per_pixel,
-        identifiers=identifiers,
     )
     job = Job(tuple(inputs), out, **dict(chosen))
     schedule = create(name, job, timing, workers, replacing=replace)

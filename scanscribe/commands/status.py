@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scanscribe.commands.ledger import LedgerUrl
+from scanscribe.commands.ledger import LedgerUrl, check_folder
 from scanscribe.options import Json, MinFree
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def status(
     from flows.seeing.status import look
 
     found = look(out, ledger, min_free=min_free << 20)
+    if out is not None and not any(any(each.counts.values()) for each in found.folders):
+        check_folder(out)
     if as_json:
         sys.stdout.write(json.dumps(found.as_dict()) + "\n")
     else:

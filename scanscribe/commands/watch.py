@@ -5,46 +5,34 @@ from __future__ import annotations
 import signal
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from scanscribe.commands.ledger import LedgerUrl
 from scanscribe.options import (
-    Device,
-    Formats,
-    Identifiers,
-    Kind,
     Lane,
-    Language,
     LogJson,
     MetricsPort,
     MinFree,
-    MmPerPixel,
-    Model,
     NotifyUrl,
     Out,
-    Reference,
-    Rules,
     Workers,
     flag,
+    takes_settings,
 )
+
+if TYPE_CHECKING:
+    from scanscribe.settings import Settings
 
 OK, SOME_REFUSED = 0, 1
 
 
+@takes_settings
 def watch(
     folder: Annotated[Path, typer.Argument(help="The folder that files are dropped into.", show_default=False)],
     out: Out,
-    formats: Formats = None,
-    model: Model = None,
-    device: Device = None,
-    kind: Kind = None,
-    reference: Reference = None,
-    rules: Rules = None,
-    language: Language = None,
-    mm_per_pixel: MmPerPixel = None,
-    identifiers: Identifiers = None,
+    chosen: Settings,
     workers: Workers = False,
     lane: Lane = "normal",
     ledger: LedgerUrl = None,
@@ -76,20 +64,8 @@ def watch(
     from flows.watch import Watcher, Watching
     from pipelines.run import Job
     from pipelines.store import home
-    from scanscribe.settings import settings
 
     warnings.simplefilter("ignore")  # of the readers of files: they quote headers
-    chosen = settings(
-        formats=formats,
-        model=model,
-        device=device,
-        kind=kind,
-        reference=reference,
-        rules=rules,
-        language=language,
-        mm_per_pixel=mm_per_pixel,
-        identifiers=identifiers,
-    )
     watching = Watching(
         folder, Patience(interval, looks, quiet, cap, refuse_after), rescan, poll, min_free << 20, once=once
     )
