@@ -174,13 +174,13 @@ def _masks(
         masks[_BODY.id][index] = grid.on_slice(inside, index)
         masks[_BONE.id][index] = grid.on_slice(bone, index) & (hu >= BONE_HU)
         sides = outline.on_slice(index, hu) if outline else ()
-        for name, mask in zip((_LEFT.id, _RIGHT.id), sides):
+        for name, mask in zip((_LEFT.id, _RIGHT.id), sides, strict=False):  # none without lungs
             masks[name][index] = mask
         return [hu[mask] for mask in sides]
 
     # numpy lets other threads run while it copies and compares: half the time on two cores.
     with ThreadPoolExecutor(MOST_THREADS) as pool:
         for values in pool.map(fill, range(len(volume_SHW))):
-            for tally, hu in zip(tallies, values):
+            for tally, hu in zip(tallies, values, strict=False):
                 tally.add(hu)
     return masks, tallies
