@@ -211,9 +211,10 @@ class Desks:
         self._lock = threading.Lock()
 
     def _pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn"), initializer=_sit_down, initargs=(self._job,)
-        )
+        # Forked from one process that has imported what a desk needs, and has neither threads nor a GPU.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_sit_down, initargs=(self._job,))
 
     def open(self, unit: ingest.Unit, golden: ingest.Unit | None, request: str) -> Opened | Rejection:
         with self._lock:
@@ -264,8 +265,8 @@ class Desks:
 
     def close(self) -> None:
         self._own.close()
-        for seat in self._seats:
-            seat.pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(len(self._seats)) as at_once:
+            list(at_once.map(lambda seat: seat.pool.shutdown(cancel_futures=True), self._seats))
 
     def _ask(self, seat: _Seat, what: Callable[..., Any], *parts: object) -> Any:
         with self._lock:

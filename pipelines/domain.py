@@ -143,8 +143,13 @@ class DomainModel:
 
         A volume is as usual as its median slice: the ends of a scan show little. `colour` is its colourfulness.
         """
-        vivid = 1 / (1 + math.exp((colour - VIVID) / 3))
-        return float(self.probabilities(features_BD, line).median()) * vivid
+        return self.scores([features_BD], line, [colour])[0]
+
+    def scores(self, features: Sequence[Tensor], line: str, colours: Sequence[float]) -> list[float]:
+        """`score` of several studies at once."""
+        parts = self.probabilities(torch.cat(list(features)), line).split([len(each) for each in features])
+        vivid = [1 / (1 + math.exp((colour - VIVID) / 3)) for colour in colours]
+        return [float(part.median()) * share for part, share in zip(parts, vivid, strict=True)]
 
     def to(self, device: torch.device | str) -> DomainModel:
         """The same on another device."""

@@ -160,26 +160,22 @@ class Looker:
 
     def _input(self, frames: Sequence[Frame]) -> Tensor:
         """`[B, 3, H, W]`: as `pipelines.inputs.channels` and `pad` make it, of bytes that were moved to the device."""
-        grey = self._move(np.stack([each.grey_HW for each in frames]))
+        grey = torch.from_numpy(np.stack([each.grey_HW for each in frames])).to(self._device)
         image = (grey.float() - MEAN) / STD
         if any(each.golden_HW is not None for each in frames):
             goldens = [each.grey_HW if each.golden_HW is None else each.golden_HW for each in frames]
-            reference = (self._move(np.stack(goldens)).float() - MEAN) / STD
+            reference = (torch.from_numpy(np.stack(goldens)).to(self._device).float() - MEAN) / STD
         else:
             reference = image
         x_B3HW = torch.stack((image, reference, (image - reference).abs()), 1)
         height, width = frames[0].grey_HW.shape
         if any(each.place != (0, 0, width, height) for each in frames):
-            place = self._move(np.array([each.place for each in frames], np.int64))
+            place = torch.tensor([each.place for each in frames], device=self._device)
             ys, xs = (torch.arange(side, device=self._device) for side in (height, width))
             x, y, w, h = (part[:, None] for part in place.unbind(1))
             inside = ((ys >= y) & (ys < y + h))[:, :, None] & ((xs >= x) & (xs < x + w))[:, None]
             x_B3HW = x_B3HW * inside[:, None]
         return x_B3HW.contiguous(memory_format=torch.channels_last)
-
-    def _move(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     # Pictures
 
@@ -195,15 +191,17 @@ class Looker:
             frames = [(closest, whole) for _, closest, whole in asked]
             for (i, closest, _), (items, row, shows) in zip(asked, self._inspect(line, frames), strict=True):
                 found[i] = _candidates(items, row, closest, self._types(line), pictures[i][0].slices[0]), shows
+        known = self._known_all(
+            [(glance.features_BD, lines[i][0], each.colour) for i, (each, glance) in pictures.items()]
+        )
         seen = {}
-        for i, (each, glance) in pictures.items():
+        for (i, (each, glance)), domain in zip(pictures.items(), known, strict=True):
             (line, confidence), shows = lines[i], None
             if line == "ct":
                 candidates = _candidates(glance.regions, 0, each.glances[0], CT_TYPES, each.slices[0])
             else:
                 candidates, shows = found[i]
                 candidates = self._of_line(candidates, line)
-            domain = self._known(glance.features_BD, line, each.colour)
             seen[i] = Seen(
                 line,
                 confidence,
@@ -345,10 +343,18 @@ class Looker:
 
     def _known(self, features_BD: Tensor, line: str, colour: float) -> float | None:
         """How likely what was seen is of that line; `colour` tells how colourful it is."""
-        if self._domain is None or line not in self._domain.lines:
-            return None
-        usual = self._own.line.colour if self._own is not None and self._owns(line) else 0.0
-        return self._domain.score(features_BD, line, colour=max(0.0, colour - usual))
+        return self._known_all([(features_BD, line, colour)])[0]
+
+    def _known_all(self, seen: Sequence[tuple[Tensor, str, float]]) -> list[float | None]:
+        """The same of several studies, those of a line together."""
+        scores: dict[int, float] = {}
+        for name in {line for _, line, _ in seen}:
+            if self._domain is not None and name in self._domain.lines:
+                numbers = [i for i, (_, line, _) in enumerate(seen) if line == name]
+                usual = self._own.line.colour if self._own is not None and self._owns(name) else 0.0
+                colours = [max(0.0, seen[i][2] - usual) for i in numbers]
+                scores |= zip(numbers, self._domain.scores([seen[i][0] for i in numbers], name, colours), strict=True)
+        return [scores.get(i) for i in range(len(seen))]
 
     def _owns(self, line: str) -> bool:
         """Whether a line is the one that an adapter brought."""
