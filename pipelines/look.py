@@ -40,6 +40,7 @@ from pipelines.sight import Frame, Sight, frame
 from pipelines.study import ImageStudy
 from reports.taxonomy import CT_TYPES, DEFECT_TYPES, LINE_OF_TYPE, LINES
 
+BELOW: Final = 0.99  # of the leading type's best score: the most that another type's items have
 SURE: Final = 0.5  # how likely a type must be on the picture to be shown without a sure box
 # Pixels that go through a network together. On a CPU one frame of inspection at a time is quickest (measured).
 TOGETHER: Final = {"cuda": 64 * GLANCE * GLANCE, "cpu": 8 * GLANCE * GLANCE}
@@ -201,7 +202,7 @@ class Looker:
                 candidates = _candidates(glance.regions, 0, each.glances[0], CT_TYPES, each.slices[0])
             else:
                 candidates, shows = found[i]
-                candidates = self._of_line(candidates, line)
+                candidates = _led(self._of_line(candidates, line), shows)
             seen[i] = Seen(
                 line,
                 confidence,
@@ -413,6 +414,19 @@ def _shown(line: str, present_T: Tensor) -> str | None:
     present = {name: float(p) for name, p in zip(DEFECT_TYPES, present_T, strict=True) if LINE_OF_TYPE[name] == line}
     surest = max(present, key=lambda name: present[name])
     return surest if present[surest] >= SURE else None
+
+
+def _led(candidates: list[Candidate], shows: str | None) -> list[Candidate]:
+    """With scores lowered, type by type, so that no item is surer than the surest one of the type that the picture as a
+    whole shows: it tells types better than single boxes do.
+    """
+    best: dict[str, float] = {}
+    for each in candidates:
+        best[each.type] = max(each.score, best.get(each.type, 0.0))
+    if shows is None or shows not in best:
+        return candidates
+    lower = {name: 1.0 if name == shows else min(1.0, BELOW * best[shows] / score) for name, score in best.items()}
+    return sorted((replace(each, score=each.score * lower[each.type]) for each in candidates), key=lambda c: -c.score)
 
 
 def _regions(glance: _Glanced, frames: Sequence[Frame], slices: Sequence[int]) -> list[list[Candidate]]:

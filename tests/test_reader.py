@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from decoder.engine import Completion
+from encoders import Dense
 from pipelines import ingest
 from pipelines.inputs import channels, grey8, pad, resize, window
 from pipelines.look import Candidate, Seen
@@ -132,6 +133,27 @@ def test_what_the_picture_as_a_whole_shows_is_reported_where_no_box_is_sure(read
     assert [f.type for f in said] == ["scratches"]
     nothing = dataclasses.replace(seen, candidates=doubtful, shows=None)
     assert not [f for f in write(reader, nothing).findings if f.reported]
+
+
+def test_the_surest_finding_has_the_type_that_the_picture_as_a_whole_shows_most(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detect, study = reader._looker._detect, load("steel/scratches.png")
+    before = reader.look(study)
+
+    def with_patches(*args: object, **options: bool) -> Dense:
+        found = detect(*args, **options)  # type: ignore[arg-type]
+        presence_BT = found.presence_BT.clone()
+        presence_BT[:, DEFECT_TYPES.index("patches")] = 1 + presence_BT.amax(1)
+        return found._replace(presence_BT=presence_BT)
+
+    monkeypatch.setattr(reader._looker, "_detect", with_patches)
+    seen = reader.look(study)
+    scores = [candidate.score for candidate in seen.candidates]
+    assert before.candidates[0].type == before.shows == "scratches" and seen.shows == "patches"
+    assert seen.candidates[0].type == "patches" and scores == sorted(scores, reverse=True) and scores[0] > scores[1]
+    of_type = [[c.bbox for c in each.candidates if c.type == "scratches"] for each in (before, seen)]
+    assert np.allclose(of_type[0][:5], of_type[1][:5], atol=0.1)  # within a type nothing moves
 
 
 def test_a_volume_names_its_slices_and_windows(reader: Reader) -> None:

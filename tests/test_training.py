@@ -496,6 +496,7 @@ def test_large_tensors_get_six_bits_until_the_file_is_small_enough(tmp_path: Pat
     torch.manual_seed(0)
     state = {"kernel": torch.randn(128, 128, 3, 3), "matrix": torch.randn(64, 512), "early": torch.randn(64, 64)}
     state |= {"odd": torch.randn(4096, 51), "small": torch.randn(7), "extreme": torch.full((256, 512), 2.0)}
+    state |= {"glance.matrix": torch.randn(200, 200)}
     state["extreme"][:, ::2] = -2.0
     save_weights(tmp_path / "8.safetensors", state, {})
     stored = load_file(tmp_path / "8.safetensors")
@@ -509,7 +510,7 @@ def test_large_tensors_get_six_bits_until_the_file_is_small_enough(tmp_path: Pat
         assert 0 < (six[name] - state[name]).norm() < 0.035 * state[name].norm()
         assert (six[name] - state[name]).abs().max() < 1.5  # the largest of a row may be cut off, nothing is swapped
     torch.testing.assert_close(six["extreme"], state["extreme"])
-    assert all(torch.equal(six[name], eight[name]) for name in ("early", "odd", "small"))  # no need for them
+    assert all(torch.equal(six[name], eight[name]) for name in ("early", "odd", "small", "glance.matrix"))  # no need
     with pytest.raises(ValueError, match="even with six bits"):
         packed(stored, size / 2)
 
