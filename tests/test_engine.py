@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from decoder import Decoder, PromptError
-from decoder.engine import Completion, Engine, Grammar, Request, lean
+from decoder.engine import Completion, Engine, Grammar, Request, lean, pages, rows
 from decoder.engine.grammar import Rules
 from decoder.engine.requests import Plan
 from decoder.engine.runner import RUN
@@ -190,7 +192,11 @@ def test_prompts_that_cannot_run_are_refused_before_any_runs(decoder: Decoder) -
 # Grammar
 
 
-def test_what_is_written_is_what_the_plain_loop_writes_and_parses(decoder: Decoder) -> None:
+@pytest.mark.parametrize("wide", [1, 1 << 13], ids=["listed", "masked"])  # tokens that may come
+def test_what_is_written_is_what_the_plain_loop_writes_and_parses(
+    decoder: Decoder, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "WIDE", wide)
     for seed in range(3):
         requests = [
             replace(each, forbidden=[ID[f"evidence:{i}"] for i in range(n, POINTERS)], max_new_tokens=7 + 9 * n)
@@ -351,7 +357,7 @@ from tests.engine_cases import check_choices, check_fused
 
 torch.set_num_threads(1)
 check_fused(3, 4)  # sorted by expert,
-check_fused(2, 2, positions=16)  # ... few rows, and those of the cache in parts,
+check_fused(3, 2, positions=16)  # ... few rows, and those of the cache in parts,
 check_fused(2, 1, positions=16, joined=1)  # ... which are joined by themselves
 for vocabulary in ({len(TOKENS)}, 2100):
     check_choices(vocabulary, torch.float32, torch.device("cpu"))
@@ -376,6 +382,25 @@ def test_decide_takes_the_place_of_the_likeliest(decoder: Decoder) -> None:
 def test_a_cpu_compiles_nothing(decoder: Decoder) -> None:
     with pytest.raises(ValueError, match="for a GPU"):
         Engine(decoder, compile=True)
+
+
+def test_weights_move_into_huge_pages_and_stay_what_they_are() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(1500, 1000))
+    module.append(module[1])
+    weights, before = list(module.parameters()), [each.detach().clone() for each in module.parameters()]
+    if not pages.settle(module):
+        pytest.skip("the system leaves huge pages to nobody")
+    assert all(one is other for one, other in zip(module.parameters(), weights, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
+    assert module[2].weight is module[1].weight
+    advised = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(each, 16) for each in line.split()[0].split("-"))
+            here = start <= weights[2].data_ptr() < end
+        elif line.startswith("VmFlags:") and here:
+            advised = "hg" in line.split()
+    assert advised
 
 
 def test_the_fastest_way_is_taken_and_what_was_set_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from decoder.engine.grammar import Grammar
 # look from the host, so that it can be a part of a CUDA graph.
 Decide = Callable[[Tensor, Tensor], Tensor]
 
+WIDE: Final = 1 << 13  # tokens from which on a CPU looks at those that are allowed, instead of masking the others
 NOT_FINITE: Final = 1 << 8  # flags of a record, above its count of tokens
 AT_END: Final = 1 << 9
 
@@ -31,11 +32,16 @@ class DeviceGrammar:
 
     next_SC: Tensor  # int32
     class_V: Tensor  # int32
+    members: tuple[Tensor, ...] = ()  # the tokens of each class, of a wide vocabulary on a CPU
 
     @classmethod
     def of(cls, grammar: Grammar, device: torch.device) -> DeviceGrammar:
         """Copies the tables."""
-        return cls(torch.from_numpy(grammar.next_SC).to(device), torch.from_numpy(grammar.class_V).to(device))
+        next_SC, class_V = torch.from_numpy(grammar.next_SC).to(device), torch.from_numpy(grammar.class_V).to(device)
+        if device.type != "cpu" or len(class_V) < WIDE:
+            return cls(next_SC, class_V)
+        sizes_C = torch.bincount(class_V, minlength=next_SC.shape[1])
+        return cls(next_SC, class_V, class_V.argsort(stable=True).split(sizes_C.tolist()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +122,32 @@ def gumbel(seed_B: Tensor, position_B: Tensor, vocabulary: int) -> Tensor:
     return -torch.log(-torch.log1p(-uniform_BV))
 
 
+def _classes(rows: Rows, grammar: DeviceGrammar) -> Tensor:
+    """Which classes may come next, `[B, C]`. They leave enough of the budget to get to an end."""
+    next_BC = grammar.next_SC[rows.state_B]
+    ways_BC = rows.ways_BS.gather(1, next_BC.clamp(min=0).long())
+    return (next_BC >= 0) & (ways_BC < rows.left_B[:, None])
+
+
+def _likeliest(rows: Rows, grammar: DeviceGrammar, logits_BV: Tensor) -> Tensor | None:
+    """The likeliest token of each row among the members of classes that may come; None where these are many."""
+    listed = [[grammar.members[c] for c in may_C.nonzero()[:, 0].tolist()] for may_C in _classes(rows, grammar)]
+    if 4 * sum(len(members) for each in listed for members in each) > logits_BV.numel():
+        return None
+    token_B = torch.zeros(len(listed), dtype=torch.long)
+    for row, each in enumerate(listed):
+        tokens = torch.cat(each) if each else grammar.members[0][:0]
+        tokens = tokens[(rows.forbidden_BX[row, tokens >> 5] >> (tokens & 31)) & 1 == 0]
+        if len(tokens):
+            token_B[row] = tokens[logits_BV[row, tokens].argmax()]
+    return token_B
+
+
 def allowed(rows: Rows, grammar: DeviceGrammar | None, vocabulary: int, *, forbidding: bool) -> Tensor | None:
-    """Which tokens may come next, `[B, V]`; None: all. They leave enough of the budget to get to an end."""
+    """Which tokens may come next, `[B, V]`; None: all."""
     allowed_BV = None
     if grammar is not None:
-        next_BC = grammar.next_SC[rows.state_B]
-        ways_BC = rows.ways_BS.gather(1, next_BC.clamp(min=0).long())
-        allowed_BV = ((next_BC >= 0) & (ways_BC < rows.left_B[:, None]))[:, grammar.class_V]
+        allowed_BV = _classes(rows, grammar)[:, grammar.class_V]
     if forbidding:
         token_V = torch.arange(vocabulary, device=rows.state_B.device)
         free_BV = (rows.forbidden_BX[:, token_V >> 5] >> (token_V & 31)) & 1 == 0
@@ -147,15 +172,19 @@ def advance(
     """
     logits_BV = logits_BV.float()
     finite_B = logits_BV.isfinite().all(-1)
-    allowed_BV = allowed(rows, grammar, logits_BV.shape[1], forbidding=forbidding)
-    masked_BV = logits_BV if allowed_BV is None else torch.where(allowed_BV, logits_BV, float("-inf"))
-    if decide is not None:
-        token_B = decide(masked_BV.log_softmax(-1), rows.hints_BH)
-    else:
-        if sampling:
-            noise_BV = gumbel(rows.seed_B, used_B, logits_BV.shape[1])
-            masked_BV = torch.addcmul(masked_BV, rows.temperature_B[:, None], noise_BV)
-        token_B = masked_BV.argmax(-1)
+    token_B = None
+    if grammar is not None and grammar.members and decide is None and not sampling:
+        token_B = _likeliest(rows, grammar, logits_BV)
+    if token_B is None:
+        allowed_BV = allowed(rows, grammar, logits_BV.shape[1], forbidding=forbidding)
+        masked_BV = logits_BV if allowed_BV is None else torch.where(allowed_BV, logits_BV, float("-inf"))
+        if decide is not None:
+            token_B = decide(masked_BV.log_softmax(-1), rows.hints_BH)
+        else:
+            if sampling:
+                noise_BV = gumbel(rows.seed_B, used_B, logits_BV.shape[1])
+                masked_BV = torch.addcmul(masked_BV, rows.temperature_B[:, None], noise_BV)
+            token_B = masked_BV.argmax(-1)
 
     going_B = finite_B & (rows.left_B > 0)
     chosen = [torch.where(going_B, token_B, 0)]

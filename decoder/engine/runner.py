@@ -17,6 +17,7 @@ from torch import Tensor
 from decoder.cache import Cache
 from decoder.engine import lean
 from decoder.engine.grammar import Grammar
+from decoder.engine.pages import settle
 from decoder.engine.requests import Plan, Request, Shared
 from decoder.engine.rows import Decide, DeviceGrammar, Rows, advance, pack
 from decoder.model import Decoder
@@ -76,6 +77,8 @@ class Runner:
             self.hidden = fused.Fused(decoder).hidden if fused.fits(decoder) else decoder.hidden
         elif weight.dtype == torch.float32 and lean.fits(decoder):
             self.hidden = lean.Lean(decoder).hidden
+        if weight.device.type == "cpu":
+            settle(decoder)
         self._views: dict[tuple[int, int], tuple[Rows, Cache]] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
