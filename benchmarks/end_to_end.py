@@ -19,6 +19,7 @@ without a network (Python 3.12), fetch them elsewhere into a folder that travels
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import cProfile
 import json
@@ -26,8 +27,10 @@ import os
 import pstats
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +97,10 @@ def main() -> None:
             profile(photos, made[:2], place / "out", asked.device)
         whole = [run(place / "ct", place / "out", asked.device) for _ in range(runs)]
         tell(*rates("CT studies", [60 * studies / each.seconds for each in whole], "studies/min", whole, gpu))
-        whole = [run(place / "photos", place / "out", asked.device) for _ in range(runs)]
+        with at_work(asked.device) as samples:
+            whole = [run(place / "photos", place / "out", asked.device) for _ in range(runs)]
+        if samples:
+            tell(claim("photos: utilisation of the GPU over whole runs", statistics.mean(samples) / 100))
         tell(*rates("photos", [count / each.seconds for each in whole], "photos/s", whole, gpu))
         tell(*reading(photos[: 256 if gpu else 6], asked.device))
     print(json.dumps({"benchmark": "end_to_end", "machine": machine([asked.device]), "claims": claims}))
@@ -109,6 +115,26 @@ def rates(what: str, values: list[float], unit: str, runs: list[RunSummary], gpu
         claim(f"{what}, from disk to written reports", statistics.median(values), unit=unit),
         claim(f"{what}: share of the run that the device waits", statistics.median(waits), target, most=True),
     ]
+
+
+@contextlib.contextmanager
+def at_work(device: str) -> Iterator[list[int]]:
+    """The GPU's utilisation in percent, sampled five times a second by nvidia-smi, filled in when the block is over."""
+    samples: list[int] = []
+    if not device.startswith("cuda") or not shutil.which("nvidia-smi"):
+        yield samples
+        return
+    gpu = f"GPU-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
+    command = ["nvidia-smi", "-i", gpu, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
+    with tempfile.TemporaryFile("w+") as said:
+        sampling = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
+        try:
+            yield samples
+        finally:
+            sampling.terminate()
+            sampling.wait()
+        said.seek(0)
+        samples += [int(line) for line in said if line.strip().isdigit()]
 
 
 def reading(photos: list[Path], device: str) -> list[dict[str, object]]:
