@@ -19,7 +19,8 @@ import httpx
 
 from flows.jobs import LANES, Lane, as_plain
 from flows.ledger import Ledger, Row, State
-from flows.machine.server import LocalServer, ServerError, import_prefect
+from flows.ledger.items import TROUBLES
+from flows.machine.server import LocalServer, ServerError, import_prefect, waiting_for_server
 from flows.seeing.log import EventLog
 from pipelines.ingest import Unit
 from pipelines.run import Job
@@ -29,6 +30,7 @@ MOST_OUT: Final = 1024  # units that workers have or wait for
 LOOK_S: Final = 1.0  # between two looks for what has to be handed out again
 LONELY_S: Final = 10.0  # without news, until it is said that nobody works
 PAUSE_S: Final = 2.0  # before the server is tried again
+_TROUBLE_CODES: Final = frozenset(each.code for each in TROUBLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Crew:
         self._out: dict[str, _Out] = {}
         self._next_look = self._not_before = 0.0
         self._moved = time.monotonic()  # when the ledger last told something new
-        self._lonely = False
+        self._lonely = self._stuck = self._server_lost = False
+        self._told: set[str | None] = set()  # why workers gave something back
         self._present: frozenset[str] = frozenset()  # workers
         self._left = -math.inf  # when the last of them was gone
         self._rows: dict[str, tuple[State, float]] = {}
@@ -88,6 +91,10 @@ class Crew:
             else:
                 settled.append((self._out.pop(request).handed, None))
         told = {row.request: (row.state, row.changed) for row in rows if row.request in self._out}
+        for row in rows:
+            if row.state == "waiting" and row.code in _TROUBLE_CODES and row.reason not in self._told:
+                self._told.add(row.reason)
+                self._log("broken", message=row.reason, code=row.code)
         now = time.monotonic()
         if settled or told != self._rows:
             self._moved, self._rows = now, told
@@ -102,7 +109,7 @@ class Crew:
         return settled
 
     def _look_at_workers(self, now: float) -> None:
-        """Notes that one is gone, and says so when there is none."""
+        """Notes that one is gone, and says so when there is none or nothing comes from them."""
         present = workers(self._server.url()) if self._out else None
         if present is None:
             return
@@ -115,6 +122,10 @@ class Crew:
         if lonely and not self._lonely:
             self._log("no-worker", message="No worker takes batches: start one with `scanscribe worker`.")
         self._lonely = lonely
+        stuck = now - self._moved > self._ledger.lease_s and bool(present)
+        if stuck and not self._stuck:
+            self._log("no-progress", message="Workers are there, and nothing comes from them: their logs say why.")
+        self._stuck = stuck
 
     def _stranded(self, rows: Iterable[Row], now: float) -> list[_Out]:
         """What no worker has and none will get: to be handed out again."""
@@ -145,9 +156,15 @@ class Crew:
             except ServerError:
                 raise
             except Exception as error:  # of the network; Prefect has many types for it
-                self._log("server-lost", error=type(error).__name__)
+                if not self._server_lost:
+                    words = waiting_for_server(self._server.url())
+                    self._log("server-lost", message=words, error=type(error).__name__)
+                self._server_lost = True
                 self._not_before = time.monotonic() + PAUSE_S
                 return
+            if self._server_lost:
+                self._server_lost = False
+                self._log("server-lost-over")
             for each in batch:
                 each.since = time.monotonic()
 

@@ -21,6 +21,7 @@ from flows.machine.space import MIN_FREE
 from pipelines import run
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import Job, Listener, References, RunSummary, check_job
+from pipelines.store import is_folder
 from reports.files import atomic_write
 from reports.lot.sampling import LotPlan
 from reports.rules import DEFAULT_RULES
@@ -141,6 +142,7 @@ def as_plain(job: Job) -> dict[str, Any]:
     return asdict(job) | {
         "inputs": [str(here / path) for path in job.inputs],
         "out": str(here / job.out),
+        "model": str(here / job.model) if is_folder(job.model) else job.model,
         **{name: str(here / path) if path and path != _FILES[name] else None for name, path in files.items()},
         "lot": job.lot.model_dump(),
     }

@@ -24,36 +24,22 @@ from watchfiles import watch as watch_files
 
 from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed
 from flows.jobs import Lane
-from flows.ledger import Ledger, LedgerError
-from flows.ledger.items import Items, Tally, refusal_key
+from flows.ledger import Ledger
+from flows.ledger.items import TROUBLES, Items, Tally, refusal_key
 from flows.machine.mounts import network_type
-from flows.machine.server import LocalServer, ServerError
+from flows.machine.server import LocalServer, check_server
 from flows.machine.space import MIN_FREE, Room
 from flows.seeing.log import EventLog
 from flows.settle import Drop, Patience, Settling, is_temporary_name
 from pipelines import run
 from pipelines.ingest import FileRef, Unit, load
-from pipelines.ingest.identifiers import PatternError
-from pipelines.ingest.refusals import MissingPackageError
 from pipelines.run import Job, Session, UsageError
 from pipelines.run_folder import INDEX, IndexEntry, OutputError, written_by_runs
-from pipelines.store import ModelError, home
+from pipelines.store import home
 from pipelines.study import Rejection
-from reports.rules import RulesError
 
 BURST_S: Final = 30.0  # of work, until the index is written and other commands can have the output folder
 PAUSE_S: Final = 2.0  # before another try when the disk, the ledger or the folder fails
-# What may be over the next time.
-TROUBLES: Final = (
-    LedgerError,
-    OutputError,
-    ModelError,
-    UsageError,
-    RulesError,
-    PatternError,
-    MissingPackageError,
-    ServerError,
-)
 SCAN_SHARE: Final = 5  # a full look takes at most this part of the time: 1/5
 
 # What a file that is still being copied can look like.
@@ -153,7 +139,9 @@ class Watcher:
                 run.load_reader(self._job.model, self._job.device)
             else:
                 server = stack.enter_context(LocalServer())
-                server.url()
+                url = server.url()
+                if self._watching.once:
+                    check_server(url)
                 self._crew = Crew(self._job, self._ledger, server, self._log)
                 member = stack.enter_context(Session(self._job, member=True))
                 work = functools.partial(self._work_with_crew, self._crew, member)

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, ParamSpec
@@ -24,15 +25,13 @@ from prefect.task_worker import TaskWorker
 
 from flows.crew import Handed, workers
 from flows.jobs import LANES, Lane, from_plain
-from flows.ledger import Ledger, LedgerError
-from flows.ledger.items import Items, Tally
-from flows.machine.server import LocalServer, state_folder
+from flows.ledger import Ledger
+from flows.ledger.items import TROUBLES, Items, Tally
+from flows.machine.server import LocalServer, state_folder, waiting_for_server
 from flows.machine.space import MIN_FREE, Room
 from flows.seeing.log import EventLog
 from pipelines import run
-from pipelines.ingest.refusals import MissingPackageError
 from pipelines.run import Session
-from pipelines.run_folder import OutputError
 from pipelines.store import home
 
 PAUSE_S: Final = 2.0  # before another try when the server or the ledger fails
@@ -79,6 +78,7 @@ class Worker:
         self._idle = threading.Event()
         self._idle.set()
         self._desk: _Desk | None = None
+        self._server_lost = False
         self.tally = Tally()
 
     def stop(self) -> None:
@@ -141,27 +141,43 @@ class Worker:
 
     def _serve(self, url: str) -> None:
         """Take batches from the server until the worker stops; a server that is lost is waited for."""
-        trouble = ""
         with temporary_settings({PREFECT_API_URL: url}):
             while not self._stopping.is_set():
                 try:
                     asyncio.run(self._subscribe(url))
-                    trouble = ""
                 except Exception as error:  # of the network; Prefect has many types for it
-                    if trouble != (trouble := type(error).__name__):
-                        self._log("server-lost", error=trouble)
+                    self._say_lost(url, type(error).__name__)
                 self._stopping.wait(PAUSE_S)
 
     async def _subscribe(self, url: str) -> None:
         served, known = TaskWorker(*TASKS.values(), limit=1), False
         serving = asyncio.create_task(_one_by_one(served, url))
+        answered = time.monotonic()
+        next_look = 0.0
         while not serving.done() and not self._stopping.is_set():
             await asyncio.sleep(0.2)
-            if not known and (known := served.client_id in (await asyncio.to_thread(workers, url) or ())):
+            if (now := time.monotonic()) < next_look:
+                continue
+            present = await asyncio.to_thread(workers, url)
+            if present is None:  # a subscription tries again by itself, and says nothing
+                if now - answered > 2 * PAUSE_S:
+                    self._say_lost(url)
+                continue
+            answered = now
+            if self._server_lost:
+                self._server_lost = False
+                self._log("server-lost-over")
+            if not known and (known := served.client_id in present):
                 self._log("serving", device=self._device, pid=os.getpid())
+            next_look = now + PAUSE_S if known else now
         serving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await serving
+
+    def _say_lost(self, url: str, error: str | None = None) -> None:
+        if not self._server_lost:
+            self._server_lost = True
+            self._log("server-lost", message=waiting_for_server(url), error=error)
 
     def take(self, plain: dict[str, Any], batch: Sequence[Handed]) -> None:
         """Work on what of a batch is to be done."""
@@ -173,7 +189,7 @@ class Worker:
                 self._stopping.wait(PAUSE_S)
             if not self._stopping.is_set():
                 desk.items.settle_together(desk.session, [(b.request, list(b.files), b.unit) for b in batch])
-        except (OutputError, LedgerError, MissingPackageError) as error:
+        except TROUBLES as error:
             self._log("broken", message=str(error), code=error.code)
             self._stopping.wait(PAUSE_S)
             self._close()

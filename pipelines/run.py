@@ -273,10 +273,10 @@ class Session:
                         ready.append((place, prepared))
                     else:
                         twice.append((place, prepared))
-                together, ready = ready[: self._together], ready[self._together :]
-                for (place, opened), (reading, seconds) in zip(
-                    together, self._read([o for _, o in together]), strict=True
-                ):
+                together = ready[: self._together]
+                readings = self._read([opened for _, opened in together])
+                del ready[: len(together)]  # only now: when the model does not load, they are let go
+                for (place, opened), (reading, seconds) in zip(together, readings, strict=True):
                     writing.add(self._writers.submit(self._write_at, place, opened, reading, seconds, heard))
                 over_writing = _over(writing)
                 writing -= over_writing

@@ -169,14 +169,17 @@ def _named() -> dict[str, Path]:
 
 def find(model: str | Path) -> StoredModel:
     """The model called so, or the one in that folder. Raises `ModelError`."""
-    if isinstance(model, Path) or os.sep in model:
+    if isinstance(model, Path) or is_folder(model):
         return _open(Path(model))
     if folder := _named().get(model):
         return _open(folder)
-    if Path(model).is_dir():
-        return _open(Path(model))
     names = ", ".join(_named()) or "none is installed"
     raise ModelError(f"there is no model {model!r}; choose from: {names}, or give a model's folder")
+
+
+def is_folder(model: str) -> bool:
+    """Whether it is the folder of a model, rather than a name."""
+    return os.sep in model or (model not in _named() and Path(model).is_dir())
 
 
 def _open(folder: Path) -> StoredModel:

@@ -7,6 +7,7 @@ With `--json` standard output carries exactly one object; everything else goes t
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -346,6 +347,11 @@ def _explain(error: Exception) -> tuple[str, str]:
         from pipelines.ingest.refusals import MissingPackageError
 
         return MissingPackageError.code, str(MissingPackageError(error.name))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        from pipelines.store import home
+
+        where = error.filename or f"the output folder or the state folder {home()}"
+        return "system", f"The disk of {where} is full: free some space; the same command then goes on."
     if isinstance(error, OSError):
         return "system", f"{error.filename or 'A file'} cannot be used ({error.strerror}): check it and run again."
     traceback.print_exception(error)

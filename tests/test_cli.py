@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -181,6 +182,15 @@ def test_names_from_outside_cannot_drive_the_terminal(scanscribe, tmp_path: Path
     _, out, _ = scanscribe("report", "in", "--out", "out")
     assert "\x1b" not in out
     assert "[red]x" in out
+
+
+def test_a_full_disk_is_told_as_that(scanscribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pipelines.run, "execute", execute)
+    code, _, err = scanscribe("report", picture(tmp_path / "a.png"), "--out", "out")
+    assert code == 2 and "is full: free some space" in err
 
 
 def test_ctrl_c_exits_130_with_a_sentence(scanscribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

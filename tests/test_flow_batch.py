@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,8 @@ def test_wrong_usage_is_told_before_a_server_starts(tmp_path: Path, monkeypatch:
 def test_a_job_comes_back_as_it_was_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job((Path("a b.png"), Path("/x/ü.dcm")), Path("out"), ("json",), "m", "cpu", "ct", Path("golden"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    assert load_job(save_job(replace(job, model="own"))).model == str(tmp_path / "own")
     name = save_job(job)
     monkeypatch.chdir("/")
     again = load_job(name)

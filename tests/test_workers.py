@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +20,12 @@ import pytest
 
 from flows.crew import Crew, Handed
 from flows.ledger import Ledger
+from flows.ledger.items import Items
 from flows.machine.server import LocalServer, import_prefect
-from flows.seeing.log import EventLog
+from flows.seeing.log import EventLog, Fact
 from pipelines.ingest import plan
-from pipelines.run import Job
+from pipelines.run import Job, Session
+from pipelines.store import ModelError
 from tests.test_cli import run
 from tests.test_run import lines, picture
 from tests.test_watch import until
@@ -189,6 +191,34 @@ def test_what_a_worker_was_sent_and_had_not_claimed_when_it_died_goes_to_another
         asyncio.run(hand_out(crew))
 
 
+def test_why_workers_cannot_work_is_told_where_the_work_comes_from(
+    tmp_path: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path))
+    for name, value in shared.items():
+        monkeypatch.setenv(name, value)
+    TinyReader().install(monkeypatch)
+
+    def load_reader(model: str, device: str) -> None:
+        raise ModelError("the weights are damaged")
+
+    monkeypatch.setattr("pipelines.run.load_reader", load_reader)
+    [unit] = plan([picture(tmp_path / "in" / "0.png")]).units
+    job = Job((tmp_path / "in",), tmp_path / "out")
+    heard: list[str] = []
+    log = EventLog(hearers=(lambda event, facts: heard.append(f"{event}: {facts.get('message')}"),))
+    with LocalServer() as server, Ledger(job.out) as ledger, Session(job) as session:
+        crew = Crew(job, ledger, server, log)
+        handed = Handed(session.request(unit), (str(unit.files[0].path),), unit)
+        crew.give([handed], "off-peak")
+        for _ in range(2):
+            with pytest.raises(ModelError):
+                Items(ledger, log, job.out, 0, 1.0).settle_together(session, [(handed.request, [*handed.files], unit)])
+            assert crew.settled() == []
+        assert ledger.counts()["waiting"] == 1  # no try is counted
+    assert heard == ["broken: the weights are damaged"]
+
+
 def test_a_watcher_hands_what_is_dropped_to_workers_and_each_is_reported_once(
     tmp_path: Path, machines: tuple[Machine, Machine], postgres: str
 ) -> None:
@@ -242,13 +272,22 @@ def test_a_second_worker_on_a_device_says_so(
     loaded: list[str] = []
     monkeypatch.setattr("pipelines.run.load_reader", lambda model, device: loaded.append(device))
     heard: list[str] = []
-    # That there is no server may be said, too, when it takes long enough.
-    log = EventLog(hearers=(lambda event, facts: heard.append(event) if event != "server-lost" else None,))
+    lost: list[str] = []
+
+    def hear(event: str, facts: Mapping[str, Fact]) -> None:
+        if event == "server-lost":
+            lost.append(str(facts["message"]))
+        else:
+            heard.append(event)
+
+    log = EventLog(hearers=(hear,))
     one, other = (worker.Worker(worker.Work("cpu", wait=wait), log) for wait in (False, True))
     threads = [threading.Thread(target=each.run) for each in (one, other)]
     try:
         threads[0].start()
         until(lambda: len(loaded) == 1)  # it has the device
+        until(lambda: len(lost) == 1, seconds=30)  # it says so once, and waits
+        assert "The Prefect server at http://127.0.0.1:1/api does not answer" in lost[0]
         code, _, said = run(capfd, monkeypatch, "worker", "--device", "cpu")
         assert code == 2 and f"Another worker (process {os.getpid()}) has the device cpu" in said
         threads[1].start()
@@ -268,7 +307,7 @@ def test_a_second_worker_on_a_device_says_so(
         for thread in threads:
             if thread.ident:
                 thread.join(60)
-    assert heard == ["stopped", "stopped"]
+    assert heard == ["stopped", "stopped"] and len(lost) <= 2
 
 
 def test_workers_of_other_installations_know_the_tasks_by_the_same_keys(tmp_path: Path) -> None:

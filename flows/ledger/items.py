@@ -15,14 +15,29 @@ from typing import Final
 
 from flows.ledger import Claim, LeaseLostError, Ledger, LedgerError
 from flows.ledger.quarantine import leave_quarantine, quarantine
+from flows.machine.server import ServerError
 from flows.seeing.log import EventLog
 from flows.seeing.notify import is_critical
 from pipelines.ingest import FileRef, Unit
-from pipelines.ingest.refusals import REMEDIES
-from pipelines.run import Session
+from pipelines.ingest.identifiers import PatternError
+from pipelines.ingest.refusals import REMEDIES, MissingPackageError
+from pipelines.run import Session, UsageError
 from pipelines.run_folder import IndexEntry, OutputError
+from pipelines.store import ModelError
 from pipelines.study import Rejection
+from reports.rules import RulesError
 
+# What is wrong with the surroundings, not with an item, and may be over the next time.
+TROUBLES: Final = (
+    LedgerError,
+    OutputError,
+    ModelError,
+    UsageError,
+    RulesError,
+    PatternError,
+    MissingPackageError,
+    ServerError,
+)
 PAUSE_S: Final = 2.0  # until an item is asked for again that somebody else had taken
 # What may be otherwise at the next try. Whatever else is refused is refused for its content.
 PASSING: Final = frozenset(
@@ -107,8 +122,8 @@ class Items:
     def settle_together(self, session: Session, batch: Sequence[tuple[str, list[str], Unit]]) -> None:
         """Work on what of a batch (key, files, unit) is due, all of it together.
 
-        What is not on record when the disk or the ledger breaks it off, or the session is stopped, is given back as if
-        it had not been claimed.  Raises OutputError and LedgerError.
+        What is not on record when one of `TROUBLES` breaks it off, or the session is stopped, is given back as if it
+        had not been claimed, with the reason.  Raises `TROUBLES`.
         """
         claims: dict[str, tuple[Claim, list[str]]] = {}
         units: dict[Unit, str] = {}
@@ -137,15 +152,19 @@ class Items:
                     self._log("lease-lost", item=key[:16])
                 del claims[key]
 
+        why: dict[str, str] = {}
         try:
             with self._ledger.holding(*(claim for claim, _ in claims.values())):
                 session.process(list(units), heard)
         except OSError as error:
             raise OutputError(f"The disk failed ({error.strerror}): see that it has space.") from None
+        except TROUBLES as error:
+            why = {"code": error.code, "reason": str(error)}
+            raise
         finally:
             for claim, _ in claims.values():
                 with contextlib.suppress(LedgerError, LeaseLostError):
-                    self._ledger.release(claim)
+                    self._ledger.release(claim, **why)
 
     def _record(
         self, claim: Claim, outcome: IndexEntry | Rejection, files: list[str], read: float, seconds: float

@@ -257,9 +257,9 @@ class Ledger:
         """It failed for good. Raises LeaseLostError."""
         self._change(claim, state="quarantined", code=code, reason=reason, **_FREE)
 
-    def release(self, claim: Claim) -> None:
-        """Give it back as if it had not been claimed. Raises LeaseLostError."""
-        self._change(claim, state="waiting", due=self._clock(), attempts=claim.attempt - 1, **_FREE)
+    def release(self, claim: Claim, **why: str) -> None:
+        """Give it back as if it had not been claimed; `code` and `reason` may say why. Raises LeaseLostError."""
+        self._change(claim, state="waiting", due=self._clock(), attempts=claim.attempt - 1, **_FREE, **why)
 
     def hand_over(self) -> int:
         """Make claims due at once whose owner was a process of this machine that is gone; returns how many."""

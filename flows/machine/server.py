@@ -104,6 +104,14 @@ def running_server() -> str:
     return os.environ.get("PREFECT_API_URL", "") or _running(Path(prefect_environment()["PREFECT_HOME"]))
 
 
+def waiting_for_server(url: str) -> str:
+    """What a service tells a person meanwhile."""
+    return (
+        f"The Prefect server at {url.rpartition('@')[2]} does not answer: see that it runs and that PREFECT_API_URL is "
+        "right. Work goes on when it does."
+    )
+
+
 class LocalServer:
     """A handle on the server: entering returns at once, `url` waits until the API answers, the last one to leave stops
     the server."""
