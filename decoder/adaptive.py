@@ -14,7 +14,7 @@ e = 2d of a key and its value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -28,6 +28,7 @@ from decoder.rotary import on_gpu
 
 ALIGNED: Final = 8  # masks of attention kernels want rows of whole 16 bytes
 POOLED: Final = 32  # blocks that a CPU pools together
+PIECE: Final = 1024  # positions of a prompt that a CPU takes through a layer together, so far as windows go into it
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,45 @@ class AdaptiveAttention(FullAttention):
         self.gate = Linear(width, config.heads)
         self.salience_Jd = nn.Parameter(torch.zeros(config.kv_heads, config.head_dim))  # zeros: blocks are plain means
 
+    def forward(self, x_BTD: Tensor, at: Places, stored: Stored | None) -> Tensor:
+        piece = max(1, PIECE // self.config.window) * self.config.window
+        if at.masks is not None or x_BTD.is_cuda or torch.is_grad_enabled() or x_BTD.shape[1] <= piece:
+            return super().forward(x_BTD, at, stored)
+        return self._in_pieces(x_BTD, at, stored, piece)
+
+    def _in_pieces(self, x_BTD: Tensor, at: Places, stored: Stored | None, piece: int) -> Tensor:
+        """For positions from 0 on, some windows after the other: a CPU uses the same memory again for each.
+
+        Tensors of a whole prompt are new memory each time, which the system hands out page by page.
+        """
+        config, (batch, count, _) = self.config, x_BTD.shape
+        shape = (batch, config.kv_heads, count // config.stride + 1, 2 * config.head_dim)
+        blocks_BJMe = x_BTD.new_empty(shape) if stored is None else stored[1]
+        blocks_BJMe[:, :, 0] = 0
+        out_BTD = torch.empty_like(x_BTD)
+        before: tuple[Tensor, ...] = ()  # keys and values of the window before a piece
+        for start in range(0, count, piece):
+            new, first = slice(start, start + piece), start // config.stride + 1
+            turn = {"cos_BT1r": at.cos_BT1r[:, new], "sin_BT1r": at.sin_BT1r[:, new]}
+            q_BTHd, k_BTJd, v_BTJd = self.project(x_BTD[:, new], replace(at, **turn))
+            pooled_BNJe = self._blocks(k_BTJd, v_BTJd)
+            blocks_BJMe[:, :, first : first + pooled_BNJe.shape[1]] = pooled_BNJe.transpose(1, 2)
+            if stored is not None:
+                self._keep(torch.cat((k_BTJd, v_BTJd), -1), at, start, stored)
+            if before:
+                k_BTJd, v_BTJd = (torch.cat(each, 1) for each in zip(before, (k_BTJd, v_BTJd), strict=True))
+            before = k_BTJd[:, -config.window :], v_BTJd[:, -config.window :]
+            gate_BTH1 = self.gate(x_BTD[:, new]).sigmoid()[..., None].to(q_BTHd.dtype)
+            mixed_BTHd = self._by_window(q_BTHd, k_BTJd, v_BTJd, blocks_BJMe, gate_BTH1, start // config.window)
+            out_BTD[:, new] = self.out(mixed_BTHd.flatten(2))
+        return out_BTD
+
+    def _blocks(self, k_BTJd: Tensor, v_BTJd: Tensor) -> Tensor:
+        """Whole blocks, pooled, `[B, N, J, e]`."""
+        stride = self.config.stride
+        whole = k_BTJd.shape[1] // stride * stride
+        return self.pool(*(each[:, :whole].unflatten(1, (-1, stride)) for each in (k_BTJd, v_BTJd)))
+
     def mix(
         self, x_BTD: Tensor, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, at: Places, stored: Stored | None
     ) -> Tensor:
@@ -168,32 +208,34 @@ class AdaptiveAttention(FullAttention):
         self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, gate_BTH1: Tensor, at: Places, stored: Stored | None
     ) -> Tensor:
         """For positions from 0 on."""
-        stride = self.config.stride
-        whole = q_BTHd.shape[1] // stride * stride
-        blocks = (each[:, :whole].unflatten(1, (-1, stride)) for each in (k_BTJd, v_BTJd))
-        blocks_BMJe = F.pad(self.pool(*blocks), (0, 0, 0, 0, 1, 0))  # the null key is the first
+        blocks_BMJe = F.pad(self._blocks(k_BTJd, v_BTJd), (0, 0, 0, 0, 1, 0))  # the null key is the first
         if stored is not None:
             stored[1][:, :, : blocks_BMJe.shape[1]] = blocks_BMJe.transpose(1, 2)
             self._keep(torch.cat((k_BTJd, v_BTJd), -1), at, 0, stored)
         if q_BTHd.is_cuda:
             near_BTHd, far_BTHd = self._near(q_BTHd, k_BTJd, v_BTJd), self._far(q_BTHd, blocks_BMJe)
             return torch.lerp(far_BTHd, near_BTHd, gate_BTH1)
-        return self._by_window(q_BTHd, k_BTJd, v_BTJd, blocks_BMJe, gate_BTH1)
+        return self._by_window(q_BTHd, k_BTJd, v_BTJd, blocks_BMJe.transpose(1, 2), gate_BTH1, 0)
 
     def _by_window(
-        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, blocks_BMJe: Tensor, gate_BTH1: Tensor
+        self, q_BTHd: Tensor, k_BTJd: Tensor, v_BTJd: Tensor, blocks_BJMe: Tensor, gate_BTH1: Tensor, first: int
     ) -> Tensor:
-        """Both kinds mixed, one window after another, so that a CPU works on what is in its cache."""
+        """Both kinds mixed, one window after another, so that a CPU works on what is in its cache.
+
+        `first` is the number of the first window; keys and values are those of the window before it, too.
+        """
         config, window = self.config, self.config.window
         attend = partial(
             F.scaled_dot_product_attention, scale=config.head_dim**-0.5, enable_gqa=config.heads != config.kv_heads
         )
         q_BHTd, k_BJTd, v_BJTd, gate_BHT1 = (each.transpose(1, 2) for each in (q_BTHd, k_BTJd, v_BTJd, gate_BTH1))
-        k_BJMd, v_BJMd = _halves(blocks_BMJe.transpose(1, 2))
+        k_BJMd, v_BJMd = _halves(blocks_BJMe)
         mask_TS, results = self._mask(q_BTHd), []
-        for n, (q, gate) in enumerate(zip(q_BHTd.split(window, 2), gate_BHT1.split(window, 2), strict=True)):
-            since, end = max(0, n - 1) * window, n * window + q.shape[2]
-            mask = mask_TS[: q.shape[2], since - n * window + window : end - n * window + window]
+        parts = zip(q_BHTd.split(window, 2), gate_BHT1.split(window, 2), strict=True)
+        for n, (q, gate) in enumerate(parts, first):
+            own = (n - max(0, first - 1)) * window  # where its own keys begin
+            since, end = max(0, own - window), own + q.shape[2]
+            mask = mask_TS[: q.shape[2], since - own + window : end - own + window]
             mixed = attend(q, k_BJTd[:, :, since:end], v_BJTd[:, :, since:end], mask)
             if n:
                 seen = n * (window // config.stride) + 1

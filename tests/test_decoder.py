@@ -27,6 +27,7 @@ from decoder import (
     FullAttentionConfig,
     LatentAttentionConfig,
     PromptError,
+    adaptive,
 )
 from decoder.adaptive import AdaptiveAttention
 from decoder.attention import Places
@@ -338,8 +339,10 @@ def test_adaptive_attention_gives_in_parts_what_it_gives_at_once(
         torch.testing.assert_close(torch.cat(kept[row]), at_once, atol=1e-4, rtol=1e-4)
 
 
-def test_adaptive_attention_is_what_it_says() -> None:
+@pytest.mark.parametrize("piece", [1024, 24])  # on a CPU a prompt goes through some windows at a time
+def test_adaptive_attention_is_what_it_says(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against one softmax over raw keys and one over blocks, position by position."""
+    monkeypatch.setattr(adaptive, "PIECE", piece)
     torch.manual_seed(0)
     config = AdaptiveAttentionConfig(heads=2, kv_heads=2, head_dim=8, window=12, stride=4)
     decoder = Decoder(DecoderConfig(vocabulary=8, width=16, attention=config, experts=None, dense_hidden=16))
@@ -361,7 +364,24 @@ def test_adaptive_attention_is_what_it_says() -> None:
         far = (q[:, t, None] @ keys.mT * 8**-0.5).softmax(-1) @ values
         gate = attention.gate(x[0, t]).sigmoid()[:, None, None]
         expected.append(attention.out((gate * near + (1 - gate) * far).flatten()))
-    torch.testing.assert_close(attention(x, at, None)[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, at, None)[0], torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_prompts_in_pieces_store_what_they_store_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AdaptiveAttentionConfig(heads=2, kv_heads=2, head_dim=8, window=12, stride=4)
+    decoder = Decoder(
+        DecoderConfig(vocabulary=8, width=16, length=200, attention=config, experts=None, dense_hidden=16)
+    )
+    x, step, counts = torch.randn(4, 90, 16), torch.randn(4, 1, 16), torch.tensor([90, 3, 47, 72])
+    found = []
+    for piece in (1024, 24):
+        monkeypatch.setattr(adaptive, "PIECE", piece)
+        cache = decoder.new_cache(4)
+        prompt = decoder.hidden(x, cache, counts)
+        found.append([prompt[torch.arange(4), counts - 1], *(decoder.hidden(step, cache) for _ in range(20))])
+    torch.testing.assert_close(*found)
 
 
 def test_the_kernels_of_adaptive_attention_give_what_pytorch_gives() -> None:
