@@ -69,6 +69,15 @@ def product(x_RD: Tensor, weight_OD: Tensor) -> Tensor:
     return torch.cat([_read_first(x_RD, each) for each in weight_OD.split(max(1, PIECE // width))], -1)
 
 
+def add_product(to_1O: Tensor, x_1D: Tensor, weight_OD: Tensor, scale: float) -> None:
+    """Adds `product` of one row, times a number, in place."""
+    if weight_OD.shape[0] % PARTS:
+        to_1O.add_(product(x_1D, weight_OD), alpha=scale)
+        return
+    parts_PID = weight_OD.view(PARTS, -1, weight_OD.shape[1])
+    to_1O.view(PARTS, -1, 1).baddbmm_(parts_PID, x_1D.t().expand(PARTS, -1, -1), alpha=scale)
+
+
 def _read_first(x_RD: Tensor, weight_OD: Tensor) -> Tensor:
     weight_OD.sum()
     return F.linear(x_RD, weight_OD)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from decoder.attention import FullAttention, FullAttentionConfig
 from decoder.cache import Cache
-from decoder.layers import READING, product, stepping
+from decoder.layers import READING, add_product, product, stepping
 from decoder.model import Decoder
-from decoder.moe import MixtureOfExperts
+from decoder.moe import MixtureOfExperts, Router
 
 
 def fits(decoder: Decoder) -> bool:
@@ -66,6 +66,7 @@ class Lean:
         self.norm = Norm(config.width, config.norm_eps)
         self.head_norm = Norm(config.attention.head_dim, config.norm_eps)
         self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.add_product = _add_linear
         # Looking a weight up in its module takes as long as a small operator.
         self.layers = [self._weights(layer) for layer in decoder.layers]
 
@@ -81,7 +82,8 @@ class Lean:
         """As `Decoder.hidden` into a cache."""
         if x_BTD.shape[1] > 1 or counts_B is not None:
             return self.decoder.hidden(x_BTD, cache, counts_B)
-        self.product = product if READING.get() and stepping(x_BTD) else F.linear
+        reading = READING.get() and stepping(x_BTD)
+        self.product, self.add_product = (product, add_product) if reading else (F.linear, _add_linear)
         position_B1, reach = cache.open(1)
         cos, sin = self.decoder.rotary(position_B1)
         turn = torch.cat((cos, cos), -1)[:, 0], torch.cat((-sin, sin), -1)[:, 0]
@@ -127,13 +129,29 @@ class Lean:
 
     def _experts(self, x_BD: Tensor, gain_D: Tensor, mixture: Any, w13_E2ID: Tensor, w2_EDI: Tensor) -> Tensor:
         normed_BD = self.norm(x_BD, gain_D)
-        chosen_BK, weight_BK = mixture.router(normed_BD)
         if x_BD.shape[0] == 1:
-            chosen = chosen_BK[0].tolist()
-            gate_KI, up_KI = torch.cat([self.product(normed_BD, w13_E2ID[each]) for each in chosen]).chunk(2, 1)
-            hidden_KI = F.silu(gate_KI).mul_(up_KI).mul_(weight_BK.t())
-            for each, hidden_1I in zip(chosen, hidden_KI.split(1), strict=True):
-                x_BD = x_BD + self.product(hidden_1I, w2_EDI[each])
+            weights = _chosen(mixture.router, normed_BD)
+            gate_KI, up_KI = torch.cat([self.product(normed_BD, w13_E2ID[each]) for each in weights]).chunk(2, 1)
+            for (each, weight), hidden_1I in zip(weights.items(), F.silu(gate_KI).mul_(up_KI).split(1), strict=True):
+                self.add_product(x_BD, hidden_1I, w2_EDI[each], weight)
         else:
+            chosen_BK, weight_BK = mixture.router(normed_BD)
             x_BD = x_BD + (mixture.experts(normed_BD, chosen_BK) * weight_BK[..., None]).sum(1)
         return x_BD if mixture.shared is None else x_BD + mixture.shared(normed_BD)
+
+
+def _chosen(router: Router, x_1D: Tensor) -> dict[int, float]:
+    """What `router` chooses for one token, and its weights: for so few numbers Python is quicker than operators."""
+    config = router.config
+    logits_1E = F.linear(x_1D, router.weight)
+    score_1E = logits_1E.sigmoid() if config.score == "sigmoid" else logits_1E.softmax(-1)
+    scores = score_1E[0].tolist()
+    choices = (score_1E[0] + router.balance_E).tolist() if config.balanced else scores
+    chosen = sorted(range(len(choices)), key=choices.__getitem__, reverse=True)[: config.active]
+    scale = config.scale / (sum(scores[each] for each in chosen) + 1e-20) if config.normalised else config.scale
+    return {each: scores[each] * scale for each in chosen}
+
+
+def _add_linear(to_1O: Tensor, x_1D: Tensor, weight_OD: Tensor, scale: float) -> None:
+    """Adds a product of one row, times a number, in place."""
+    to_1O.addmm_(x_1D, weight_OD.t(), alpha=scale)
