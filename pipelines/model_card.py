@@ -149,7 +149,7 @@ def write_card(model: Path) -> None:
         decoder_parameters=decoder.parameters,
         say=", ".join(f"{line} {weight:g}" for line, weight in stored.calibration.point.items()),
         size=stored.weights.stat().st_size / 2**20,
-        packed=f" (the {six} largest in six bits)" if (six := _packed(stored.weights)) else "",
+        packed=f" ({six} large ones in six bits)" if (six := _packed(stored.weights)) else "",
         sha=stored.weights_sha256,
         mirrored=" and ".join(sorted(MIRRORED)).capitalize(),
         **measured_parts(summaries),
