@@ -27,7 +27,7 @@ from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
 from flows.ledger import Ledger
 from flows.machine.server import LocalServer
-from flows.machine.space import shortage
+from flows.machine.space import Room
 from flows.seeing.log import EventLog
 from flows.seeing.notify import is_critical
 from flows.seeing.seeing import Seeing
@@ -111,6 +111,7 @@ class Telling:
 
 def report_here(session: Session, batches: deque[Batch], min_free: int) -> None:
     """Each batch is a task of this process; takes them out of `batches`."""
+    room = Room({"reports": session.job.out, "state folder": home()}, min_free, lambda event, **facts: None)
     at_once = MOST_TASKS if may_be_gpu(session.job.device) else 2
     running: deque[PrefectFuture[None]] = deque()
     try:
@@ -118,7 +119,7 @@ def report_here(session: Session, batches: deque[Batch], min_free: int) -> None:
             each = batches.popleft()
             named = read_and_report.with_options(task_run_name=each.name)
             quoted: Any = quote(each)  # Prefect does not look through it
-            running.append(named.submit(session, quoted, min_free))
+            running.append(named.submit(session, quoted, room))
             if len(running) >= at_once:
                 running.popleft().result()
         for future in running:
@@ -199,10 +200,10 @@ def discover(session: Session) -> Iterator[Unit]:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def read_and_report(session: Session, batch: Batch, min_free: int) -> None:
+def read_and_report(session: Session, batch: Batch, room: Room) -> None:
     """Read the units of one batch with the model and write their reports, while there is room for them."""
-    if words := shortage({"reports": session.job.out, "state folder": home()}, min_free):
-        raise OutputError(f"{words} The same command then goes on where it stopped.")
+    if not room():
+        raise OutputError(f"{room.words} The same command then goes on where it stopped.")
     session.process(batch.units, place=batch.place)
 
 

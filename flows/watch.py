@@ -106,6 +106,7 @@ class Watcher:
         self._mounted = os.path.ismount(self._root)
         self._news: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
         self._stopping = self._deaf = False
+        self._returns = 0  # of a folder that was lost
         self._settling = Settling(self._patience, ledger.seen())
         self._troubles: dict[str, str] = {}  # what is wrong now -> the sentence that was said
         self._next_look = self._next_scan = 0.0
@@ -284,6 +285,7 @@ class Watcher:
             there = os.path.ismount(self._root) or not self._mounted
         except OSError:
             there = False
+        self._returns += there and "folder-lost" in self._troubles
         self._say_if("folder-lost", not there, "The watched folder is not there: waiting until it is back.")
         if not there:
             self._next_scan = 0.0
@@ -296,6 +298,7 @@ class Watcher:
 
         def listen() -> None:
             while not over.is_set():
+                returns, listening = self._returns, False
                 try:
                     for changes in watch_files(
                         self._root,
@@ -308,9 +311,11 @@ class Watcher:
                         raise_interrupt=False,
                         force_polling=False,
                     ):
+                        if not listening:  # what changed before is for a full look to find
+                            listening, self._next_scan = True, 0.0
                         self._deaf = False
                         self._news.put(tuple({path for _, path in changes}))
-                        if "folder-lost" in self._troubles:
+                        if "folder-lost" in self._troubles or returns != self._returns:
                             break  # what comes back is another folder to the system
                 except Exception:  # no folder, or too many for the system
                     self._deaf = True

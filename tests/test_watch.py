@@ -21,8 +21,10 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from watchfiles import watch as watch_files
 
 from flows.ledger import Ledger
+from flows.machine.space import Room
 from flows.seeing.log import EventLog
 from flows.settle import Patience, Settling, is_temporary_name
 from flows.watch import Watcher, Watching
@@ -350,6 +352,33 @@ def test_a_system_without_events_is_looked_at_all_the_time(tmp_path: Path, monke
             picture(running.inbox / f"{number}.png", number)
             until(lambda number=number: running.heard("reported", number + 1))  # type: ignore[misc]
     assert running.events.count("no-events") == 1
+
+
+def test_what_comes_before_the_system_sends_events_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*where: Any, **how: Any) -> Iterator[set[tuple[Any, str]]]:
+        until(lambda: (where[0] / "a.png").exists())  # as after a share was mounted again
+        yield from watch_files(*where, **how)
+
+    monkeypatch.setattr("flows.watch.watch_files", late)
+    monkeypatch.setattr("flows.watch.PAUSE_S", 0.2)
+    with watching(tmp_path, rescan_s=NEVER) as running:
+        until(lambda: running.heard("watching"))
+        time.sleep(0.3)  # the first full look is over
+        picture(running.inbox / "a.png", 1)
+        until(lambda: running.heard("reported"))
+
+
+def test_a_disk_that_is_not_mounted_any_more_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounted = {str(tmp_path), "/"}
+    monkeypatch.setattr("flows.machine.space.os.path.ismount", lambda place: str(place) in mounted)
+    heard: list[str] = []
+    room = Room({"reports": tmp_path / "out"}, 0, lambda event, **facts: heard.append(event))
+    assert room()
+    mounted.remove(str(tmp_path))
+    assert not room() and not room()
+    mounted.add(str(tmp_path))
+    assert room()
+    assert heard == ["disk-lost", "disk-lost-over"]
 
 
 def test_a_full_disk_stops_the_work_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

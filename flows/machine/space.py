@@ -1,7 +1,8 @@
-"""Room on the disks: work stops before one is full, and goes on when there is space again."""
+"""Room on the disks: work stops before one is full or when one is lost, and goes on when it has space again."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -16,28 +17,44 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.exists())).free
 
 
-def shortage(disks: Mapping[str, Path], min_free: int) -> str:
-    """What to tell a person when one of the disks, by what it is for, has less than `min_free` bytes; else ""."""
-    for what, folder in disks.items():
-        if free_bytes(folder) < min_free:
-            return f"Less than {min_free >> 20} MiB are free for the {what}: no work is taken until there is."
-    return ""
+def mount_point(folder: Path) -> Path:
+    """Where the disk of `folder` is mounted; for one that does not exist yet, the disk on which it will be made."""
+    return next(each for each in (folder, *folder.parents) if os.path.ismount(each) or each == each.parent)
 
 
 class Room:
-    """Whether all disks have room. Says so once when one has not, and once when it has again. For several threads."""
+    """Whether all disks are there, as at the start, and have room. Says so once when that is not so, and once when it
+    is again. For several threads."""
 
     def __init__(self, disks: Mapping[str, Path], min_free: int, log: Callable[..., None]) -> None:
-        self._disks, self._min_free, self._log = disks, min_free, log
+        """`disks` by what they are for; each has to have `min_free` bytes."""
+        self._disks = {what: (folder, mount_point(Path(os.path.realpath(folder)))) for what, folder in disks.items()}
+        self._min_free, self._log = min_free, log
         self._lock = threading.Lock()
-        self.words = ""  # what was said last, while it holds
+        self._event = self.words = ""  # what was said last, while it holds
 
     def __call__(self) -> bool:
-        words = shortage(self._disks, self._min_free)
+        event, words = self._look()
         with self._lock:
-            before, self.words = self.words, words
-        if words and words != before:
-            self._log("disk-low", message=words)
-        elif before and not words:
-            self._log("disk-low-over")
-        return not words
+            before, self._event, self.words = self._event, event, words
+            if before and before != event:
+                self._log(f"{before}-over")
+            if event and before != event:
+                self._log(event, message=words)
+        return not event
+
+    def _look(self) -> tuple[str, str]:
+        for what, (folder, mount) in self._disks.items():
+            try:
+                # Below the place of a share that is not mounted any more there is another, local disk.
+                lost, free = not os.path.ismount(mount), free_bytes(folder)
+            except OSError:
+                lost, free = True, 0
+            if lost:
+                return "disk-lost", f"The disk of the {what} is not there: no work is taken until it is mounted again."
+            if free < self._min_free:
+                words = (
+                    f"Less than {self._min_free >> 20} MiB are free for the {what}: no work is taken until there is."
+                )
+                return "disk-low", words
+        return "", ""

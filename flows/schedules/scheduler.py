@@ -38,7 +38,9 @@ from flows.seeing.log import EventLog
 TICK_S: Final = 1.0
 ASK_S: Final = 5.0  # between two looks at what people did on Prefect's page
 AGAIN_S: Final = 60.0  # before a run is tried again whose surroundings failed
-PASSING: Final = frozenset(("output-folder", "prefect-server", "ledger", "disk-low"))  # may be otherwise then
+PASSING: Final = frozenset(
+    ("output-folder", "prefect-server", "ledger", "disk-low", "disk-lost")
+)  # may be otherwise then
 RUN: Final = (sys.executable, "-P", "-m", "flows.schedules.run")  # -P: what lies in the folder one is in is no module
 END_S: Final = 90.0  # that runs have to end in when this process stops
 

@@ -34,7 +34,9 @@ from reports.files import atomic_write
 SECRET_VARIABLE: Final = "SCANSCRIBE_NOTIFY_SECRET"
 SIGNATURE: Final = "X-ScanScribe-Signature"
 # What is told when the log hears of it. Quarantine and critical findings are told before they are on record.
-EVENTS: Final = frozenset(("run-failed", "disk-low", "disk-low-over", "broken", "broken-over"))
+EVENTS: Final = frozenset(
+    ("run-failed", "disk-low", "disk-low-over", "disk-lost", "disk-lost-over", "broken", "broken-over")
+)
 # CT findings that call a radiologist at once; of defects, the rules say what is critical.
 CRITICAL_TYPES: Final = frozenset(
     ("hemorrhage", "free-air", "thrombus-or-embolus", "aneurysm-or-dissection", "laceration-or-injury")
