@@ -393,6 +393,7 @@ def test_weights_move_into_huge_pages_and_stay_what_they_are() -> None:
     assert all(one is other for one, other in zip(module.parameters(), weights, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
     assert module[2].weight is module[1].weight
+    assert not pages.settle(module)  # a second engine moves nothing
     advised = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):

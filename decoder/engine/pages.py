@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 HUGE: Final = 1 << 21  # bytes of a page
 ALIGNED: Final = 64  # bytes of a cache line
@@ -24,19 +24,23 @@ def settle(module: nn.Module) -> bool:
     system gives huge pages to all or to none.
     """
     weights = [each for each in module.parameters() if each.device.type == "cpu" and not each.is_shared()]
-    starts, size = [], HUGE  # the first page may begin late
+    weights = [each for each in weights if each.numel()]
+    starts, size = [], 0
     for weight in weights:
         starts.append(size)
         size += -(-weight.nbytes // ALIGNED) * ALIGNED
-    if size < 2 * HUGE or not _left_to_programs():
+    if size < HUGE or not _left_to_programs():
         return False
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begins = weights[0].data_ptr()
+    if begins % HUGE == 0 and [weight.data_ptr() - begins for weight in weights] == starts:
+        return False  # they lie there already
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    bytes_N: Tensor = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory
-    early = bytes_N.data_ptr() % HUGE
+    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE
     for weight, start in zip(weights, starts, strict=True):
-        place = bytes_N[start - early : start - early + weight.nbytes].view(weight.dtype).view(weight.shape)
-        weight.data = place.copy_(weight.data)
+        # Each with a storage of its own, so that it is saved and copied alone.
+        place = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel(), offset=first + start)
+        weight.data = place.view(weight.shape).copy_(weight.data)
     return True
 
 
