@@ -388,12 +388,15 @@ def test_weights_move_into_huge_pages_and_stay_what_they_are() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(1500, 1000))
     module.append(module[1])
     weights, before = list(module.parameters()), [each.detach().clone() for each in module.parameters()]
-    if not pages.settle(module):
+    with torch.inference_mode():
+        moved = pages.settle(module)
+    if not moved:
         pytest.skip("the system leaves huge pages to nobody")
     assert all(one is other for one, other in zip(module.parameters(), weights, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(weights, before, strict=True))
     assert module[2].weight is module[1].weight
     assert not pages.settle(module)  # a second engine moves nothing
+    module[1](torch.zeros(1, 1500)).sum().backward()  # and they can still be trained
     advised = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):

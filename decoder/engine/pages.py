@@ -17,14 +17,18 @@ ALIGNED: Final = 64  # bytes of a cache line
 ASKED: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@torch.inference_mode(False)  # or the weights could not be trained any more
 def settle(module: nn.Module) -> bool:
     """Moves the parameters of a module on a CPU into one piece of memory in huge pages; whether it did.
 
-    Parameters stay the objects that they are. Those that processes share stay where they are; nothing moves where the
-    system gives huge pages to all or to none.
+    Parameters stay the objects that they are. Those that processes share, or that were made in inference mode, stay
+    where they are; nothing moves where the system gives huge pages to all or to none.
     """
-    weights = [each for each in module.parameters() if each.device.type == "cpu" and not each.is_shared()]
-    weights = [each for each in weights if each.numel()]
+    weights = [
+        each
+        for each in module.parameters()
+        if each.device.type == "cpu" and each.numel() and not each.is_shared() and not each.is_inference()
+    ]
     starts, size = [], 0
     for weight in weights:
         starts.append(size)
