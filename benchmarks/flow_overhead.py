@@ -112,8 +112,8 @@ def one(arm: Arm, folder: Path) -> dict[str, Any]:
         started, worked = time.perf_counter(), time.process_time()
         summary = execute(job) if arm == "run" else run_batch(job)
         seconds, processor = time.perf_counter() - started, time.process_time() - worked
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # before thousands of folders are removed
         assert summary.complete and len(summary.reported) == sum(1 for _ in folder.iterdir())
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return {"seconds": seconds, "processor": processor, "memory": memory}
 
 

@@ -86,6 +86,12 @@ def machines(tmp_path: Path, shared: dict[str, str]) -> Iterator[tuple[Machine, 
             machine.stop()
 
 
+def here(monkeypatch: pytest.MonkeyPatch, home: Path, shared: dict[str, str]) -> None:
+    """Let this process share the server, with a state folder of its own."""
+    for name, value in {**shared, "SCANSCRIBE_HOME": str(home)}.items():
+        monkeypatch.setenv(name, value)
+
+
 def wait_for(log: Path, word: str, *, count: int = 1, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while log.read_text().count(word) < count:
@@ -155,9 +161,7 @@ def test_what_was_deleted_meanwhile_or_lacks_a_format_is_not_handed_out_forever(
 def test_what_a_worker_was_sent_and_had_not_claimed_when_it_died_goes_to_another_at_once(
     tmp_path: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path))
-    for name, value in shared.items():
-        monkeypatch.setenv(name, value)
+    here(monkeypatch, tmp_path, shared)
     url = shared["PREFECT_API_URL"]
     import_prefect()
     from prefect.client.schemas.objects import TaskRun
@@ -194,9 +198,7 @@ def test_what_a_worker_was_sent_and_had_not_claimed_when_it_died_goes_to_another
 def test_why_workers_cannot_work_is_told_where_the_work_comes_from(
     tmp_path: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path))
-    for name, value in shared.items():
-        monkeypatch.setenv(name, value)
+    here(monkeypatch, tmp_path, shared)
     TinyReader().install(monkeypatch)
 
     def load_reader(model: str, device: str) -> None:
