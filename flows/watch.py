@@ -531,5 +531,5 @@ def _within(path: str, folder: str) -> bool:
 
 def _names(path: Path, name: str) -> bool:
     """Whether a rejection's path is that file, or a member or page of it."""
-    own = FileRef(path).name
+    own = FileRef(str(path)).name
     return name == own or name.startswith(f"{own}!")

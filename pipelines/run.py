@@ -665,7 +665,7 @@ class References:
         if not path.is_dir() and len(pictures) == 1 and not plan.rejections:
             self._single = pictures[0]
             return
-        archive = f"{ingest.FileRef(path).name}!"
+        archive = f"{ingest.FileRef(str(path)).name}!"
         self._unusable = {Path(each.path.removeprefix(archive)).stem: each for each in plan.rejections}
         for unit in pictures:
             if self._by_stem.setdefault(_stem(unit), unit) is not unit:

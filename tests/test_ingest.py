@@ -273,11 +273,11 @@ def test_a_second_hard_link_is_passed_over_with_its_reason(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("ref", "parent", "basename"),
     [
-        (FileRef(Path("in/hello!a.png")), "in", "hello!a.png"),
-        (FileRef(Path("in!/a.png")), "in!", "a.png"),
-        (FileRef(Path("a.png")), ".", "a.png"),
-        (FileRef(Path("x!.zip"), "a!b.png"), "x!.zip", "a!b.png"),
-        (FileRef(Path("x.zip"), "sub/a.png"), "x.zip!sub", "a.png"),
+        (FileRef("in/hello!a.png"), "in", "hello!a.png"),
+        (FileRef("in!/a.png"), "in!", "a.png"),
+        (FileRef("a.png"), ".", "a.png"),
+        (FileRef("x!.zip", "a!b.png"), "x!.zip", "a!b.png"),
+        (FileRef("x.zip", "sub/a.png"), "x.zip!sub", "a.png"),
     ],
 )
 def test_exclamation_marks_belong_to_the_name(ref: FileRef, parent: str, basename: str) -> None:

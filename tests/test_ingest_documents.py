@@ -298,13 +298,15 @@ def test_threads_take_turns_with_pdfium(tmp_path: Path, monkeypatch: pytest.Monk
             return super().close(_by_parent)
 
     monkeypatch.setattr(documents.pdfium, "PdfDocument", Watched)
-    threads = [threading.Thread(target=read_document, args=(FileRef(path),)) for path in paths]
+    threads = [threading.Thread(target=read_document, args=(FileRef(str(path)),)) for path in paths]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert max(most) == 1
-    assert [f"X{n}00" in read_document(FileRef(path)).documents[0].text for n, path in enumerate(paths)] == [True] * 4
+    assert [f"X{n}00" in read_document(FileRef(str(path))).documents[0].text for n, path in enumerate(paths)] == [
+        True
+    ] * 4
 
 
 # ---------------------------------------------------------------- text
@@ -372,7 +374,7 @@ def test_the_kind_of_a_document_is_told_by_its_words(text: str, kind: str) -> No
 def found_in(text: str = "", *, file: str = "in/a.png", kind: str = "inspection-sheet") -> dict[str, str]:
     source = SourceFile("in/sheet.pdf", "0" * 64, "application/pdf", 0)
     pages = (Document(text, kind, source),) if text else ()  # type: ignore[arg-type]
-    return dict(default_patterns().search(pages, [FileRef(Path(file))]).values)
+    return dict(default_patterns().search(pages, [FileRef(file)]).values)
 
 
 @pytest.mark.parametrize(

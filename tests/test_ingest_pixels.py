@@ -280,11 +280,11 @@ def test_scanned_header_is_that_of_the_full_parser_for_any_attribute(
 
 def agree(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_headers()
-    quick = read_header(FileRef(path))
+    quick = read_header(FileRef(str(path)))
     assert scan(path.read_bytes()[: 1 << 16]) is not None or "transfer" in str(quick)
     monkeypatch.setattr("pipelines.ingest.dicom.scan", lambda head: None)
     forget_headers()
-    assert read_header(FileRef(path)) == quick
+    assert read_header(FileRef(str(path))) == quick
     monkeypatch.undo()
 
 

@@ -254,7 +254,7 @@ def _died(files: list[str]) -> Rejection:
 def refusal_key(why: Rejection, path: Path) -> str:
     """The hash of what is refused before it has a request: its content, and why."""
     try:
-        content = FileRef(path).sha256()
+        content = FileRef(str(path)).sha256()
     except Exception:  # it may be just what is wrong with it
         content = str(path)
     return hashlib.sha256(json.dumps(["refused", why.code, content, why.path.partition("!")[2]]).encode()).hexdigest()

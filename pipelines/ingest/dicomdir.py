@@ -19,7 +19,7 @@ def referenced_files(path: Path) -> Iterator[Path | tuple[str, Refusal]]:
     Names are matched without regard to case, as media and the systems that copy them differ in it.  Raises Refusal
     where it is damaged.
     """
-    with FileRef(path).open() as stream:
+    with FileRef(str(path)).open() as stream:
         directory = parse(stream, stop_before_pixels=True)
     for record in _records(directory):
         parts = [part for part in text(record, "ReferencedFileID").split("\\") if part]

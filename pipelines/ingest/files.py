@@ -58,22 +58,26 @@ _KNOWN_BUT_UNREAD: Final = (
 class FileRef:
     """A file on disk, or a member of a zip archive on disk. Small and picklable."""
 
-    path: Path
+    place: str  # its path; a run that plans many files keeps them all, and a Path takes 290 bytes more
     member: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.place)
 
     @property
     def name(self) -> str:
         """What people and reports call it: `folder/file.png` or `archive.zip!folder/file.png`."""
-        path = os.fsencode(self.path).decode("utf-8", "replace")
+        path = os.fsencode(self.place).decode("utf-8", "replace")
         return path if self.member is None else f"{path}!{self.member}"
 
     @property
     def parent(self) -> str:
         """The folder or archive that holds it."""
         if self.member is None:
-            return FileRef(self.path.parent).name
+            return FileRef(str(self.path.parent)).name
         folder = str(PurePosixPath(self.member).parent)
-        return FileRef(self.path, None if folder == "." else folder).name
+        return FileRef(self.place, None if folder == "." else folder).name
 
     @property
     def basename(self) -> str:
@@ -84,7 +88,7 @@ class FileRef:
     def open(self) -> Iterator[BinaryIO]:
         """The file as a seekable stream. Raises OSError, BadZipFile, or Refusal for a locked or exotic member."""
         if self.member is None:
-            with open(self.path, "rb") as stream:
+            with open(self.place, "rb") as stream:
                 yield stream
             return
         try:
@@ -142,7 +146,7 @@ def discover(inputs: Iterable[Path]) -> Iterator[Found | Rejection | PassedOver]
 
 
 def _walk(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
-    ref = FileRef(path)
+    ref = FileRef(str(path))
     if not named and (litter := _litter(path.name)):
         yield PassedOver(ref.name, litter)
         return
@@ -176,11 +180,11 @@ def _file_set(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> I
     """What a DICOMDIR names: read if the user named the DICOMDIR, else just looked for, as its folder is walked."""
     from pipelines.ingest.dicomdir import referenced_files
 
-    ref = FileRef(path)
+    ref = FileRef(str(path))
     yield PassedOver(ref.name, "a DICOM directory; the files that it names are read by themselves")
     for each in referenced_files(path):
         if isinstance(each, tuple):
-            yield rejected(FileRef(path.parent / each[0]).name, each[1])
+            yield rejected(FileRef(str(path.parent / each[0])).name, each[1])
         elif named:
             yield from _walk(each, seen, named=False)
 
@@ -201,7 +205,7 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
     if all(info.flag_bits & 1 for info in members):
         raise Refusal("password-locked", "The archive is locked with a password.")
     for info in members:
-        ref = FileRef(path, info.filename)
+        ref = FileRef(str(path), info.filename)
         parts = PurePosixPath(info.filename.replace("\\", "/")).parts
         litter = next(filter(None, map(_litter, parts)), None)
         if ".." in parts or info.filename.startswith(("/", "\\")) or ":" in info.filename.partition("/")[0]:
