@@ -71,7 +71,7 @@ disposition have no ground truth anywhere and are derived by the written rules o
 
 The recipes `glance`, `detector` and `writer` (`docs/training.md`), from scratch. Of the bundled model, the recipes as
 run on one NVIDIA H200 and their logs are in `docs/training/`: its glance is a part of an earlier joint network
-(`evidence` there), on whose boxes its decoder was trained. {mirrored} are inspected in four mirror images, by every
+(`evidence` there); its decoder read what both detectors see. {mirrored} are inspected in four mirror images, by every
 detector; boards by the first.
 
 ## Measured on validation data
