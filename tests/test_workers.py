@@ -158,6 +158,7 @@ def test_what_was_deleted_meanwhile_or_lacks_a_format_is_not_handed_out_forever(
     assert [(Path(each["path"]).name, each["code"]) for each in summary["rejected"]] == [("1.png", "not-found")]
 
 
+@pytest.mark.slow
 def test_what_a_worker_was_sent_and_had_not_claimed_when_it_died_goes_to_another_at_once(
     tmp_path: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +223,7 @@ def test_why_workers_cannot_work_is_told_where_the_work_comes_from(
     assert heard == ["broken: the weights are damaged"]
 
 
+@pytest.mark.slow
 def test_a_watcher_hands_what_is_dropped_to_workers_and_each_is_reported_once(
     tmp_path: Path, machines: tuple[Machine, Machine], postgres: str
 ) -> None:
