@@ -201,7 +201,7 @@ CHILD = """
 import os, time
 from pipelines.ingest import decoders
 from pipelines.ingest.decoders import decode
-decoders.SECONDS = 0.2
+decoders.SECONDS = {seconds}
 def slow(frame):
     {what}
     return decode(frame)
@@ -211,27 +211,27 @@ decoders._serve()
 
 
 @pytest.mark.parametrize(
-    ("what", "patience", "read_all_the_same"),
+    ("what", "seconds", "patience", "read_all_the_same"),
     [
-        ("time.sleep(1)", 20, True),  # as where the machine has other work
-        ("while True: pass", 200, False),
-        ("time.sleep(60)", 2, False),
+        ("time.sleep(4)", 3, 20, True),  # as where the machine has other work
+        ("while True: pass", 0.2, 200, False),
+        ("time.sleep(60)", 0.2, 2, False),
     ],
     ids=["waits", "computes for ever", "hangs"],
 )
 def test_a_child_may_take_its_time_but_not_for_ever(
-    monkeypatch: pytest.MonkeyPatch, what: str, patience: int, read_all_the_same: bool
+    monkeypatch: pytest.MonkeyPatch, what: str, seconds: float, patience: int, read_all_the_same: bool
 ) -> None:
     from pipelines.ingest import codecs, decoders
 
     def start() -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", CHILD.format(what=what)]
+        command = [sys.executable, "-c", CHILD.format(what=what, seconds=seconds)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     monkeypatch.setattr(codecs, "_start", start)
     monkeypatch.setattr(codecs, "_children", codecs._Children())
     monkeypatch.setattr(codecs, "PATIENCE", patience)
-    monkeypatch.setattr(decoders, "SECONDS", 0.2)
+    monkeypatch.setattr(decoders, "SECONDS", seconds)
     ds = phantom_slices()[0]
     ds.compress(JPEG2000Lossless, generate_instance_uid=False)
     [stream] = generate_frames(ds.PixelData, number_of_frames=1)
