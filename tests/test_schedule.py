@@ -29,11 +29,17 @@ from tests.tiny_reader import TinyReader
 
 
 @pytest.fixture(scope="module")
-def server(new_state_folder: Callable[[], Path]) -> Iterator[str]:
-    """One Prefect server for the module, with a data base of its own."""
+def state(new_state_folder: Callable[[], Path]) -> Path:
+    return new_state_folder()
+
+
+@pytest.fixture(scope="module")
+def server(state: Path) -> Iterator[str]:
+    """One Prefect server for the module, with a data base of its own, and its page."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SCANSCRIBE_HOME", str(new_state_folder()))
-        for name in ("PREFECT_API_URL", "PREFECT_HOME"):
+        patch.setenv("SCANSCRIBE_HOME", str(state))
+        patch.setenv("PREFECT_SERVER_UI_ENABLED", "true")
+        for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_SERVER_UI_STATIC_DIRECTORY"):
             patch.delenv(name, raising=False)
         with LocalServer() as local:
             yield local.url()
@@ -150,6 +156,12 @@ def test_missed_runs_are_made_up_for_once_and_prefect_s_page_works(tmp_path: Pat
     assert "Jane" not in json.dumps([it.said, shown, asked(server, "flow_runs/filter")])
     last = progress(load("night-1")).last
     assert last and last.result == "done"
+
+
+def test_prefect_s_page_is_kept_in_the_state_folder(server: str, state: Path) -> None:
+    """The package's own folder, Prefect's choice, may be read-only."""
+    assert "<title>Prefect" in httpx.get(server.removesuffix("api")).text
+    assert (state / "prefect" / "ui" / "v1" / "index.html").exists()
 
 
 @pytest.mark.chaos

@@ -63,11 +63,13 @@ def import_prefect() -> ModuleType:
 
 def prefect_environment() -> dict[str, str]:
     """The settings that keep Prefect local and quiet, as environment variables; those that the user set stay."""
+    home = os.environ.get("PREFECT_HOME", str(state_folder() / "prefect"))
     ours = {
-        "PREFECT_HOME": str(state_folder() / "prefect"),
+        "PREFECT_HOME": home,
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(Path(home, "ui")),  # else beside the package, which may be another's
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # what ended 90 days ago is removed
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",  # notification blocks that no flow here uses
