@@ -1,9 +1,9 @@
-"""How long a person waits: a one-off report from a cold process, each further photo, and (`--demo`) the demo.
+"""How long a person waits: a one-off report from a cold process, each further picture, and (`--demo`) the demo.
 
     .venv/bin/python benchmarks/one_off.py --demo
 
 The last line of the output is one JSON object with each figure beside its target. Times are wall clock; the process
-is cold, the disk cache is warm. Photos are 1600 x 1200 JPEGs made from the samples.
+is cold, the disk cache is warm. Pictures are 1600 x 1200 JPEGs made from the samples, each with noise of its own.
 """
 
 from __future__ import annotations
@@ -17,15 +17,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SCANSCRIBE = [sys.executable, "-m", "scanscribe.cli"]
 REPEATS = 5
-FURTHER = 10  # photos beside the first
+FURTHER = 10  # pictures beside the first
+WITH_GOLDEN = "board with its golden sample"
+SAMPLES = {
+    "steel strip": "steel/scratches.png",
+    "magnetic tile": "tile/crack.png",
+    WITH_GOLDEN: "board/board.png",
+    "CT slice": "ct/phantom-series/IM0006.dcm",
+}
 
 
 def main() -> None:
@@ -42,17 +52,19 @@ def main() -> None:
 
 
 def one_off() -> list[dict[str, object]]:
-    """A cold report of one photo, and what each of ten more adds to it. Medians of interleaved runs."""
-    one, many = [], []
+    """Cold reports of one picture of each kind, and what each of ten more adds. Medians of interleaved runs."""
+    one, further = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory() as scratch:
-        photos = draw_photos(Path(scratch), 1 + FURTHER)
-        for repeat in range(REPEATS):
-            one.append(wall(["report", photos[0], "--out", f"{scratch}/one-{repeat}"]))
-            many.append(wall(["report", *photos, "--out", f"{scratch}/many-{repeat}"]))
-    further = statistics.median((b - a) / FURTHER for a, b in zip(one, many, strict=True))
+        pictures = {kind: draw(Path(scratch, kind), sample, 1 + FURTHER) for kind, sample in SAMPLES.items()}
+        golden = draw(Path(scratch, "golden"), "golden/board.png", 1)
+        for _, (kind, paths) in product(range(REPEATS), pictures.items()):
+            options = ["--reference", *golden] if kind == WITH_GOLDEN else []
+            alone, all_of_them = (report(paths[:count], options) for count in (1, len(paths)))
+            one[kind].append(alone)
+            further[kind].append((all_of_them - alone) / FURTHER)
     return [
-        claim("one-off report of one photo, cold process", statistics.median(one), 8),
-        claim("each further photo of the same run", further, 1),
+        *(claim(f"one-off report of a {kind}, cold process", statistics.median(one[kind]), 8) for kind in SAMPLES),
+        *(claim(f"each further {kind}", statistics.median(further[kind]), 1) for kind in SAMPLES),
     ]
 
 
@@ -80,20 +92,33 @@ def demo() -> list[dict[str, object]]:
         ]
 
 
-def draw_photos(folder: Path, count: int) -> list[str]:
-    """Distinct photos from the sample tile: each is rolled by some rows."""
-    tile = Image.open(ROOT / "examples" / "tile" / "crack.png").convert("RGB").resize((1600, 1200))
-    paths = [folder / f"photo-{number}.jpg" for number in range(count)]
-    for number, path in enumerate(paths):
-        Image.fromarray(np.roll(np.asarray(tile), 7 * number, axis=0)).save(path, quality=92)
+def draw(folder: Path, sample: str, count: int) -> list[str]:
+    """Distinct pictures from a sample."""
+    path = ROOT / "examples" / sample
+    shades = soft_tissue(path) if path.suffix == ".dcm" else np.asarray(Image.open(path).convert("L"))
+    pixels = np.asarray(Image.fromarray(shades).resize((1600, 1200)), np.int16)
+    noise = np.random.default_rng(0).integers(-2, 3, (count, *pixels.shape))
+    folder.mkdir()
+    paths = [folder / f"{path.stem}-{number}.jpg" for number in range(count)]
+    for each, off in zip(paths, noise, strict=True):
+        Image.fromarray((pixels + off).clip(0, 255).astype(np.uint8)).save(each, quality=92)
     return list(map(str, paths))
 
 
-def wall(arguments: list[str]) -> float:
-    """Seconds that a command takes; it must report everything."""
-    started = time.perf_counter()
-    subprocess.run([*SCANSCRIBE, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-    return time.perf_counter() - started
+def soft_tissue(path: Path) -> np.ndarray:
+    """A CT slice from -160 to 240 HU in shades of grey, `[H, W]`."""
+    slice_ = pydicom.dcmread(path)
+    hounsfield = slice_.pixel_array * slice_.RescaleSlope + slice_.RescaleIntercept
+    return ((hounsfield + 160) / 400 * 255).clip(0, 255).astype(np.uint8)
+
+
+def report(paths: list[str], options: list[str]) -> float:
+    """Seconds that the command takes; it must report everything."""
+    with tempfile.TemporaryDirectory() as out:
+        started = time.perf_counter()
+        command = [*SCANSCRIBE, "report", *paths, *options, "--out", out]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        return time.perf_counter() - started
 
 
 def claim(what: str, seconds: float, target: float) -> dict[str, object]:
