@@ -28,7 +28,7 @@ from pipelines.measures import NOT_MEASURED, StudyMeasures, measure_study
 from pipelines.reading import ModelIdentity, NotFiniteError, Reading
 from pipelines.reporting import build_report, report_images
 from pipelines.run_folder import IndexEntry, cannot_write, figures_of
-from pipelines.sight import Sight, sight
+from pipelines.sight import Sight, as_volume, sight
 from pipelines.store import find
 from pipelines.study import ImageStudy, Rejection
 from reports.bundle import Bundle
@@ -102,12 +102,12 @@ class Desk:
             reason = "Its golden sample has other proportions: it cannot be the same view."
             remedy = "Give the golden sample of this very view, cut alike."
             return Rejection(unit.path, "golden-sample-mismatch", reason, remedy)
+        measured = self._measure(study) if as_volume(study, self._job.kind) else None
         try:
             seen = sight(study, kind=self._job.kind, reference=reference)
         except Exception as error:
             return failed(unit, error)
         token = next(self._tokens)
-        measured = self._measure(study) if seen.volume else None
         self._studies[token] = _Study(study, reference, measured)
         return Opened(
             unit,
@@ -124,7 +124,7 @@ class Desk:
         )
 
     def _measure(self, study: ImageStudy) -> Future[tuple[StudyMeasures, float]]:
-        """Measure a CT study while the model reads it."""
+        """Measure a CT study while the model looks at it and reads it."""
 
         def measure() -> tuple[StudyMeasures, float]:
             started = time.perf_counter()

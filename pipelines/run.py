@@ -570,7 +570,7 @@ class Session:
         parts += sorted(named.values.items())
         try:
             for each in filter(None, (unit, golden)):
-                parts.append([each.page, each.image, each.frames, *sorted(file.sha256() for file in each.files)])
+                parts.append([each.page, each.image, each.frames, *sorted(ingest.digests(each.files))])
                 parts.append([document.sha256() for document in each.documents])
         except Exception:  # what is wrong with the file is for `ingest.load` to say
             return ""

@@ -93,7 +93,7 @@ def sight(study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None
     """Looks at a study for the network. `kind` is "auto", "ct" or "defect"; `reference` a golden sample of the view."""
     height, width = study.pixels.shape[1:3]
     size = (width, height)
-    if study.units == "HU" and kind != "defect":
+    if as_volume(study, kind):
         chosen = _spread(len(study.pixels))
         soft, lung = (
             tuple(frame(window(study.pixels[s], *WINDOWS[name]), GLANCE, square=True) for s in chosen)
@@ -116,6 +116,11 @@ def sight(study: ImageStudy, *, kind: str = "auto", reference: ImageStudy | None
         colour=colourfulness(pixels),
         source=(study, reference),
     )
+
+
+def as_volume(study: ImageStudy, kind: str) -> bool:
+    """Whether a study is looked at slice by slice, and measured."""
+    return study.units == "HU" and kind != "defect"
 
 
 def _spread(count: int) -> tuple[int, ...]:

@@ -6,10 +6,10 @@ voxel) and the header of the DICOM source.
 
 from __future__ import annotations
 
-import io
 import json
+import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,8 +18,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from reports.dicom_source import DicomSource, Instance
-from reports.files import atomic_write
-from reports.images import Picture, ReportImages
+from reports.files import all_or_none, atomic_write
+from reports.images import Picture, ReportImages, encoded_png
 from reports.schema import Report
 
 REPORT: Final = "report.json"
@@ -46,28 +46,37 @@ class BundleError(Exception):
 
 def save_parts(directory: Path, bundle: Bundle) -> None:
     """Writes what belongs to the report into `directory/parts`, each file whole. Raises OSError."""
-    folder = directory / PARTS
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = {f"slice-{index:04d}.png": picture for index, picture in bundle.images.slices.items()}
     if bundle.images.reference is not None:
         pictures["reference.png"] = bundle.images.reference
     pictures |= {f"detail-{finding}.png": picture for finding, picture in bundle.images.details.items()}
-    for name, picture in pictures.items():
-        buffer = io.BytesIO()
-        Image.fromarray(picture.pixels).save(buffer, "PNG", compress_level=1)  # quick; a third larger than the best
-        atomic_write(folder / name, buffer.getvalue())
     shown = {
         name: {"shown_as": p.shown_as, "pixel_aspect": p.pixel_aspect, "part": p.part} for name, p in pictures.items()
     }
-    atomic_write(folder / _PICTURES, json.dumps(shown, ensure_ascii=False))
-    if bundle.dicom is not None:
-        atomic_write(folder / _DICOM, json.dumps(asdict(bundle.dicom)))
-    if bundle.segments:
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {name: np.packbits(mask) for name, mask in bundle.segments.items()}
-        arrays |= {f"{name}.shape": np.array(mask.shape) for name, mask in bundle.segments.items()}
-        np.savez_compressed(buffer, **arrays)
-        atomic_write(folder / _SEGMENTS, buffer.getvalue())
+    folder = directory / PARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    with all_or_none(folder) as parts:
+        for name, picture in pictures.items():
+            (parts / name).write_bytes(encoded_png(Image.fromarray(picture.pixels)))
+        (parts / _PICTURES).write_text(json.dumps(shown, ensure_ascii=False), encoding="utf-8")
+        if bundle.dicom is not None:
+            (parts / _DICOM).write_text(json.dumps(bundle.dicom, default=_fields), encoding="utf-8")
+        if bundle.segments:
+            _save_segments(parts / _SEGMENTS, bundle.segments)
+
+
+def _fields(source: DicomSource | Instance) -> dict[str, Any]:
+    return {each.name: getattr(source, each.name) for each in fields(source)}
+
+
+def _save_segments(path: Path, segments: Mapping[str, np.ndarray]) -> None:
+    """As `np.savez_compressed` does in twice the time, and a third smaller or more."""
+    arrays: dict[str, np.ndarray] = {name: np.packbits(mask) for name, mask in segments.items()}
+    arrays |= {f"{name}.shape": np.array(mask.shape) for name, mask in segments.items()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=3) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def load_report(directory: Path) -> Report:

@@ -41,7 +41,8 @@ def write_report(directory: Path, bundle: Bundle, names: Collection[str] = ("jso
     clear_leftovers(directory / PARTS)
     save_parts(directory, bundle)
     _write_thumbnail(directory, bundle)
-    atomic_write(directory / REPORT, render_json(bundle))
+    if "json" not in names:
+        atomic_write(directory / REPORT, render_json(bundle))
     return write_formats(directory, bundle, names)
 
 

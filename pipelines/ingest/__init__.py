@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.ingest.files import FileRef, Found, PassedOver, discover
+from pipelines.ingest.files import FileRef, Found, PassedOver, digests, discover
 from pipelines.ingest.refusals import rejected
 from pipelines.ingest.units import SeriesVerdict, Unit
 from pipelines.study import ImageStudy, Rejection
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipelines.ingest.dicom import Header
     from pipelines.ingest.identifiers import Patterns
 
-__all__ = ["FileRef", "PassedOver", "Plan", "SeriesVerdict", "Unit", "load", "plan"]
+__all__ = ["FileRef", "PassedOver", "Plan", "SeriesVerdict", "Unit", "digests", "load", "plan"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from pipelines.measures.grid import AIR_HU, Grid
-from pipelines.measures.sections import SECTIONS, fill, grow, shrink
+from pipelines.measures.sections import SECTIONS, by_sections, fill, grow, shrink, sizes_of
 from reports.schema import Measurement
 
 TISSUE_HU: Final = -250  # half-way between air and fat, nearer to fat: mattresses and clothes stay out
@@ -51,7 +51,7 @@ def find_body(grid: Grid) -> Body | None:
     # Sharp kernels lift the skin to the density of bone.
     below_skin = shrink(mask, max(1, round(SKIN_MM / grid.voxel_mm[1])))
     bone = _without_specks((grid.hu_ZYX >= 0.75 * BONE_HU) & below_skin, BONE_PIECE_ML / grid.voxel_ml)
-    trunk = _trunk(mask)
+    trunk = by_sections(_trunk, mask)
     around = 4 * np.sqrt(trunk.sum(axis=(1, 2)))  # pixels of the outline, more or less
     return Body(mask, bone, trunk, (trunk & _border(grid)).sum(axis=(1, 2)) > BORDER_SHARE * around)
 
@@ -59,10 +59,8 @@ def find_body(grid: Grid) -> Body | None:
 def _trunk(mask: np.ndarray) -> np.ndarray:
     labels, count = ndimage.label(mask, SECTIONS)
     chosen = np.zeros(count + 1, bool)
-    for section in labels:
-        sizes = np.bincount(section.ravel())
-        sizes[0] = 0
-        chosen[sizes.argmax()] = True
+    for section, inside in zip(labels, mask, strict=True):
+        chosen[sizes_of(section, inside).argmax()] = True
     chosen[0] = False
     return np.asarray(chosen[labels])
 
@@ -82,16 +80,15 @@ def largest(mask: np.ndarray) -> np.ndarray | None:
     labels, count = ndimage.label(mask)
     if not count:
         return None
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return np.asarray(labels == sizes.argmax())
+    return np.asarray(labels == sizes_of(labels, mask).argmax())
 
 
 def _without_specks(mask: np.ndarray, least: float) -> np.ndarray:
     labels, _ = ndimage.label(mask)
-    kept = np.bincount(labels.ravel()) >= least
-    kept[0] = False
-    return np.asarray(kept[labels])
+    members = labels[mask]
+    kept = np.zeros_like(mask)
+    kept[mask] = np.bincount(members)[members] >= least
+    return kept
 
 
 def circle_mm(area_mm2: np.ndarray) -> np.ndarray:

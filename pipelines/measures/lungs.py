@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from pipelines.measures.body import Body
 from pipelines.measures.grid import Grid
-from pipelines.measures.sections import SECTIONS, fill, grow, shrink
+from pipelines.measures.sections import SECTIONS, box_of, fill, grow, shrink, sizes_of, with_neighbours
 from reports.measurements import HOUNSFIELD
 from reports.schema import Measurement
 
@@ -87,8 +87,9 @@ def find_airways(grid: Grid, body: Body) -> np.ndarray:
     On a single section a trachea cannot be told from another pocket of air by its course: volumes only.
     """
     found = np.zeros_like(body.mask)
-    labels, _ = ndimage.label(body.mask & (grid.hu_ZYX < LUMEN_HU), SECTIONS)
-    areas = np.bincount(labels.ravel()) * grid.pixel_mm2
+    lumen = body.mask & (grid.hu_ZYX < LUMEN_HU)
+    labels, _ = ndimage.label(lumen, SECTIONS)
+    areas = sizes_of(labels, lumen) * grid.pixel_mm2
     need = max(2, round(TRACHEA_RUN_MM / grid.voxel_mm[0]))
     for top in range(len(labels) - 1, need - 2, -1):
         for seed in _trachea_like(grid, body, labels, areas, top):
@@ -143,13 +144,10 @@ def _follow(labels: np.ndarray, areas: np.ndarray, top: int, seed: int) -> dict[
 def _pieces(grid: Grid, air: np.ndarray, single: bool) -> list[np.ndarray]:
     """Connected parts of the air that are large enough and denser than gas, each as a mask; the largest first."""
     labels, _ = ndimage.label(air)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
+    sizes = sizes_of(labels, air)
     least = 100 * PIECE_CM2 / grid.pixel_mm2 if single else PIECE_ML / grid.voxel_ml
-    large = [int(label) for label in np.argsort(-sizes) if sizes[label] >= least]
-    boxes = ndimage.find_objects(labels)
-    inside = [(label, boxes[label - 1]) for label in large]
-    return [labels == label for label, box in inside if np.median(grid.hu_ZYX[box][labels[box] == label]) > GAS_HU]
+    pieces = [labels == label for label in np.argsort(-sizes) if sizes[label] >= least]
+    return [piece for piece in pieces if np.median(grid.hu_ZYX[piece]) > GAS_HU]
 
 
 def _sides(pieces: list[np.ndarray], middle: float) -> tuple[np.ndarray, np.ndarray]:
@@ -180,16 +178,17 @@ def _main(parts: list[np.ndarray]) -> np.ndarray:
 
 def _divide(piece: np.ndarray, middle: float) -> tuple[np.ndarray, np.ndarray]:
     """Parts (left, right) two lungs that touch: shrunk until they come apart, then grown back side by side."""
-    (box,) = ndimage.find_objects(piece.astype(np.int8))
+    box = box_of(piece)
     whole = piece[box]
     shrunk = whole
     for steps in range(1, DIVIDE_STEPS + 1):
         shrunk = shrink(shrunk)
         labels, count = ndimage.label(shrunk)
-        sizes = np.bincount(labels.ravel(), minlength=3)
-        sizes[0] = 0
+        if count < 2:
+            continue
+        sizes = sizes_of(labels, shrunk)
         one, other = np.argsort(-sizes)[:2]
-        if count < 2 or sizes[other] < 0.15 * whole.sum():
+        if sizes[other] < 0.15 * whole.sum():
             continue
         centres = [float(np.nonzero(labels == label)[2].mean()) + box[2].start for label in (one, other)]
         if min(centres) < middle < max(centres):
@@ -211,7 +210,7 @@ def _grow_back(whole: np.ndarray, left: np.ndarray, right: np.ndarray, steps: in
 def _smooth(grid: Grid, lung: np.ndarray, airways: np.ndarray) -> np.ndarray:
     """Closes vessels and fills what a lung encloses within each section."""
     steps = max(1, round(CLOSING_MM / grid.voxel_mm[1]))
-    (box,) = ndimage.find_objects(lung.astype(np.int8))
+    box = box_of(lung)
     crop = np.pad(lung[box], ((0, 0), (steps, steps), (steps, steps)))
     crop = fill(shrink(grow(crop, steps), steps))[:, steps:-steps, steps:-steps]
     out = np.zeros_like(lung)
@@ -240,15 +239,12 @@ class Outline:
 
     def __init__(self, grid: Grid, lungs: Lungs) -> None:
         # Along axes that were not made coarser there is nothing to refine.
-        cross = ndimage.generate_binary_structure(3, 1)
-        for axis, block in enumerate(grid.blocks):
-            if block == 1:
-                cross = cross & (np.arange(3) == 1).reshape([3 if a == axis else 1 for a in range(3)])
+        axes = [axis for axis, block in enumerate(grid.blocks) if block > 1]
         self._grid = grid
         airways = grid.stored(lungs.airways)
         masks = [grid.stored(side) for side in (lungs.left, lungs.right)]
-        self._cores = [ndimage.binary_erosion(mask, cross, border_value=1) for mask in masks]
-        self._hulls = [ndimage.binary_dilation(mask, cross) & ~airways for mask in masks]
+        self._cores = [~with_neighbours(~mask, axes) for mask in masks]
+        self._hulls = [with_neighbours(mask, axes) & ~airways for mask in masks]
 
     def on_slice(self, index: int, hu_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(left, right) on slice `index`, whose HU are `hu_HW`."""

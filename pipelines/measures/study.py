@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from pipelines.measures.grid import Grid, clean, coarse_grid
+from pipelines.measures.grid import MOST_THREADS, Grid, clean, coarse_grid
 from pipelines.measures.quality import NOISY_HU, noise, thickness_flags
 from pipelines.study import ImageStudy
 from reports.schema import Code, Measurement, NotAssessed, Segment
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pipelines.measures.body import Body
     from pipelines.measures.lungs import Lungs, Tally
 
-MOST_THREADS: Final = 4
 BODY_TRUNCATED, LUNGS_INCOMPLETE, NOISY = "body-truncated", "lungs-incomplete", "densitometry-noisy"
 
 _BODY = Segment(
@@ -134,9 +133,11 @@ def _measure(study: ImageStudy, grid: Grid, body: Body, lungs: Lungs | None, so_
     vote = vote_region(grid, body, lungs.left | lungs.right if lungs else np.zeros_like(body.mask))
     if vote.region:
         found.append(region_estimate(vote))
-    masks, tallies = _masks(study.pixels, grid, body, lungs)
+    with ThreadPoolExecutor(1) as beside:
+        noise_to_come = beside.submit(noise, study.pixels, spacing, grid, body.mask)
+        masks, tallies = _masks(study.pixels, grid, body, lungs)
     found.append(bone_size(grid, int(np.count_nonzero(masks[_BONE.id]))))
-    noise_figure = noise(study.pixels, spacing, grid, body.mask)
+    noise_figure = noise_to_come.result()
     if noise_figure:
         found.append(noise_figure)
     segments = [_BODY, _BONE]
@@ -178,7 +179,6 @@ def _masks(
             masks[name][index] = mask
         return [hu[mask] for mask in sides]
 
-    # numpy lets other threads run while it copies and compares: half the time on two cores.
     with ThreadPoolExecutor(MOST_THREADS) as pool:
         for values in pool.map(fill, range(len(volume_SHW))):
             for tally, hu in zip(tallies, values, strict=False):
