@@ -2,7 +2,8 @@
 
 A product of few rows waits for memory: its kernels read several rows of the weights at a time, which defeats what
 processors fetch ahead. Reading the weights through before, piece by piece, so that the product finds them in the core's
-cache, takes about half the time, on machines where that is so (docs/lab-notes.md).
+cache, takes about half the time, on machines where that is so (docs/lab-notes.md). Such a product is too small to be
+shared by threads: several get parts of the weights as a batch of products.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PIECE: Final = 1 << 16  # weights that a core's cache holds beside all else
 BATCHED: Final = 1 << 10  # values of all rows together up to which large weights are one batched product,
 PARTS: Final = 4  # ... a part of the weights each: one product alone is slow
 
-# Whether weights are read through first. `decoder.engine.ways` finds out whether that pays.
+# Whether products of few rows are `product`. `decoder.engine.ways` finds out whether that pays.
 READING: ContextVar[bool] = ContextVar("READING", default=False)
 
 
@@ -59,8 +60,9 @@ def product(x_RD: Tensor, weight_OD: Tensor) -> Tensor:
     """`x @ weight.T` of few rows on a CPU, `[R, O]`, for weights that come from memory."""
     (rows, width), outs = x_RD.shape, weight_OD.shape[0]
     large = outs * width > PIECE
-    if (rows == 1 or (large and rows * width <= BATCHED)) and outs % PARTS == 0:
-        # The fewest rows: as a batch of products with the weights on the left, nothing has to be read twice.
+    fewest = rows == 1 or (large and rows * width <= BATCHED)
+    if (fewest or torch.get_num_threads() > 1) and outs % PARTS == 0:
+        # As a batch of products with the weights on the left, nothing has to be read twice, and threads share it.
         parts_PID = weight_OD.view(PARTS, -1, width)
         out_OR = torch.bmm(parts_PID, x_RD.t().expand(PARTS, -1, -1)).view(-1, rows)
         return out_OR.view(1, -1) if rows == 1 else out_OR.t().contiguous()

@@ -9,6 +9,8 @@ Source: DeepSeek-V3 technical report (arXiv 2412.19437), section 2.1.2.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -22,6 +24,7 @@ from decoder.rotary import Fp32
 
 # Up to so many (token, expert) pairs on a GPU weights are gathered; above, pairs are sorted for one grouped product.
 GATHERED: Final = 64
+MOST: Final = 8  # rows of an expert that a CPU takes together with the other experts
 
 
 def swiglu_parameters(width: int, hidden: int) -> int:
@@ -170,11 +173,15 @@ class Experts(nn.Module):
         return torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, chosen_NK.shape)
 
     def _few(self, x_ND: Tensor, chosen_NK: Tensor) -> Tensor:
-        """The same on a CPU: only experts that somebody chose, where a grouped product goes through all."""
-        multiply = product if READING.get() else F.linear
+        """The same on a CPU: experts one by one that somebody chose, or all side by side, by which is quicker."""
+        numbers, count = chosen_NK.flatten().tolist(), len(self.w2_EDI)
+        quick = READING.get()
+        if quick and torch.get_num_threads() > 1 and 2 * len(set(numbers)) >= count and max(numbers) < count:
+            return self._side_by_side(x_ND, chosen_NK, numbers)
+        multiply = product if quick else F.linear
         w13_E, w2_E = self.w13_E2ID.unbind(), self.w2_EDI.unbind()
         expert, order = chosen_NK.flatten().sort(stable=True)
-        counts = torch.bincount(expert, minlength=len(w2_E) + 1).tolist()
+        counts = torch.bincount(expert, minlength=count + 1).tolist()
         used = [number for number, count in enumerate(counts[:-1]) if count]
         *parts, none = x_ND[order // chosen_NK.shape[1]].split(counts)
         gate, up = torch.cat([multiply(parts[number], w13_E[number]) for number in used]).chunk(2, -1)
@@ -182,6 +189,33 @@ class Experts(nn.Module):
         results = [multiply(rows, w2_E[number]) for number, rows in zip(used, hidden, strict=True)]
         out = torch.cat((*results, torch.zeros_like(none)))
         return torch.empty_like(out).index_copy_(0, order, out).unflatten(0, chosen_NK.shape)
+
+    def _side_by_side(self, x_ND: Tensor, chosen_NK: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The same by products over all experts, `MOST` rows of each, which threads share; the rows behind them apart.
+
+        A product of a few rows by itself is too small to be shared.
+        """
+        count, active, seen, nth = len(self.w2_EDI), chosen_NK.shape[1], Counter[int](), []
+        for number in numbers:
+            nth.append(seen[number])
+            seen[number] += 1
+        rows = min(max(seen.values()), MOST)
+        tokens, late = [0] * (count * rows), []  # any token where an expert has fewer
+        for pair, (number, place) in enumerate(zip(numbers, nth, strict=True)):
+            if place < rows:
+                tokens[number * rows + place] = pair // active
+            else:
+                late.append(pair)
+        x_ERD = x_ND.index_select(0, torch.tensor(tokens)).view(count, rows, -1)
+        # With weights on the left and rows that lie one after another it takes half as long as the other way round.
+        gate_EIR, up_EIR = torch.bmm(self.w13_E2ID, x_ERD.mT).chunk(2, 1)
+        hidden_ERI = F.silu(gate_EIR).mul_(up_EIR).mT.contiguous()
+        expert_P, nth_P = chosen_NK.flatten(), torch.tensor(nth).clamp_(max=rows - 1)
+        out_PD = torch.bmm(self.w2_EDI, hidden_ERI.mT)[expert_P, :, nth_P]
+        if late:
+            late_L = torch.tensor(late)
+            out_PD[late_L] = self._few(x_ND[late_L // active], expert_P[late_L, None])[:, 0]
+        return out_PD.unflatten(0, chosen_NK.shape)
 
 
 class Cooperation(nn.Module):

@@ -83,8 +83,9 @@ def test_experts_are_the_weighted_sum_of_the_chosen() -> None:
     torch.testing.assert_close(moe(x[None])[0], torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("threshold", [0.0, 0.8])
-def test_few_rows_on_a_cpu_give_what_many_give(threshold: float) -> None:
+def test_few_rows_on_a_cpu_give_what_many_give(threshold: float, threads: int) -> None:
     config = ExpertsConfig(count=8, active=3, hidden=24, shared_hidden=40, threshold=threshold)
     torch.manual_seed(0)
     layers = (MixtureOfExperts(32, config), RMSNorm(32, eps=1e-5), Linear(32, PIECE // 32 + 5))
@@ -92,6 +93,7 @@ def test_few_rows_on_a_cpu_give_what_many_give(threshold: float) -> None:
         layers[1].weight.uniform_(0.5, 2)
     x_BTD = torch.randn(1, FEW + 1, 32)
     reading = READING.set(True)
+    torch.set_num_threads(threads)
     try:
         for layer in layers:
             with torch.inference_mode():
@@ -99,6 +101,7 @@ def test_few_rows_on_a_cpu_give_what_many_give(threshold: float) -> None:
             torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
     finally:
         READING.reset(reading)
+        torch.set_num_threads(1)
 
 
 def test_cooperation_starts_as_none_and_then_lets_experts_see_each_other() -> None:

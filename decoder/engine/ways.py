@@ -1,7 +1,7 @@
-"""How a step on the CPU runs, chosen by measurement: on how many threads, and whether it reads weights through first.
+"""How a step on the CPU runs, chosen by measurement: on how many threads, and whether by products for few rows.
 
 Small steps want one thread: others only wait, and where the machine is busy with something else, a step waits for the
-one that got no core. Reading through first pays where weights come from memory, not where a cache holds them all. Which
+one that got no core. Those products pay where weights come from memory, not where a cache holds them all. Which
 steps are small, and what a cache holds, depends on the model and on the machine.
 """
 
@@ -21,7 +21,7 @@ TRIES = 3  # of each way
 SLOWER = 2.0  # times the best from which on things have changed
 PATIENCE = 3  # steps in a row
 
-Way = tuple[int, bool]  # threads, and whether weights are read through first
+Way = tuple[int, bool]  # threads, and whether by products for few rows (`decoder.layers.READING`)
 
 
 @dataclass(slots=True)
