@@ -330,7 +330,7 @@ def _calibrate(reader: Reader, examples: Examples, progress: Listener) -> tuple[
         seen.append(reader.look(_study(case.image), kind="defect", reference=golden))
     hits, scores, labels = _hits(examples, _written(reader, seen))
     reader.calibration = Calibration(evidence={name: fit_evidence(hits, scores)})
-    sure = np.array([reader.confidence(score, name) for score in scores])
+    sure = np.array(reader.confidences(scores, name))
     least = max(LEAST, key=lambda t: 2 * np.sum(np.asarray(hits)[sure >= t]) / max(1, labels + np.sum(sure >= t)))
     reader.calibration = calibration = replace(reader.calibration, report={name: least})
     again = _written(reader, seen)

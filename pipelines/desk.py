@@ -199,6 +199,15 @@ class _Seat:
     waiting: int = 0
 
 
+@dataclass(slots=True)
+class _Lying:
+    """What was opened, and on whose desk; `kept` until its report is written."""
+
+    seat: _Seat
+    opened: Opened
+    kept: bool = True
+
+
 class Desks:
     """Desks in processes of their own. Safe to use from several threads; each call takes as long as its work does."""
 
@@ -206,7 +215,7 @@ class Desks:
         """`own` is the desk of this process: it keeps what it has, and serves large pictures."""
         self._job, self._own = job, own
         self._seats = [_Seat(self._pool()) for _ in range(count)]
-        self._where: dict[int, tuple[_Seat, Opened]] = {}
+        self._where: dict[int, _Lying] = {}
         self._tokens = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -235,7 +244,8 @@ class Desks:
         if opened.sight.large:  # its pixels have to be where the model is
             return self._own.open(unit, golden, request)
         token = next(self._tokens)
-        self._where[-token] = seat, opened
+        shown = replace(opened.sight, glances=(), lungs=(), closer={})  # the desk has no use for it
+        self._where[-token] = _Lying(seat, replace(opened, sight=shown))
         return replace(opened, token=-token)
 
     def report(
@@ -243,11 +253,16 @@ class Desks:
     ) -> IndexEntry | Rejection:
         if opened.token not in self._where:
             return self._own.report(opened, reading, model, version, seconds)
-        seat, lying = self._where[opened.token]
+        lying = self._where[opened.token]
+        reported = replace(reading, findings=tuple(each for each in reading.findings if each.reported))
         try:
-            return self._ask(seat, _report, lying, reading, model, version, seconds)
-        except (BrokenExecutor, KeyError):  # the process was killed: what it had decoded is decoded again
-            self._replace(seat)
+            outcome: IndexEntry | Rejection = self._ask(
+                lying.seat, _report, lying.opened, reported, model, version, seconds
+            )
+            lying.kept = False
+            return outcome
+        except (BrokenExecutor, KeyError):  # the process was killed, or it is the second time: decoded again
+            self._replace(lying.seat)
             again = self._own.open(opened.unit, opened.golden, opened.request)
             if isinstance(again, Rejection):
                 return again
@@ -258,8 +273,9 @@ class Desks:
 
     def clear(self, opened: Opened) -> None:
         if known := self._where.pop(opened.token, None):
-            with contextlib.suppress(BrokenExecutor, RuntimeError):
-                known[0].pool.submit(_clear, known[1])
+            if known.kept:
+                with contextlib.suppress(BrokenExecutor, RuntimeError):
+                    known.seat.pool.submit(_clear, known.opened)
         else:
             self._own.clear(opened)
 
@@ -325,7 +341,9 @@ def _report(
     opened: Opened, reading: Reading, model: ModelIdentity, version: Version, seconds: float
 ) -> IndexEntry | Rejection:
     assert _desk is not None
-    return _desk.report(opened, reading, model, version, seconds)
+    outcome = _desk.report(opened, reading, model, version, seconds)
+    _desk.clear(opened)
+    return outcome
 
 
 def _clear(opened: Opened) -> None:

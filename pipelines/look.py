@@ -64,7 +64,7 @@ class Seen:
 
     line: str  # a product line, or "ct"
     confidence: float  # of the kind
-    fields: Tensor  # [1, F] log-probabilities
+    fields: Tensor  # [1, F] log-probabilities, on the CPU
     visual: Tensor  # [1, N, C]
     candidates: list[Candidate]  # by falling score
     size: tuple[int, int]  # width, height
@@ -206,7 +206,7 @@ class Looker:
             seen[i] = Seen(
                 line,
                 confidence,
-                glance.fields_BF.to(self._device),
+                glance.fields_BF,
                 glance.visual_BNC,
                 candidates,
                 each.size,
@@ -283,7 +283,7 @@ class Looker:
         return Seen(
             "ct",
             1.0,
-            soft.fields_BF.mean(0, keepdim=True).to(self._device),
+            soft.fields_BF.mean(0, keepdim=True),
             visual[key_row : key_row + 1],
             [candidate for _, candidate in ranked],
             sight.size,
@@ -306,7 +306,7 @@ class Looker:
         [glance] = self._glance_all([[first]])
         line, confidence = self._line(glance, kind)
         size = (width, height)
-        seen = Seen(line, confidence, glance.fields_BF.to(self._device), glance.visual_BNC, [], size)
+        seen = Seen(line, confidence, glance.fields_BF, glance.visual_BNC, [], size)
         if line == "ct":
             whole = replace(first, scale=first.scale * max(small.shape) / max(height, width), size=size)
             found = _candidates(glance.regions, 0, whole, CT_TYPES)
@@ -438,11 +438,11 @@ def _regions(glance: _Glanced, frames: Sequence[Frame], slices: Sequence[int]) -
 
 def _candidates(items: Items, row: int, seen: Frame, types: Sequence[str], slice_index: int = 0) -> list[Candidate]:
     """Row `row` of the items in the picture's own pixels, by falling score."""
-    scores = items.scores[row].float().numpy()
-    boxes = seen.boxes(items.boxes[row].float().numpy())
-    names = items.types[row].numpy()
+    scores = items.scores[row].tolist()
+    boxes = seen.boxes(items.boxes[row].float().numpy()).tolist()
+    names = items.types[row].tolist()
     return [
-        Candidate(types[name], tuple(float(v) for v in box), float(score), slice_index)  # type: ignore[arg-type]
+        Candidate(types[name], tuple(box), score, slice_index)
         for box, name, score in zip(boxes, names, scores, strict=True)
         if score > 0 and box[2] > box[0] and box[3] > box[1]
     ]

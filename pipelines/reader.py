@@ -174,12 +174,11 @@ class Reader:
         if not seen:
             return []
         evidence = [self._evidence(each) for each in seen]
+        parts = zip(*((e.boxes, e.types, e.scores) for e in evidence), strict=True)
         prompts_BPD = self.model.prompt(
             torch.cat([each.visual for each in seen]).float(),
-            torch.cat([each.fields for each in seen]),
-            Evidence(
-                *(torch.cat(parts) for parts in zip(*((e.boxes, e.types, e.scores) for e in evidence), strict=True))
-            ),
+            torch.cat([each.fields for each in seen]).to(self.device),
+            Evidence(*(torch.cat(part).to(self.device) for part in parts)),
         )
         fields = [self._fields(each.fields) if each.line == "ct" else {} for each in seen]
         if self._engine is None:
@@ -193,17 +192,16 @@ class Reader:
         return [self._reading(*parts) for parts in zip(seen, fields, written, strict=True)]
 
     def _evidence(self, seen: Seen) -> Evidence:
-        """What the decoder can point at, one row."""
+        """What the decoder can point at, one row; on the CPU."""
         width, height = seen.size
         kept = seen.candidates[: REGIONS if seen.line == "ct" else POINTERS]
         tokens, names = (MAP_TYPE_TOKENS, CT_TYPES) if seen.line == "ct" else (BOX_TYPE_TOKENS, DEFECT_TYPES)
-        evidence = Evidence(
+        return Evidence(
             torch.tensor([[c.bbox for c in kept]], dtype=torch.float32).reshape(1, -1, 4)
             / torch.tensor([width, height, width, height]),
             tokens[torch.tensor([[names.index(c.type) for c in kept]], dtype=torch.long)],
             torch.tensor([[c.score for c in kept]], dtype=torch.float32),
         ).padded()
-        return Evidence(*(t.to(self.device) for t in (evidence.boxes, evidence.types, evidence.scores)))
 
     def _request(self, seen: Seen, prompt_PD: Tensor, fields: dict[str, FieldReading]) -> Request:
         """What the decoder is left to decide: what to point at, and how to sum it up."""
@@ -230,11 +228,11 @@ class Reader:
                     pins[state] = ID[word]
                 state = self._grammar.walk([ID[word]], state)
         # Decoder and evidence decide together, with the weights that were best on validation data.
-        weight, least = self._asked(seen.line)
+        asked = what_is_asked(self.confidences([c.score for c in kept], seen.line), *self._asked(seen.line))
         hints_H = torch.ones(POINTERS)
-        for i, candidate in enumerate(kept):
-            if self._assesses(seen.line, candidate.type):
-                hints_H[i] = what_is_asked(self.confidence(candidate.score, seen.line), weight, least)
+        hints_H[: len(kept)] = torch.tensor(
+            [likely if self._assesses(seen.line, c.type) else 1.0 for c, likely in zip(kept, asked, strict=True)]
+        )
         return Request((), prompt_PD, forbidden=[ID[word] for word in forbidden], pins=pins, hints_H=hints_H)
 
     def _words(self, finding_type: str) -> list[str]:
@@ -265,8 +263,8 @@ class Reader:
         slots, least = REGIONS if seen.line == "ct" else POINTERS, self._asked(seen.line)[1]
         # What the picture as a whole shows is reported, even where no box of it is sure.
         shown = next((i for i, candidate in enumerate(seen.candidates) if candidate.type == seen.shows), None)
-        for i, candidate in enumerate(seen.candidates):
-            confidence = self.confidence(candidate.score, seen.line)
+        sure = self.confidences([candidate.score for candidate in seen.candidates], seen.line)
+        for i, (candidate, confidence) in enumerate(zip(seen.candidates, sure, strict=True)):
             zone, extent = self._place(seen, candidate)
             named = pointed.get(i)
             findings.append(
@@ -318,8 +316,8 @@ class Reader:
         assert self.own is not None
         least = self.calibration.report.get(seen.line, SURE)
         findings = []
-        for candidate in seen.candidates:
-            confidence = self.confidence(candidate.score, seen.line)
+        sure = self.confidences([candidate.score for candidate in seen.candidates], seen.line)
+        for candidate, confidence in zip(seen.candidates, sure, strict=True):
             findings.append(
                 FindingReading(
                     candidate.type,
@@ -347,10 +345,10 @@ class Reader:
             lines=self.lines,
         )
 
-    def confidence(self, score: float, line: str) -> float:
-        """The calibrated probability that an item of that score is right."""
+    def confidences(self, scores: Sequence[float], line: str) -> list[float]:
+        """The calibrated probabilities that items of those scores are right."""
         a, b = self.calibration.evidence.get(line, (1.0, 0.0))
-        return float(1 / (1 + np.exp(-(a * _logit(score) + b))))
+        return (1 / (1 + np.exp(-(a * _logit(scores) + b)))).tolist()
 
     def _fields(self, fields_BF: Tensor) -> dict[str, FieldReading]:
         """The fields with calibrated probabilities; one that cannot be told from the image is undetermined."""
@@ -365,20 +363,20 @@ class Reader:
         return readings
 
 
-def what_is_asked(confidence: float, weight: float, least: float) -> float:
-    """How likely the decoder must hold an item of that confidence to be right for the report to point at it.
+def what_is_asked(confidences: Sequence[float], weight: float, least: float) -> list[float]:
+    """How likely the decoder must hold items of those confidences to be right for the report to point at them.
 
-    The item is reported where the weighted mean of both logits, the decoder's with `weight`, reaches that of `least`.
+    An item is reported where the weighted mean of both logits, the decoder's with `weight`, reaches that of `least`.
     """
     if weight == 0:
-        return 0.0 if confidence >= least else 1.0
-    rest = (_logit(least) - (1 - weight) * _logit(confidence)) / weight
-    return float(1 / (1 + np.exp(-np.clip(rest, -50, 50))))
+        return [0.0 if confidence >= least else 1.0 for confidence in confidences]
+    rest = (_logit(least) - (1 - weight) * _logit(confidences)) / weight
+    return (1 / (1 + np.exp(-np.clip(rest, -50, 50)))).tolist()
 
 
-def _logit(p: float) -> float:
-    clipped = min(max(p, 1e-6), 1 - 1e-6)
-    return float(np.log(clipped / (1 - clipped)))
+def _logit(p: float | Sequence[float]) -> np.ndarray:
+    clipped = np.clip(p, 1e-6, 1 - 1e-6)
+    return np.log(clipped / (1 - clipped))
 
 
 def point_or_pass(log_p_BV: Tensor, hints_BH: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines import ingest
 from pipelines.desk import (
@@ -95,7 +96,6 @@ class Progress:
 Listener = Callable[[Progress], None]
 Heard = Callable[[ingest.Unit, "IndexEntry | Rejection"], None]  # of what came of a unit
 MOST_OPEN: Final = 2 << 30  # bytes of decoded pixels that wait to be read or written
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +252,7 @@ class Session:
             self._places = max(self._places, first + len(units))
             self._get_ready(units)
         pending: set[Future[tuple[int, Prepared]]] = set()
+        over: SimpleQueue[Future[tuple[int, Prepared]]] = SimpleQueue()  # of those
         writing: set[Future[None]] = set()
         twice: list[tuple[int, Opened]] = []
         ready: list[tuple[int, Opened]] = []
@@ -261,12 +262,16 @@ class Session:
                 while len(pending) + len(ready) < self._most_ahead and self._open_bytes < MOST_OPEN:
                     if (following := next(coming, None)) is None:
                         break
-                    pending.add(self._openers.submit(self._prepare_at, *following))
+                    pending.add(opening := self._openers.submit(self._prepare_at, *following))
+                    opening.add_done_callback(over.put)
                 if not (pending or ready):
                     break
-                over = wait(pending, return_when=FIRST_COMPLETED).done if pending and not ready else _over(pending)
-                pending -= over
-                for place, prepared in sorted((future.result() for future in over), key=lambda each: each[0]):
+                arrived = [over.get()] if pending and not ready else []
+                with contextlib.suppress(Empty):
+                    while True:
+                        arrived.append(over.get_nowait())
+                pending.difference_update(arrived)
+                for place, prepared in sorted((future.result() for future in arrived), key=lambda each: each[0]):
                     if not isinstance(prepared, Opened):
                         self._say(self.conclude(prepared, place), _unit_of(prepared, units, place - first), heard)
                     elif self._claims(prepared):
@@ -278,9 +283,8 @@ class Session:
                 del ready[: len(together)]  # only now: when the model does not load, they are let go
                 for (place, opened), (reading, seconds) in zip(together, readings, strict=True):
                     writing.add(self._writers.submit(self._write_at, place, opened, reading, seconds, heard))
-                over_writing = _over(writing)
-                writing -= over_writing
-                for done in over_writing:
+                for done in [each for each in writing if each.done()]:
+                    writing.remove(done)
                     done.result()
             for done in writing:
                 done.result()
@@ -637,10 +641,6 @@ def version_of(report_id: str, folder: RunFolder, request: str, subject: str) ->
         parts = [report_id, subject, former.id if former else ""]
         report_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return Version(report_id, former.version + 1, former.id) if former else Version(report_id)
-
-
-def _over(futures: set[Future[_T]]) -> set[Future[_T]]:
-    return {future for future in futures if future.done()}
 
 
 def _unit_of(prepared: Prepared, units: Sequence[ingest.Unit], number: int) -> ingest.Unit:

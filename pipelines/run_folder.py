@@ -21,14 +21,14 @@ import threading
 import weakref
 from array import array
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, overload
 
 from pipelines.study import Rejection
 from reports.bundle import REPORT, note_superseded
-from reports.files import atomic_write, is_temporary
+from reports.files import atomic_write, is_temporary, plain
 from reports.formats import own_files, run_file_links
 from reports.rules import WORST_FIRST
 from reports.schema import Report
@@ -346,7 +346,7 @@ class RunFolder:
             return write_index(
                 self.path,
                 _Plain(self._find("where current order by number")),
-                [asdict(rejection) for rejection in self.rejections],
+                list(map(plain, self.rejections)),
                 formers={entry.id: _page(entry) for entry in self._find("where not current order by number")},
                 files=run_file_links(self.path),
             )
@@ -395,7 +395,7 @@ class _Plain(Collection[dict[str, Any]]):
         return len(self._entries)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(asdict, self._entries)
+        return map(plain, self._entries)
 
     def __contains__(self, line: object) -> bool:
         return any(line == each for each in self)
@@ -556,8 +556,8 @@ def _value(line: bytes) -> dict[str, Any] | None:
 
 
 def _line(record: IndexEntry | Rejection) -> str:
-    line = json.dumps(asdict(record), ensure_ascii=False)
-    return line if line.isprintable() else json.dumps(asdict(record))  # control and undecodable characters are escaped
+    line = json.dumps(record, ensure_ascii=False, default=plain)
+    return line if line.isprintable() else json.dumps(record, default=plain)  # with control characters
 
 
 def cannot_write(error: OSError) -> OutputError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from reports.dicom_source import DicomSource, Instance
-from reports.files import all_or_none, atomic_write
+from reports.files import all_or_none, atomic_write, plain
 from reports.images import Picture, ReportImages, encoded_png
 from reports.schema import Report
 
@@ -60,13 +60,9 @@ def save_parts(directory: Path, bundle: Bundle) -> None:
             (parts / name).write_bytes(encoded_png(Image.fromarray(picture.pixels)))
         (parts / _PICTURES).write_text(json.dumps(shown, ensure_ascii=False), encoding="utf-8")
         if bundle.dicom is not None:
-            (parts / _DICOM).write_text(json.dumps(bundle.dicom, default=_fields), encoding="utf-8")
+            (parts / _DICOM).write_text(json.dumps(bundle.dicom, default=plain), encoding="utf-8")
         if bundle.segments:
             _save_segments(parts / _SEGMENTS, bundle.segments)
-
-
-def _fields(source: DicomSource | Instance) -> dict[str, Any]:
-    return {each.name: getattr(source, each.name) for each in fields(source)}
 
 
 def _save_segments(path: Path, segments: Mapping[str, np.ndarray]) -> None:

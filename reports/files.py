@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; files that belong together appear together."""
+"""Files appear whole or not at all; files that belong together appear together. And what their JSON is made of."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _TEMPORARY: Final = re.compile(r"\.(.+\.)?\d+-[0-9a-f]+\.tmp")
 
@@ -72,6 +73,11 @@ def clear_leftovers(directory: Path) -> None:
 def is_temporary(name: str) -> bool:
     """Whether a file or folder of that name is one of the temporary ones that are made here."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass, for `json.dumps(..., default=plain)`: `asdict` copies all that is in them."""
+    return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
 def _sync_folder(folder: Path) -> None:

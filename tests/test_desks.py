@@ -68,6 +68,9 @@ def test_a_process_that_is_killed_costs_no_report(tmp_path: Path) -> None:
         assert getattr(entry, "id", None) == "f" * 16
         again = desks.open(unit, None, "0" * 64)
         assert isinstance(again, Opened)
+        for version in "1", "2":  # the desk has let go of it after the first: it is decoded once more
+            desks.report(again, reading, reader.info, Version(version * 16), 0.1)
+            assert (tmp_path / "out" / (version * 16) / "report.json").is_file()
     finally:
         desks.close()
 

@@ -272,6 +272,27 @@ def automata(draw: st.DrawFn) -> np.ndarray:
 
 @given(automata(), st.sets(st.integers(0, SMALLEST - 1), max_size=3), st.data())
 @settings(max_examples=60, deadline=None)
+def test_pins_leave_what_a_table_without_the_other_tokens_leaves(
+    table_SV: np.ndarray, forbidden: set[int], data: st.DataObject
+) -> None:
+    allowed = [{int(token) for token in np.flatnonzero(row >= 0)} - forbidden for row in table_SV]
+    states = data.draw(st.sets(st.sampled_from([state for state, row in enumerate(allowed) if row] or [-1])))
+    pins = {state: data.draw(st.sampled_from(sorted(allowed[state]))) for state in states - {-1}}
+    narrowed_SV = table_SV.copy()
+    for state, token in pins.items():
+        narrowed_SV[state] = -1
+        narrowed_SV[state, token] = table_SV[state, token]
+    if shortest(narrowed_SV, forbidden) is None:
+        with pytest.raises(PromptError):
+            Grammar.from_table(table_SV).rules_of(forbidden, pins)
+        return
+    found, expected = Grammar.from_table(table_SV).rules_of(forbidden, pins), Grammar.from_table(narrowed_SV)
+    assert np.array_equal(found.ways_S, expected.rules_of(forbidden).ways_S)
+    assert np.array_equal(found.only_S, expected.rules_of(forbidden).only_S)
+
+
+@given(automata(), st.sets(st.integers(0, SMALLEST - 1), max_size=3), st.data())
+@settings(max_examples=60, deadline=None)
 def test_whatever_the_automaton_it_accepts_what_is_written_within_the_budget(
     small: Decoder, table_SV: np.ndarray, forbidden: set[int], data: st.DataObject
 ) -> None:

@@ -107,6 +107,15 @@ class Grammar:
         for state, token in pins.items():
             if self.next_SC[state, self.class_V[token]] < 0 or token in forbidden:
                 raise ValueError(f"token {token} is pinned to state {state}, where it is not allowed")
+        if not pins:
+            return self.rules(forbidden)
+        # Pins on the shortest ways to an end change nothing but the choice in their own states.
+        free, states, tokens = self.rules(forbidden), np.array([*pins]), np.array([*pins.values()])
+        ways = free.ways_S[states]
+        if (ways == np.minimum(free.ways_S[self.next_SC[states, self.class_V[tokens]]] + 1, FAR)).all():
+            only_S = free.only_S.copy()
+            only_S[states[ways < FAR]] = tokens[ways < FAR]
+            return Rules(free.forbidden_V, only_S, free.ways_S)
         return self.rules(forbidden, tuple(sorted(pins.items())))
 
     def walk(self, tokens: Iterable[int], state: int = 0) -> int:

@@ -177,9 +177,7 @@ class Runner:
             state_B=self._tensor([plan.state for plan in plans], torch.int32),
             only_BS=self._tensor(np.stack([r.only_S for r in rules if r]), torch.int32) if states else new.only_BS,
             ways_BS=self._tensor(np.stack([r.ways_S for r in rules if r]), torch.int32) if states else new.ways_BS,
-            hints_BH=torch.stack(
-                [plan.request.hints_H.to(new.hints_BH) for plan in plans if plan.request.hints_H is not None]
-            )
+            hints_BH=torch.stack([p.request.hints_H for p in plans if p.request.hints_H is not None]).to(new.hints_BH)
             if hints
             else new.hints_BH,
         )

@@ -82,7 +82,7 @@ class FileRef:
 
     @property
     def basename(self) -> str:
-        name = self.member or os.fsencode(self.path.name).decode("utf-8", "replace")
+        name = self.member or os.fsencode(self.place).decode("utf-8", "replace")
         return name.rpartition("/")[2]
 
     @contextlib.contextmanager
@@ -115,7 +115,7 @@ class FileRef:
 
     def sha256(self) -> str:
         """Of all bytes, lower-case hex. A file that has not changed is not hashed anew for each of its pages."""
-        info = self.path.stat()
+        info = os.stat(self.place)
         return _sha256(self, info.st_mtime_ns, info.st_size)
 
 
