@@ -73,8 +73,9 @@ def plan(inputs: Iterable[Path], *, progress: Callable[[int, int], None] | None 
         units = list(attached.units)
         rejections += attached.rejections
         passed_over += attached.passed_over
-    met_at = {item.ref: number for number, item in enumerate(found)}
-    units.sort(key=lambda unit: min(map(met_at.__getitem__, unit.files)))
+    if headers or documents:  # pictures alone are in order
+        met_at = {item.ref: number for number, item in enumerate(found)}
+        units.sort(key=lambda unit: min(map(met_at.__getitem__, unit.files)))
     return Plan(tuple(units), tuple(rejections), tuple(passed_over), series)
 
 

@@ -149,22 +149,23 @@ def discover(inputs: Iterable[Path]) -> Iterator[Found | Rejection | PassedOver]
 
     Links are followed; a file or folder that is reached again is passed over, which also ends loops of links.
     """
-    seen: dict[tuple[int, int], str] = {}  # device and number of each file and folder -> its first name
+    seen: dict[int, FileRef] = {}  # by device and number in one: where each file and folder was first met
     for path in inputs:
         yield from _walk(path, seen, named=True)
 
 
-def _walk(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
+def _walk(path: Path, seen: dict[int, FileRef], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
     ref = FileRef(str(path))
     if not named and (litter := _litter(path.name)):
         yield PassedOver(ref.name, litter)
         return
     try:
         info = path.stat()
-        if first := seen.get((info.st_dev, info.st_ino)):
-            yield PassedOver(ref.name, f"the same as {first}")
+        place = info.st_dev << 64 | info.st_ino
+        if first := seen.get(place):
+            yield PassedOver(ref.name, f"the same as {first.name}")
             return
-        seen[info.st_dev, info.st_ino] = ref.name
+        seen[place] = ref
         if stat.S_ISDIR(info.st_mode):
             entries = sorted(os.listdir(path))
             if named and not entries:
@@ -185,7 +186,7 @@ def _walk(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> Itera
         yield rejected(ref.name, error)
 
 
-def _file_set(path: Path, seen: dict[tuple[int, int], str], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
+def _file_set(path: Path, seen: dict[int, FileRef], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
     """What a DICOMDIR names: read if the user named the DICOMDIR, else just looked for, as its folder is walked."""
     from pipelines.ingest.dicomdir import referenced_files
 
