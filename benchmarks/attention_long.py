@@ -7,9 +7,11 @@
 Time: one layer of the bundled decoder's width (192, 6 heads of 32), random weights; fp32 on a CPU, bf16 on a GPU.
 "Attention" is what is between the projections, "layer" is end to end: projections, rotation, attention, output.
 Prefill is a whole text at once (eight on a GPU); decode is one position of eight texts (64 on a GPU) behind a static
-cache of that length. On a GPU both kinds are CUDA graphs, so that neither is bound by launching kernels. Full attention
-is torch's causal scaled_dot_product_attention, flash on a GPU. Both kinds run by turns; medians of the runs, and the
-spread between quartiles.
+cache of that length. On a CPU that is a mean over the steps of a block, where each text ends at another place, through
+layers with caches of their own: as in a decoder, a layer's cache has left the processor's by the next step, and a block
+is pooled once in so many steps. On a GPU both kinds are CUDA graphs, so that neither is bound by launching kernels.
+Full attention is torch's causal scaled_dot_product_attention, flash on a GPU. Both kinds run by turns; medians of the
+runs, and the spread between quartiles.
 
 Needle: a text of noise holds words that each stand for a key and a value; behind it stand the keys, each to be answered
 with its value. Needles lie further back than the window reaches. Small decoders with either attention are trained
@@ -24,7 +26,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -42,6 +44,7 @@ WIDTHS = {192: (6, 32), 512: (8, 64)}  # heads and their width; the first is the
 TARGETS = {4096: 2.0, 8192: 4.0}
 # Sequences at once
 BATCH = {"cpu": {"prefill": 1, "decode": 8}, "cuda": {"prefill": 8, "decode": 64}}
+STACK = 4  # layers through which steps on a CPU go
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def timings(device: torch.device, *, quick: bool) -> list[dict[str, object]]:
         for stage in ("prefill", "decode"):
             for length in lengths:
                 for part, arms in cases(width, stage, length, device).items():
-                    full, other = race(arms, 5 if quick else 7, device)
+                    full, other = race([call for call, _ in arms], 5 if quick else 7, device)
+                    full, other = (
+                        [each / count for each in told] for told, (_, count) in zip((full, other), arms, strict=True)
+                    )
                     ratio = full[0] / other[0]
                     name = f"{stage}, {part}"
                     print(
@@ -152,23 +158,42 @@ def agreement(device: torch.device) -> dict[str, object]:
     )
 
 
-def cases(width: int, stage: str, length: int, device: torch.device) -> dict[str, list[Call]]:
-    """What is timed: for each part full attention first, then adaptive."""
+def cases(width: int, stage: str, length: int, device: torch.device) -> dict[str, list[tuple[Call, int]]]:
+    """What is timed, and how many layers that is: for each part full attention first, then adaptive."""
     heads, dim = WIDTHS[width]
     sizes = {"heads": heads, "kv_heads": heads, "head_dim": dim}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     batch = BATCH[device.type][stage]
     kinds: tuple[AttentionConfig, ...] = (FullAttentionConfig(**sizes), AdaptiveAttentionConfig(**sizes))
-    found: dict[str, list[Call]] = {"attention": [], "layer": []}
+    found: dict[str, list[tuple[Call, int]]] = {"attention": [], "layer": []}
+    block = AdaptiveAttentionConfig.stride if device.type == "cpu" and stage == "decode" else 1
     for config in kinds:
         torch.manual_seed(0)
-        layer = config.build(width, 1e-6).to(device, dtype).requires_grad_(False)
+        layers = [
+            config.build(width, 1e-6).to(device, dtype).requires_grad_(False) for _ in range(STACK if block > 1 else 1)
+        ]
         x = torch.randn(batch, length if stage == "prefill" else 1, width, device=device, dtype=dtype)
-        at, stored = places(config, stage, length, batch, device, dtype)
-        mixed = (x, *layer.project(x, at), at, stored)
-        for part, call in (("attention", bind(layer.mix, *mixed)), ("layer", bind(layer, x, at, stored))):
-            found[part].append(captured(call) if device.type == "cuda" else call)
+        steps = places(config, stage, length, batch, block, device, dtype)
+        calls: dict[str, list[Call]] = {part: [] for part in found}
+        for layer in layers:
+            stored = None
+            if stage == "decode":
+                stored = tuple(torch.randn(batch, *each, device=device, dtype=dtype) for each in config.stored(length))
+            for at in steps:
+                calls["attention"].append(bind(layer.mix, x, *layer.project(x, at), at, stored))
+                calls["layer"].append(bind(layer, x, at, stored))
+        for part, each in calls.items():
+            if device.type == "cuda":
+                found[part].append((captured(each[0]), 1))
+            else:
+                # Step by step through all layers
+                found[part].append((bind(run, [call for n in range(block) for call in each[n::block]]), len(each)))
     return found
+
+
+def run(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
 
 
 def bind(call: Callable[..., object], *arguments: object) -> Call:
@@ -176,18 +201,25 @@ def bind(call: Callable[..., object], *arguments: object) -> Call:
 
 
 def places(
-    config: AttentionConfig, stage: str, length: int, batch: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Places, tuple[Tensor, ...] | None]:
-    """A whole text, or the last position behind a cache."""
+    config: AttentionConfig,
+    stage: str,
+    length: int,
+    batch: int,
+    block: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Places]:
+    """A whole text, or so many last positions behind a cache, each text's in another order."""
     rows = torch.arange(batch, device=device)[:, None]
-    positions = torch.arange(length, device=device)[None]
     rotary = Rotary(config.rope, config.rotary_dim).to(device)
     if stage == "prefill":
-        return Places(positions, rows, None, *rotary(positions)), None
-    positions = positions[:, -1:].repeat(batch, 1)
-    stored = tuple(torch.randn(batch, *shape, device=device, dtype=dtype) for shape in config.stored(length))
+        positions = torch.arange(length, device=device)[None]
+        return [Places(positions, rows, None, *rotary(positions))]
+    steps = [length - 1 - (step + 5 * rows) % block for step in range(block)]
     # Masks are made once for all layers of a decoder.
-    return Places(positions, rows, None, *rotary(positions), config.masks(positions, length, dtype)), stored
+    return [
+        Places(positions, rows, None, *rotary(positions), config.masks(positions, length, dtype)) for positions in steps
+    ]
 
 
 # Needle

@@ -33,14 +33,14 @@ PIECE: Final = 1024  # positions of a prompt that a CPU takes through a layer to
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What up to a window of new positions see, and the blocks that they are in, `N` of them in each row."""
+    """What up to a window of new positions see, and the blocks that they are in, `N` of them in each of `Q` rows."""
 
     near_BTR: Tensor  # is added to the scores of raw keys: 0 or -inf
     far_BTM: Tensor  # ... of blocks
-    pools: bool  # whether those blocks are pooled
-    block_BN: Tensor  # their places
-    place_BNP: Tensor  # those of their raw keys
-    absent_BNP: Tensor  # which of them are still to come
+    row_Q1: Tensor  # the rows whose blocks are pooled
+    block_QN: Tensor  # places of these blocks
+    place_QNP: Tensor  # those of their raw keys
+    absent_QNP: Tensor  # which of them are still to come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,12 @@ class AdaptiveAttentionConfig(FullAttentionConfig):
             nth_BNP = (member_BNP - first_B1[..., None]).clamp(max=count - 1)
             place_BNP = torch.where(nth_BNP < 0, place_BNP, len(stored_R) + nth_BNP)
         absent_BNP = member_BNP >= first_B1[..., None] + count
-        # Nobody sees a block before it is whole; that there is none now is known on a CPU alone, without waiting.
-        pools = not (single and device.type == "cpu") or bool((~absent_BNP).all(-1).any())
-        return Sight(_added(near_BTR, dtype), _added(far_BTM, dtype), pools, block_BN + 1, place_BNP, absent_BNP)
+        pooled = [torch.arange(len(new_BT), device=device)[:, None], block_BN + 1, place_BNP, absent_BNP]
+        if single and device.type == "cpu":
+            # Nobody sees a block before it is whole; whose is whole now is known on a CPU alone, without waiting.
+            whole_B = ~absent_BNP[:, 0].any(-1)
+            pooled = [each[whole_B] for each in pooled]
+        return Sight(_added(near_BTR, dtype), _added(far_BTM, dtype), *pooled)
 
 
 def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -311,10 +314,10 @@ class AdaptiveAttention(FullAttention):
             raw_BJRe[at.rows_B1, :, at.positions_BT % (2 * config.window)] = kv_BTJe
         else:
             raw_BJRe = torch.cat((raw_BJRe, kv_BTJe.transpose(1, 2)), 2)
-        if sight.pools:
-            place_BN = sight.block_BN.clamp(max=blocks_BJMe.shape[2] - 1)
-            raw_BNPJe = raw_BJRe[at.rows_B1[..., None], :, sight.place_BNP]
-            blocks_BJMe[at.rows_B1, :, place_BN] = self.pool(*_halves(raw_BNPJe), sight.absent_BNP)
+        if len(sight.row_Q1):
+            place_QN = sight.block_QN.clamp(max=blocks_BJMe.shape[2] - 1)
+            raw_QNPJe = raw_BJRe[sight.row_Q1[..., None], :, sight.place_QNP]
+            blocks_BJMe[sight.row_Q1, :, place_QN] = self.pool(*_halves(raw_QNPJe), sight.absent_QNP)
         if not single:
             self._keep(kv_BTJe, at, start, stored)
         scale = config.head_dim**-0.5
