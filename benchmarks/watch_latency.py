@@ -27,7 +27,7 @@ from pydicom.uid import generate_uid
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.one_off import draw_photos  # noqa: E402
+from benchmarks.one_off import SAMPLES, draw  # noqa: E402
 
 TARGET_S, WAIT_S = 5.0, 60.0
 SLICES = ROOT / "examples" / "ct" / "phantom-series"
@@ -60,7 +60,7 @@ def measure(scratch: Path, drops: int) -> dict[str, list[float]]:
     """Seconds from complete to reported, by how the drop came. One more drop of each kind warms up."""
     inbox, out = scratch / "in", scratch / "out"
     inbox.mkdir()
-    photos = [Path(path) for path in draw_photos(scratch, 2 * (drops + 1))]
+    photos = [Path(path) for path in draw(scratch / "photos", SAMPLES["magnetic tile"], 2 * (drops + 1))]
     found: dict[str, list[float]] = {}
     with (scratch / "log").open("wb") as log:
         watcher = subprocess.Popen(

@@ -1,7 +1,12 @@
-"""The committed samples are what their script draws, and ingest reads from them what `expected.json` says."""
+"""The committed samples are what their script draws, and ingest reads from them what `expected.json` says.
+
+Benchmarks, which no test runs whole, find what they import.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import runpy
 from pathlib import Path
@@ -13,7 +18,8 @@ import pytest
 from pipelines.ingest import load, plan
 from pipelines.study import ImageStudy, Rejection
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 SAMPLES: list[dict[str, Any]] = json.loads((EXAMPLES / "expected.json").read_text())["samples"]
 PICTURES = [s for s in SAMPLES if s.get("kind") == "defect"]
 REFUSED = [s for s in SAMPLES if "rejected" in s]
@@ -155,3 +161,17 @@ def voxel_to_mm(index: np.ndarray) -> tuple[float, float, float]:
     x0, y0, z0 = PHANTOM["first_position_mm"]
     rows, columns = PHANTOM["spacing_mm"]
     return x0 + index[2] * columns, y0 + index[1] * rows, z0 + index[0] * PHANTOM["slice_spacing_mm"]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_takes_from_the_project_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and (ROOT / node.module.partition(".")[0]).is_dir():
+            try:
+                module = importlib.import_module(node.module)
+            except ModuleNotFoundError as error:
+                if error.name != "transformers":  # what benchmarks compare with is not always installed
+                    raise
+                continue
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}")
