@@ -245,7 +245,8 @@ def summarise(summary: RunSummary) -> None:
     ]
     for entry in summary.reported[:ROWS_SHOWN]:
         confidence = "" if entry.confidence is None else f"{entry.confidence:.0%}"
-        lines.append(f"| {entry.id} | {entry.kind} | {entry.findings} | {entry.disposition or ''} | {confidence} |")
+        findings = entry.findings if entry.findings or entry.assessed else "not assessed"
+        lines.append(f"| {entry.id} | {entry.kind} | {findings} | {entry.disposition or ''} | {confidence} |")
     if (more := len(summary.reported) - ROWS_SHOWN) > 0:
         lines.append(f"| and {more} more | | | | |")
     pictures = [(entry.id, summary.out / entry.thumbnail) for entry in summary.reported if entry.thumbnail]

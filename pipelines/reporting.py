@@ -381,12 +381,12 @@ def _ct_not_assessed(study: ImageStudy, reading: Reading, technique: Technique) 
     yield NotAssessed.of("history")
     for name, field in reading.fields.items():
         decided_by_geometry = technique.read_from.get(name) == "geometry"
-        if field.value == taxonomy.UNDETERMINED and not decided_by_geometry:
+        if name == "covid19" and not _is_chest(technique):
+            yield NotAssessed.of("covid19")
+        elif field.value == taxonomy.UNDETERMINED and not decided_by_geometry:
             guess, probability = max(field.probabilities.items(), key=lambda item: item[1], default=("", 0.0))
             guessed: dict[str, str | float] = {"guess": guess, "probability": _unit(probability)} if guess else {}
             yield NotAssessed.of("field-guessed" if guess else "field", field=name, **guessed)
-    if "covid19" in reading.fields and not _is_chest(technique):
-        yield NotAssessed.of("covid19")
     if unread := sorted(set(range(len(study.pixels))) - set(reading.slices_read)):
         yield NotAssessed.of("slices", count=len(unread), total=len(study.pixels), slices=_ranges(unread))
     if study.rejected_sources:

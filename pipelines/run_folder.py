@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, overload
 
+from pipelines.reading import OUT_OF_DOMAIN
 from pipelines.study import Rejection
 from reports.bundle import REPORT, note_superseded
 from reports.files import atomic_write, is_temporary, plain
@@ -76,6 +77,9 @@ class IndexEntry:
     supersedes: str | None = None  # the id of the report that this one replaces
     superseded_by: str | None = None
     severity: str | None = None  # of the worst finding, where the rules say one
+    assessed: bool = (
+        True  # else the study is unlike those that the model was made for, and the report says nothing of it
+    )
     subject: str = ""  # hash of the part of a series or the file it is about: the next report on it supersedes this one
 
 
@@ -89,6 +93,7 @@ def figures_of(report: Report) -> dict[str, Any]:
         "severity": next((severity for severity in WORST_FIRST if severity in severities), None),
         "disposition": report.disposition,
         "confidence": max((finding.confidence for finding in report.findings), default=None),
+        "assessed": OUT_OF_DOMAIN not in report.quality_flags,
     }
 
 

@@ -95,7 +95,9 @@ def _reports(entries: Iterable[IndexEntry], left_out: Collection[str]) -> Table:
     table.add_column("disposition")
     table.add_column("confidence", justify="right")
     for entry in entries:
-        findings = f"{entry.findings}: {', '.join(map(title, entry.types))}" if entry.findings else "none reported"
+        findings = "none reported" if entry.assessed else "not assessed"
+        if entry.findings:
+            findings = f"{entry.findings}: {', '.join(map(title, entry.types))}"
         table.add_row(
             entry.id,
             entry.kind,

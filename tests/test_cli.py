@@ -432,6 +432,10 @@ def test_the_samples_are_reported_from_end_to_end_with_the_bundled_model(tmp_pat
     found = {Path(entry["inputs"][0]["path"]).name: set(entry["types"]) for entry in summary["reported"]}
     for name in ("board.png", "scratches.png"):
         assert found[name] == expected[name]
+    strange = [Path(entry["inputs"][0]["path"]).name for entry in summary["reported"] if not entry["assessed"]]
+    assert strange == ["CT_small.dcm"]
+    index = (tmp_path / "index.html").read_text()
+    assert (index.count("Not assessed"), index.count("No finding")) == (1, 1)  # that scan, and the phantom
 
     for entry in summary["reported"]:
         report = Report.model_validate_json((tmp_path / entry["formats"]["json"]).read_text())

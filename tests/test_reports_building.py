@@ -242,9 +242,10 @@ def test_of_a_study_unlike_those_the_model_was_made_for_nothing_is_reported() ->
     assert report.impression.startswith("Not assessed") and "the image as a whole" in [
         n.what for n in report.not_assessed
     ]
-    scan = replace(ct(found("cyst", 1, 1, 9, 9), region="chest"), quality_flags=strange)
+    scan = replace(ct(found("cyst", 1, 1, 9, 9), region="chest", covid19="true"), quality_flags=strange)
     report = build_report(volume(), scan, MODEL)
     assert report.findings == () and report.impression.startswith("Not assessed")
+    assert [n.what for n in report.not_assessed].count("COVID-19 pattern") == 1
     assert report.technique.region is not None and report.technique.region.value == "undetermined"
 
 
