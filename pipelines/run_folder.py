@@ -77,9 +77,7 @@ class IndexEntry:
     supersedes: str | None = None  # the id of the report that this one replaces
     superseded_by: str | None = None
     severity: str | None = None  # of the worst finding, where the rules say one
-    assessed: bool = (
-        True  # else the study is unlike those that the model was made for, and the report says nothing of it
-    )
+    assessed: bool = True  # else the study is unlike those that the model was made for
     subject: str = ""  # hash of the part of a series or the file it is about: the next report on it supersedes this one
 
 

@@ -7,7 +7,6 @@ voxel) and the header of the DICOM source.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,17 +61,9 @@ def save_parts(directory: Path, bundle: Bundle) -> None:
         if bundle.dicom is not None:
             (parts / _DICOM).write_text(json.dumps(bundle.dicom, default=plain), encoding="utf-8")
         if bundle.segments:
-            _save_segments(parts / _SEGMENTS, bundle.segments)
-
-
-def _save_segments(path: Path, segments: Mapping[str, np.ndarray]) -> None:
-    """As `np.savez_compressed` does in twice the time, and a third smaller or more."""
-    arrays: dict[str, np.ndarray] = {name: np.packbits(mask) for name, mask in segments.items()}
-    arrays |= {f"{name}.shape": np.array(mask.shape) for name, mask in segments.items()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=3) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+            arrays: dict[str, Any] = {name: np.packbits(mask) for name, mask in bundle.segments.items()}
+            arrays |= {f"{name}.shape": np.array(mask.shape) for name, mask in bundle.segments.items()}
+            np.savez_compressed(parts / _SEGMENTS, **arrays)
 
 
 def load_report(directory: Path) -> Report:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import pipelines.run
+from pipelines.reading import OUT_OF_DOMAIN, Reading
 from pipelines.store import ModelError, find
 from scanscribe import cli
 from tests.test_run import picture
@@ -53,6 +54,18 @@ def test_report_exits_0_when_all_is_reported_and_1_when_something_is_refused(sca
     assert code == 1
     assert "empty-file" in out
     assert "Copy the file again" in out
+
+
+def test_what_was_not_assessed_is_not_said_to_have_no_finding(
+    scanscribe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = Reading("defect", 1.0, None, {}, (), "", quality_flags=(OUT_OF_DOMAIN,))
+    monkeypatch.setattr(TinyReader, "read", lambda *args, **options: strange)
+    picture(tmp_path / "in" / "a.png")
+    code, out, _ = scanscribe("report", "in", "--out", "out")
+    assert code == 0
+    assert "not assessed" in out and "none reported" not in out
+    assert "Not assessed: unlike" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_json_prints_one_object_and_nothing_else(scanscribe, tmp_path: Path) -> None:

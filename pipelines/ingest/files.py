@@ -94,7 +94,7 @@ class FileRef:
             return
         try:
             member = _archive(self.path).open(self.member)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise Refusal("damaged-archive", "The member is locked or packed in a way that cannot be read.") from error
         with member:
             yield cast(BinaryIO, member)
