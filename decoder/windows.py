@@ -27,8 +27,7 @@ def rotate(x_BTHd: Tensor, cos_BT1r: Tensor, sin_BT1r: Tensor, interleaved: bool
     batch, count, heads, dim = x_BTHd.shape
     out_BTHd = torch.empty(x_BTHd.shape, dtype=x_BTHd.dtype, device=x_BTHd.device)
     half = dim // 2
-    block = 64 if count >= 64 else triton.next_power_of_2(count)
-    together = 4 if count >= 64 else 1
+    block, together = (32, 2) if count >= 32 else (triton.next_power_of_2(count), 1)
     turn = 0 if len(cos_BT1r) == 1 else count * half
     _rotate[(triton.cdiv(count, block), triton.cdiv(heads, together), batch)](
         x_BTHd, cos_BT1r, sin_BT1r, out_BTHd, *x_BTHd.stride(), turn, count, heads,
@@ -43,7 +42,7 @@ def pool(k_BTJd: Tensor, v_BTJd: Tensor, salience_Jd: Tensor, stride: int, block
     blocks, together = count // stride + 1, 16
     _pool[(triton.cdiv(blocks, together), heads, batch)](
         k_BTJd, v_BTJd, salience_Jd, blocks_BJMe, *k_BTJd.stride(), *v_BTJd.stride(), *blocks_BJMe.stride()[:3], blocks,
-        DIM=dim, STRIDE=stride, UNROLLED=min(stride, 16), BLOCKS=together, num_warps=max(1, dim // 16),
+        DIM=dim, STRIDE=stride, UNROLLED=min(stride, 16), BLOCKS=together, num_warps=max(1, dim // 8),
     )  # fmt: skip
 
 
@@ -51,9 +50,9 @@ def gate(x_BTD: Tensor, weight_HD: Tensor, bias_H: Tensor, dtype: torch.dtype) -
     """The gate of each position and head before its sigmoid, `[B, T, H]`: as a product it is too narrow for cuBLAS."""
     x_RD, heads = x_BTD.reshape(-1, x_BTD.shape[-1]), len(weight_HD)
     out_BTH = torch.empty(*x_BTD.shape[:-1], heads, dtype=dtype, device=x_BTD.device)
-    _gate[(triton.cdiv(len(x_RD), TILE),)](
+    _gate[(triton.cdiv(len(x_RD), 2 * TILE),)](
         x_RD, weight_HD, bias_H, out_BTH, x_RD.stride(0), len(x_RD),
-        WIDTH=x_RD.shape[1], HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), ROWS=TILE, DEPTH=TILE,
+        WIDTH=x_RD.shape[1], HEADS=heads, PADDED=max(16, triton.next_power_of_2(heads)), ROWS=2 * TILE, DEPTH=TILE,
     )  # fmt: skip
     return out_BTH
 
@@ -75,7 +74,7 @@ def attend(
         *q_BTHd.stride()[:3], *k_BTJd.stride()[:3], *v_BTJd.stride()[:3], *blocks_BJMe.stride()[:3],
         count, heads, config.head_dim**-0.5 * LOG2E,
         GROUP=heads // config.kv_heads, DIM=dim, WINDOW=config.window, RATIO=config.window // config.stride,
-        TILE=tile, num_warps=4, num_stages=3,
+        TILE=tile, num_warps=4, num_stages=3, maxnreg=96 if dim <= 32 else None,  # five programs at once, not four
     )  # fmt: skip
     return out_BTHd
 
@@ -297,17 +296,18 @@ def _attend(  # type: ignore[no-untyped-def]
     v += row * v_row + (head // GROUP) * v_head
     blocks += row * blocks_row + (head // GROUP) * blocks_head
 
+    # What needs a mask goes first, so that its keys come together with the queries and not after a loop.
     peak = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     sums = tl.zeros([TILE, DIM], tl.float32)
+    keys = tl.load(k + t[None] * k_position + i[:, None], t[None] < count, 0.0)
+    values = tl.load(v + t[:, None] * v_position + i[None], inside, 0.0)
+    peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, t[None] <= t[:, None], True)
     for at in range(tl.maximum(window - 1, 0) * WINDOW, start, TILE):
         j = at + s
         keys = tl.load(k + j[None] * k_position + i[:, None])
         values = tl.load(v + j[:, None] * v_position + i[None])
         peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, inside, False)
-    keys = tl.load(k + t[None] * k_position + i[:, None], t[None] < count, 0.0)
-    values = tl.load(v + t[:, None] * v_position + i[None], inside, 0.0)
-    peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, t[None] <= t[:, None], True)
     near = sums * (share / total[:, None])
 
     # The null key has been seen.
@@ -316,16 +316,16 @@ def _attend(  # type: ignore[no-untyped-def]
     sums = tl.zeros([TILE, DIM], tl.float32)
     last = window * RATIO
     whole = last // TILE * TILE
-    for at in range(1, whole + 1, TILE):
-        j = at + s
-        keys = tl.load(blocks + j[None] * blocks_block + i[:, None])
-        values = tl.load(blocks + j[:, None] * blocks_block + DIM + i[None])
-        peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, inside, False)
     if whole < last:
         j = whole + 1 + s
         keys = tl.load(blocks + j[None] * blocks_block + i[:, None], j[None] <= last, 0.0)
         values = tl.load(blocks + j[:, None] * blocks_block + DIM + i[None], j[:, None] <= last, 0.0)
         peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, j[None] <= last, True)
+    for at in range(1, whole + 1, TILE):
+        j = at + s
+        keys = tl.load(blocks + j[None] * blocks_block + i[:, None])
+        values = tl.load(blocks + j[:, None] * blocks_block + DIM + i[None])
+        peak, total, sums = _look(mine, keys, values, scale, peak, total, sums, inside, False)
     mixed = near + sums * ((1.0 - share) / total[:, None])
     tl.store(out + place[:, None] * DIM + i[None], mixed.to(out.dtype.element_ty), inside)
 
