@@ -111,7 +111,7 @@ class RunSummary:
     without_golden_sample: int  # pictures for which the folder of golden samples has none
     seconds: float
     first_report_seconds: float | None  # from the start of the run until the first report was on disk
-    device_wait: float | None  # share of the time from the first to the last reading in which there was nothing to read
+    device_wait: float | None  # share of the time from the first reading to the end in which there was nothing to read
     files: dict[str, str] = field(default_factory=dict)  # format over the whole run -> file, relative to the folder
     errors: dict[str, str] = field(default_factory=dict)  # format over the whole run -> why it could not be written
 
@@ -173,7 +173,7 @@ class Session:
         self._passed_over = self._without_golden_sample = 0
         self._done = self._total = 0
         self.device_seconds = 0.0  # that the model spent on reading
-        self._read_from = self._read_until = 0.0
+        self._read_from = 0.0
         self._first_report: float | None = None
         self._stop = threading.Event()
         self._at_work = 0  # threads in `process`; the folder is not let go while one may still write into it
@@ -346,11 +346,10 @@ class Session:
             reader = load_reader(self.job.model, self.job.device)
             started = time.perf_counter()
             readings = reader.read_many([each.sight for each in opened])
-            now = time.perf_counter()
             self._read_from = self._read_from or started
-            self._read_until = now
-            self.device_seconds += now - started
-        return [(reading, (now - started) / len(opened)) for reading in readings]
+            seconds = time.perf_counter() - started
+            self.device_seconds += seconds
+        return [(reading, seconds / len(opened)) for reading in readings]
 
     def _write_at(
         self, place: int, opened: Opened, reading: Reading | Exception, seconds: float, heard: Heard | None
@@ -382,9 +381,10 @@ class Session:
 
     @property
     def device_wait(self) -> float | None:
-        """The share of the time between the first and the last reading in which the device had nothing to read."""
-        whole = self._read_until - self._read_from
-        return max(0.0, 1 - self.device_seconds / whole) if whole > 0 else None
+        """The share of the time since the first reading in which the device had nothing to read."""
+        if not self._read_from:
+            return None
+        return max(0.0, 1 - self.device_seconds / (time.perf_counter() - self._read_from))
 
     def request(self, unit: ingest.Unit) -> str:
         """SHA-256 over all that the report of `unit` depends on, from the files' bytes; empty where one is unreadable.

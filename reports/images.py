@@ -137,7 +137,7 @@ def thumbnail(picture: Picture, boxes: Sequence[Box]) -> bytes:
     """A small JPEG of the picture with its boxes drawn on it."""
     scale = THUMBNAIL_SIDE / max(picture.width, picture.height * picture.pixel_aspect)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * picture.pixel_aspect * scale)))
-    image = Image.fromarray(picture.pixels).convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    image = Image.fromarray(picture.pixels).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0).convert("RGB")
     draw = ImageDraw.Draw(image)
     for box in boxes:
         x0, y0, x1, y1 = whole_pixels(box, picture)

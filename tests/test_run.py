@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -20,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines.desk import Desk
 from pipelines.reading import Reading
 from pipelines.run import Job, Progress, Session, UsageError, execute
 from pipelines.run_folder import IndexEntry, OutputError, RunFolder
@@ -109,6 +111,20 @@ def test_a_report_is_made_again_when_a_file_is_missing_or_a_format_model_or_kind
     TinyReader("2").install(monkeypatch)
     assert len(execute(job).reported) == 1
     assert len({line["id"] for line in lines(job.out / "index.jsonl")}) == 3
+
+
+def test_the_device_waits_until_the_last_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TinyReader(seconds=0.2).install(monkeypatch)
+    real = Desk.report
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.6)
+        return real(*arguments)
+
+    monkeypatch.setattr(Desk, "report", slow)
+    summary = execute(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
+    assert summary.device_wait is not None and 0.5 < summary.device_wait < 0.95
+    assert execute(Job((tmp_path / "a.png",), tmp_path / "out")).device_wait is None  # nothing was read
 
 
 def test_the_same_content_twice_is_reported_once(tmp_path: Path, reader: TinyReader) -> None:

@@ -305,9 +305,14 @@ def _to_array(image: Image.Image, flags: set[str]) -> np.ndarray:
     to_srgb = _to_srgb(image, flags)
     colour = (np.asarray(to_srgb(_opaque(strip, flags))) for strip in _cut(image))
     pixels = _gather(colour, (height, width, 3), np.uint8)
-    if all((strip[..., :1] == strip[..., 1:]).all() for strip in _strips(pixels)):  # grey in the clothes of colour
+    if all(map(_is_grey, _strips(pixels))):  # in the clothes of colour
         return _gather((strip[..., 0] for strip in _strips(pixels)), (height, width), np.uint8)
     return pixels
+
+
+def _is_grey(pixels: np.ndarray) -> bool:
+    red, green, blue = np.moveaxis(pixels, -1, 0)  # a channel after the other: numpy is slow on rows of three
+    return np.array_equal(red, green) and np.array_equal(red, blue)
 
 
 def _rows(width: int) -> int:
@@ -327,7 +332,8 @@ def _strips(pixels: np.ndarray) -> Iterator[np.ndarray]:
 def _gather(strips: Iterable[np.ndarray], shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
     """The strips as one array; a large one is mapped from a temporary file, which the system can drop from memory."""
     if np.prod(shape, dtype=np.int64) * np.dtype(dtype).itemsize <= IN_MEMORY_BYTES:
-        return np.concatenate([strip.astype(dtype, copy=False) for strip in strips])
+        parts = [np.ascontiguousarray(strip, dtype) for strip in strips]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
     with tempfile.TemporaryFile() as file:
         for strip in strips:
             file.write(np.ascontiguousarray(strip, dtype).data)
@@ -358,7 +364,7 @@ def _to_srgb(image: Image.Image, flags: set[str]) -> Callable[[Image.Image], Ima
     mode = "CMYK" if image.mode == "CMYK" else "RGB"
 
     def plainly(strip: Image.Image) -> Image.Image:
-        return strip.convert("RGB")
+        return strip if strip.mode == "RGB" else strip.convert("RGB")
 
     if image.mode == "LAB":
         raise Refusal("unsupported-pixel-format", "The image has CIELAB pixels.")
