@@ -1,8 +1,8 @@
 """How fast adaptive attention is on long texts, against full causal attention, and whether it finds a needle in them.
 
-    .venv/bin/python -m benchmarks.attention_long                    # CPU, and the GPU where there is one
+    .venv/bin/python -m benchmarks.attention_long --only time        # CPU, and the GPU where there is one
     .venv/bin/python -m benchmarks.attention_long --quick            # under a minute on two CPU cores
-    .venv/bin/python -m benchmarks.attention_long --only time --devices cuda
+    .venv/bin/python -m benchmarks.attention_long --only needle --jobs 4    # minutes on a GPU; days without one
 
 Time: one layer of the bundled decoder's width (192, 6 heads of 32), random weights; fp32 on a CPU, bf16 on a GPU.
 "Attention" is what is between the projections, "layer" is end to end: projections, rotation, attention, output.
@@ -318,9 +318,9 @@ def by_itself(task: Needles, ids: Tensor) -> Tensor:
 def grown(task: Needles, share: float) -> int:
     """A text's length after a share of the training: what to look for is learned where there is little else."""
     shortest = min(task.length, 5 * task.needles)
-    grown = min(1.0, max(0.0, (share - 0.2) / 0.5))
+    over = min(1.0, max(0.0, (share - 0.2) / 0.5))
     # In 16 steps: cuDNN plans attention anew for each length, which takes longer than training on it.
-    return round(shortest * (task.length / shortest) ** (math.floor(16 * grown) / 16))
+    return round(shortest * (task.length / shortest) ** (math.floor(16 * over) / 16))
 
 
 def texts(task: Needles, batch: int, chance: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:

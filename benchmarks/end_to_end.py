@@ -5,7 +5,8 @@
 Photos are 1600 x 1200 JPEGs of steel, tiles and boards, made from the samples; CT studies have 64 slices of 512 x 512,
 each a copy of the series in FOLDER under UIDs of its own, or of the phantom. Reports are JSON and HTML. The model is
 loaded, and one run went before (it counts nowhere). A single study is a new one each time: what is known of files that
-were read before does not help. Medians of the runs; the last line of the output is a JSON object.
+were read before does not help. In the last runs readings are replayed: what is left is decoding and writing. Medians of
+the runs; the last line of the output is a JSON object.
 
 A machine needs torch, transformers, scipy, pillow and safetensors, and in the versions of requirements.lock pydantic,
 pydicom and pypdfium2; for a compressed series in FOLDER also pylibjpeg-openjpeg, pyjpegls or python-gdcm. For one
@@ -82,7 +83,7 @@ def main() -> None:
         claims: list[dict[str, object]] = []
 
         def tell(*more: dict[str, object]) -> None:
-            """As soon as they are known: a machine may be lent for a short time."""
+            """As soon as they are known: a run may be cut short."""
             claims.extend(more)
             for each in more:
                 target = "" if each["target"] is None else f" (target: {each['target']})"
@@ -109,13 +110,13 @@ def main() -> None:
         tell(*reading(photos[: 256 if gpu else 6], asked.device))
         seconds, _ = beside(made[0], new[times:], place / "out", asked.device)
         tell(claim("one CT study: processor time in the model's process beside it", seconds, unit="s"))
-        _, whole = beside(made[0], [place / "ct"] * runs, place / "out", asked.device)
-        tell(claim("CT studies: what opens and writes, without reading", 60 * studies / whole, unit="studies/min"))
-        seconds, whole = beside(
+        _, taken = beside(made[0], [place / "ct"] * runs, place / "out", asked.device)
+        tell(claim("CT studies: opened and written, without reading", 60 * studies / taken, unit="studies/min"))
+        seconds, taken = beside(
             place / "photos" / photos[0].name, [place / "photos"] * runs, place / "out", asked.device
         )
         tell(claim("a photo: processor time in the model's process beside it", seconds / count * 1000, unit="ms"))
-        tell(claim("photos: what opens and writes, without reading", count / whole, unit="photos/s"))
+        tell(claim("photos: opened and written, without reading", count / taken, unit="photos/s"))
     print(json.dumps({"benchmark": "end_to_end", "machine": machine([asked.device]), "claims": claims}))
 
 

@@ -296,7 +296,7 @@ def _attend(  # type: ignore[no-untyped-def]
     v += row * v_row + (head // GROUP) * v_head
     blocks += row * blocks_row + (head // GROUP) * blocks_head
 
-    # What needs a mask goes first, so that its keys come together with the queries and not after a loop.
+    # Tiles with masks go before the loops: the keys of the first come together with the queries, not after a loop.
     peak = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     sums = tl.zeros([TILE, DIM], tl.float32)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 MOST_DESKS: Final = 16
 WORTH: Final = 128  # pictures
-FREED: Final = 32 << 20  # bytes that malloc keeps in a desk of its own; glibc takes no more for a block
+FREED: Final = 32 << 20  # bytes of a block that comes from the heap, and of free heap that is kept; glibc's limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +328,7 @@ def _sit_down(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session says when it is over
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        # Every picture asks for blocks of the same sizes; from fresh pages they cost a tenth of a desk's time.
+        # Every picture asks for blocks of the same sizes; fresh pages for them cost a tenth of a desk's time.
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_trim_threshold, FREED)
         libc.mallopt(m_mmap_threshold, FREED)

@@ -88,7 +88,7 @@ def load_picture(ref: FileRef, page: int | None, name: str) -> ImageStudy:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """`[H, W]` uint8/uint16 grey or `[H, W, 3]` uint8 sRGB, upright; flags are those of `ImageStudy`."""
+    """`[H, W]` uint8/uint16 grey or `[H, W, 3]` uint8 sRGB, upright, to be read only; flags as in `ImageStudy`."""
 
     pixels: np.ndarray
     spacing_mm: tuple[float, float] | None
@@ -332,8 +332,8 @@ def _strips(pixels: np.ndarray) -> Iterator[np.ndarray]:
 def _gather(strips: Iterable[np.ndarray], shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
     """The strips as one array; a large one is mapped from a temporary file, which the system can drop from memory."""
     if np.prod(shape, dtype=np.int64) * np.dtype(dtype).itemsize <= IN_MEMORY_BYTES:
-        parts = [np.ascontiguousarray(strip, dtype) for strip in strips]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        parts = [strip.astype(dtype, copy=False) for strip in strips]
+        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
     with tempfile.TemporaryFile() as file:
         for strip in strips:
             file.write(np.ascontiguousarray(strip, dtype).data)
