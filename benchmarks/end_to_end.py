@@ -102,8 +102,14 @@ def main() -> None:
             profile(photos, made[:2], place / "out", asked.device)
         whole = [run(place / "ct", place / "out", asked.device) for _ in range(runs)]
         tell(*rates("CT studies", [60 * studies / each.seconds for each in whole], "studies/min", whole, gpu))
+        before = cores()
         with at_work(asked.device) as samples:
             whole = [run(place / "photos", place / "out", asked.device) for _ in range(runs)]
+        worked, waited, passed = (after - then for after, then in zip(cores(), before, strict=True))
+        tell(
+            claim("photos: share of the cores' time that they work", worked / passed),
+            claim("photos: share of the cores' time that they wait for the disk", waited / passed),
+        )
         if samples:
             tell(claim("photos: utilisation of the GPU over whole runs", statistics.mean(samples) / 100))
         tell(*rates("photos", [count / each.seconds for each in whole], "photos/s", whole, gpu))
@@ -129,6 +135,13 @@ def rates(what: str, values: list[float], unit: str, runs: list[RunSummary], gpu
         claim(f"{what}, from disk to written reports", statistics.median(values), unit=unit),
         claim(f"{what}: share of the run that the device waits", statistics.median(waits), target, most=True),
     ]
+
+
+def cores() -> tuple[int, int, int]:
+    """Ticks that this machine's cores have worked, have waited for a disk, and all that have passed (proc_stat(5))."""
+    user, nice, system, idle, disk, *others = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    worked = user + nice + system + sum(others)
+    return worked, disk, worked + disk + idle
 
 
 @contextlib.contextmanager
