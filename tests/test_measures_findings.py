@@ -67,6 +67,16 @@ def test_a_bar_is_as_long_and_wide_as_it_is_at_any_angle(angle: float, grey: int
     assert all("outline" in m.method for m in found if m.name in ("length", "width", "area"))
 
 
+def test_a_ring_counts_with_what_it_encloses_and_a_bay_stays_outside() -> None:
+    image, box = bar(surface(), 0, 120, 60, 40)
+    image[130:170, 160:240] = 128  # 80 x 40 in its middle
+    values = named(measure_defect(photo(image), box, [], weak=False))
+    assert values["area", PX] == pytest.approx(120 * 60, rel=0.05)
+    image[130:170, 240:270] = 128  # the hole opens to one side
+    values = named(measure_defect(photo(image), box, [], weak=False))
+    assert values["area", PX] == pytest.approx(120 * 60 - 100 * 40, rel=0.1)
+
+
 def test_a_scale_gives_millimetres_beside_pixels() -> None:
     image, box = bar(surface(), 30, 120, 20, 40)
     values = named(measure_defect(photo(image, mm=0.05), box, [(0, 0, 10, 10)], weak=False))
