@@ -326,13 +326,17 @@ _desk: Desk | None = None  # of a process that is one
 def _sit_down(job: Job) -> None:
     global _desk
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session says when it is over
+    _keep_freed_memory()
+    _desk = Desk(job)
+
+
+def _keep_freed_memory() -> None:
+    """Every picture asks for blocks of the same sizes; fresh pages for them cost a tenth of a desk's time."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        # Every picture asks for blocks of the same sizes; fresh pages for them cost a tenth of a desk's time.
+    if hasattr(libc, "mallopt"):  # glibc's
         m_trim_threshold, m_mmap_threshold = -1, -3
         libc.mallopt(m_trim_threshold, FREED)
         libc.mallopt(m_mmap_threshold, FREED)
-    _desk = Desk(job)
 
 
 def _open(unit: ingest.Unit, golden: ingest.Unit | None, request: str) -> Opened | Rejection:

@@ -91,6 +91,21 @@ def wide_gamut() -> bytes:
     return bytes(data)
 
 
+@pytest.mark.parametrize("kind", ["grey", "colour", "grey in colour", "deep"])
+def test_a_picture_is_the_same_however_many_strips_it_is_converted_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    grey = NOISE[..., 0]
+    pixels = {"grey": grey, "colour": NOISE, "grey in colour": np.stack([grey] * 3, -1), "deep": DEEP[..., 0]}[kind]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = grey if kind == "grey in colour" else pixels
+    for strip in (pictures.STRIP_PIXELS, 7 * 40):  # whole; seven of 48 rows
+        monkeypatch.setattr(pictures, "STRIP_PIXELS", strip)
+        found = read(tmp_path / "a.png").pixels[0]
+        np.testing.assert_array_equal(found, expected)
+        assert found.flags.c_contiguous
+
+
 def test_colours_go_to_srgb_by_the_icc_profile(tmp_path: Path) -> None:
     plain = np.full((40, 40, 3), (60, 200, 60), np.uint8)
     plain[:20] = (128, 128, 128)
