@@ -41,6 +41,13 @@ if TYPE_CHECKING:
 
 MOST_DESKS: Final = 16
 WORTH: Final = 128  # pictures
+IMPORTED_LATE: Final = (
+    "pipelines.ingest.attach",
+    "pipelines.ingest.pictures",
+    "reports.html",
+    "scipy.ndimage",
+    "scipy.spatial",
+)
 FREED: Final = 32 << 20  # bytes of a block that comes from the heap, and of free heap that is kept; glibc's limit
 
 
@@ -222,9 +229,9 @@ class Desks:
         self._lock = threading.Lock()
 
     def _pool(self) -> ProcessPoolExecutor:
-        # Forked from one process that has imported what a desk needs, and has neither threads nor a GPU.
+        # Forked from one process that has imported what desks need, and has no GPU and no threads but BLAS's idle ones.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, *IMPORTED_LATE])
         return ProcessPoolExecutor(1, mp_context=context, initializer=_sit_down, initargs=(self._job,))
 
     def open(self, unit: ingest.Unit, golden: ingest.Unit | None, request: str) -> Opened | Rejection:

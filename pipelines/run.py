@@ -96,6 +96,7 @@ class Progress:
 Listener = Callable[[Progress], None]
 Heard = Callable[[ingest.Unit, "IndexEntry | Rejection"], None]  # of what came of a unit
 MOST_OPEN: Final = 2 << 30  # bytes of decoded pixels that wait to be read or written
+A_DESK: Final = 5  # units under way for each desk: some are read while it opens and writes others
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,54 +252,59 @@ class Session:
             first = self._places if place is None else place
             self._places = max(self._places, first + len(units))
             self._get_ready(units)
-        pending: set[Future[tuple[int, Prepared]]] = set()
-        over: SimpleQueue[Future[tuple[int, Prepared]]] = SimpleQueue()  # of those
+        opening: set[Future[tuple[int, Prepared]]] = set()
         writing: set[Future[None]] = set()
-        twice: list[tuple[int, Opened]] = []
+        over: SimpleQueue[Future[Any]] = SimpleQueue()  # of both
+        twice: list[tuple[int, ingest.Unit]] = []
         ready: list[tuple[int, Opened]] = []
         coming = enumerate(units, first)
         try:
             while not self._stop.is_set():
-                while len(pending) + len(ready) < self._most_ahead and self._open_bytes < MOST_OPEN:
+                while (under_way := len(opening) + len(ready) + len(writing)) < self._most_under_way:
+                    if under_way and self._open_bytes >= MOST_OPEN:
+                        break
                     if (following := next(coming, None)) is None:
                         break
-                    pending.add(opening := self._openers.submit(self._prepare_at, *following))
-                    opening.add_done_callback(over.put)
-                if not (pending or ready):
+                    opening.add(work := self._openers.submit(self._prepare_at, *following))
+                    work.add_done_callback(over.put)
+                if not under_way:
                     break
-                arrived = [over.get()] if pending and not ready else []
+                arrived = [] if ready else [over.get()]
                 with contextlib.suppress(Empty):
                     while True:
                         arrived.append(over.get_nowait())
-                pending.difference_update(arrived)
-                for place, prepared in sorted((future.result() for future in arrived), key=lambda each: each[0]):
+                for done in writing.intersection(arrived):
+                    writing.remove(done)
+                    done.result()
+                opened = opening.intersection(arrived)
+                opening -= opened
+                for place, prepared in sorted((future.result() for future in opened), key=lambda each: each[0]):
                     if not isinstance(prepared, Opened):
                         self._say(self.conclude(prepared, place), _unit_of(prepared, units, place - first), heard)
                     elif self._claims(prepared):
                         ready.append((place, prepared))
-                    else:
-                        twice.append((place, prepared))
+                    else:  # its pixels are not kept until then
+                        self._let_go(prepared)
+                        twice.append((place, prepared.unit))
                 together = ready[: self._together]
                 readings = self._read([opened for _, opened in together])
                 del ready[: len(together)]  # only now: when the model does not load, they are let go
-                for (place, opened), (reading, seconds) in zip(together, readings, strict=True):
-                    writing.add(self._writers.submit(self._write_at, place, opened, reading, seconds, heard))
-                for done in [each for each in writing if each.done()]:
-                    writing.remove(done)
-                    done.result()
-            for done in writing:
+                for (place, prepared), (reading, seconds) in zip(together, readings, strict=True):
+                    writing.add(report := self._writers.submit(self._write_at, place, prepared, reading, seconds, heard))
+                    report.add_done_callback(over.put)
+            for done in writing:  # when stopped
                 done.result()
-            while twice and not self._stop.is_set():
-                place, opened = twice[0]
-                self._say(self.conclude(opened, place), opened.unit, heard)
-                del twice[0]
+            for place, unit in twice:
+                if self._stop.is_set():
+                    break
+                self._say(self.conclude(self.prepare(unit), place), unit, heard)
         finally:
-            for each in pending:
+            for each in opening:
                 each.cancel()
-            wait(pending)
+            wait(opening)
             wait(writing)
-            left = [future.result()[1] for future in pending if not (future.cancelled() or future.exception())]
-            for prepared in (*left, *(opened for _, opened in (*ready, *twice))):
+            left = [future.result()[1] for future in opening if not (future.cancelled() or future.exception())]
+            for prepared in (*left, *(opened for _, opened in ready)):
                 if isinstance(prepared, Opened):
                     self._let_go(prepared)
             with self._changed:
@@ -316,8 +322,9 @@ class Session:
         elif self._threads is not None:
             return
         # On a CPU model and desk share the cores: one thread of each keeps them busy, and reports come one by one.
-        openers, writers = (2 * desks, 2 * desks) if desks else (4, 2) if gpu else (1, 1)
-        self._together, self._most_ahead = (64, 128 + openers) if gpu else (1, 2)
+        self._together, self._most_under_way = (64, A_DESK * desks or 132) if gpu else (1, 4)
+        # A thread for each unit that waits for its desk: with fewer, those of one desk would keep others idle.
+        openers, writers = (self._most_under_way,) * 2 if desks else (4, 2) if gpu else (1, 1)
         former, self._threads = self._threads, contextlib.ExitStack()
         if former is not None:
             self._threads.push(former)

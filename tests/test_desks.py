@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +75,38 @@ def test_a_process_that_is_killed_costs_no_report(tmp_path: Path) -> None:
             assert (tmp_path / "out" / (version * 16) / "report.json").is_file()
     finally:
         desks.close()
+
+
+@pytest.mark.usefixtures("spread")
+def test_one_slow_desk_does_not_keep_the_others_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A desk stands still once units lie on it: but for those, all are reported before it goes on."""
+    count, most_lying = 40, 10
+    for number in range(count):
+        picture(tmp_path / "in" / f"{number:02}.png", seed=number)
+    job = Job((tmp_path / "in",), tmp_path / "out")
+    reported, stopped, read_many = threading.Semaphore(0), threading.Event(), FrameReader.read_many
+
+    def read_and_stop_one(self: FrameReader, sights: Sequence[Sight]) -> list[Reading | Exception]:
+        if not stopped.is_set():
+            time.sleep(2)  # meanwhile all that may lie open is opened
+            os.kill(slow, signal.SIGSTOP)
+            stopped.set()
+        return read_many(self, sights)
+
+    monkeypatch.setattr(FrameReader, "read_many", read_and_stop_one)
+    with Session(job) as session:
+        units = session.discover()
+        session._get_ready(units)
+        assert isinstance(session._desk, Desks)
+        slow = session._desk._seats[0].pool.submit(os.getpid).result()
+        at_work = threading.Thread(target=session.process, args=(units, lambda unit, outcome: reported.release()))
+        at_work.start()
+        try:
+            assert all(reported.acquire(timeout=30) for _ in range(count - most_lying))
+        finally:
+            os.kill(slow, signal.SIGCONT)
+        at_work.join()
+        assert len(session.finish().reported) == count
 
 
 @pytest.mark.usefixtures("spread")

@@ -354,6 +354,16 @@ def test_the_summary_keeps_the_order_of_the_inputs_whatever_is_processed_first(
     assert [Path(entry.inputs[0]["path"]).stem for entry in summary.reported] == ["0", "1", "2", "3"]
 
 
+def test_inputs_larger_than_what_may_be_open_at_a_time_are_all_reported(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.run.MOST_OPEN", 1)
+    for number in range(5):
+        picture(tmp_path / "in" / f"{number}.png", seed=number % 4)  # one twice
+    summary = execute(Job((tmp_path / "in",), tmp_path / "out"))
+    assert (len(summary.reported), len(summary.already_reported)) == (4, 1)
+
+
 def test_a_full_disk_stops_the_run_with_a_sentence(
     tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
