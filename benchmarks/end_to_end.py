@@ -248,7 +248,7 @@ def run(inputs: Path, out: Path, device: str) -> RunSummary:
     """Report into an empty folder."""
     shutil.rmtree(out, ignore_errors=True)
     summary = execute(Job((inputs,), out, device=device))
-    assert summary.complete and summary.reported, [each.reason for each in summary.rejected]
+    assert summary.complete and summary.reported, (summary.left, [each.reason for each in summary.rejected])
     return summary
 
 

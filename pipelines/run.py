@@ -108,6 +108,7 @@ class RunSummary:
     reported: Sequence[IndexEntry]  # each is read when it is asked for
     already_reported: Sequence[IndexEntry]  # finished by an earlier run, or the same content twice in this one
     rejected: tuple[Rejection, ...]
+    left: int  # studies and pictures that it did not get to
     passed_over: int  # files that are no inputs, and second names of files
     without_golden_sample: int  # pictures for which the folder of golden samples has none
     seconds: float
@@ -119,7 +120,7 @@ class RunSummary:
     @property
     def complete(self) -> bool:
         """Every input has its report in every format that was asked for."""
-        return not (self.rejected or self.errors or any(entry.errors for entry in self.reported))
+        return not (self.rejected or self.left or self.errors or any(entry.errors for entry in self.reported))
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as plain JSON values."""
@@ -322,7 +323,7 @@ class Session:
         elif self._threads is not None:
             return
         # On a CPU model and desk share the cores: one thread of each keeps them busy, and reports come one by one.
-        self._together, self._most_under_way = (64, A_DESK * desks or 132) if gpu else (1, 4)
+        self._together, self._most_under_way = (64, A_DESK * desks or 132) if gpu else (1, 3)
         # A thread for each unit that waits for its desk: with fewer, those of one desk would keep others idle.
         openers, writers = (self._most_under_way,) * 2 if desks else (4, 2) if gpu else (1, 1)
         former, self._threads = self._threads, contextlib.ExitStack()
@@ -377,6 +378,7 @@ class Session:
             reported=self._folder.some(self._reported[place] for place in sorted(self._reported)),
             already_reported=self._folder.some(self._already[place] for place in sorted(self._already)),
             rejected=tuple(self._rejected),
+            left=self._total - self._done,
             passed_over=self._passed_over,
             without_golden_sample=self._without_golden_sample,
             seconds=time.perf_counter() - self._started,

@@ -80,6 +80,8 @@ def show(summary: RunSummary) -> None:
     for line in unwritten(summary.errors):
         console.print(Text(line, "red"), soft_wrap=True)
     console.print(Text(f"Open {summary.index.resolve()}"), soft_wrap=True)
+    if summary.left:
+        err.print(f"scanscribe: {summary.left} not got to: the same command goes on with them.", soft_wrap=True)
     if lacking := summary.without_golden_sample:
         words = "1 picture has" if lacking == 1 else f"{lacking} pictures have"
         err.print(f"scanscribe: {words} no golden sample of the same name: read without one.", soft_wrap=True)

@@ -349,8 +349,11 @@ def test_the_summary_keeps_the_order_of_the_inputs_whatever_is_processed_first(
     with Session(Job((tmp_path / "in",), tmp_path / "out")) as session:
         units = session.discover()
         session.process(units[2:], place=2)
+        halfway = session.finish()
         session.process(units[:2], place=0)
         summary = session.finish()
+    assert (halfway.left, halfway.complete) == (2, False)
+    assert (summary.left, summary.complete) == (0, True)
     assert [Path(entry.inputs[0]["path"]).stem for entry in summary.reported] == ["0", "1", "2", "3"]
 
 
