@@ -95,6 +95,8 @@ class Looker:
         self, model: ScanScribeModel, device: torch.device, domain: DomainModel | None, own: Adapted | None = None
     ) -> None:
         self._model, self._device, self._domain, self._own = model, device, domain, own
+        # For each new number of frames a GPU's convolutions are planned anew: there, batches are powers of two.
+        self._powers_of_two = device.type == "cuda"
         self._share = 1.0  # of what goes through together; halved when the memory does not suffice
 
     def halve(self) -> None:
@@ -128,6 +130,8 @@ class Looker:
     def _together(self, frames: Sequence[_T], pixels: int, most: dict[str, int]) -> Iterator[Sequence[_T]]:
         """Parts of frames of so many pixels each, that go through a network together."""
         count = max(1, int(most[self._device.type] * self._share) // pixels)
+        if self._powers_of_two:
+            count = 1 << count.bit_length() - 1
         return (frames[start : start + count] for start in range(0, len(frames), count))
 
     def _glance_all(self, groups: Sequence[Sequence[Frame]]) -> list[_Glanced]:
@@ -140,7 +144,8 @@ class Looker:
             output = self._glance(part)
             items = select_regions(output.maps_BTHW, part[0].grey_HW.shape)
             fields, features = field_log_probabilities(output), domain_features(output.features)
-            parts.append((fields, output.visual_BNC, items.boxes, items.types, items.scores, features))
+            given = fields, output.visual_BNC, items.boxes, items.types, items.scores, features
+            parts.append(tuple(each[: len(part)] for each in given))
         whole = [torch.cat(each) for each in zip(*parts, strict=True)]
         whole = [whole[0].cpu(), whole[1], *(each.cpu() for each in whole[2:])]
         ends = list(itertools.accumulate(map(len, groups)))
@@ -157,10 +162,19 @@ class Looker:
     def _detect(self, frames: Sequence[Frame], *, mirrored: bool) -> Dense:
         x = self._input(frames)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            return look_from_all_sides(self._model.detectors, x) if mirrored else self._model.detectors[0](x)
+            found = look_from_all_sides(self._model.detectors, x) if mirrored else self._model.detectors[0](x)
+        types, distances, presence = (
+            each[: len(frames)] for each in (found.types_BAT, found.distances_BA4R, found.presence_BT)
+        )
+        return found._replace(types_BAT=types, distances_BA4R=distances, presence_BT=presence)
 
     def _input(self, frames: Sequence[Frame]) -> Tensor:
-        """`[B, 3, H, W]`: as `pipelines.inputs.channels` and `pad` make it, of bytes that were moved to the device."""
+        """`[B, 3, H, W]`: as `pipelines.inputs.channels` and `pad` make it, of bytes that were moved to the device.
+
+        B is the number of frames, or the power of two above it: then the last frame is repeated.
+        """
+        if self._powers_of_two:
+            frames = [*frames, *frames[-1:] * ((1 << (len(frames) - 1).bit_length()) - len(frames))]
         grey = torch.from_numpy(np.stack([each.grey_HW for each in frames])).to(self._device)
         image = (grey.float() - MEAN) / STD
         if any(each.golden_HW is not None for each in frames):

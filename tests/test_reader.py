@@ -318,7 +318,9 @@ def test_studies_read_together_are_as_read_alone_and_one_that_fails_fails_alone(
     board, golden = load("board/board.png"), load("golden/board.png")
     sights = [sight(load(path)) for path in ("steel/patches.png", "ct/phantom-series", "steel/inclusion.png")]
     sights += [sight(board, reference=golden), sight(board, kind="ct"), sight(load("tile/crack.png"))]
-    together = reader.read_many(sights)
+    with monkeypatch.context() as as_on_a_gpu:
+        as_on_a_gpu.setattr(reader._looker, "_powers_of_two", True)
+        together = reader.read_many(sights)
     for each, one in zip(sights, together, strict=True):
         alone = reader.read_many([each])[0]
         assert not isinstance(one, Exception) and not isinstance(alone, Exception)
