@@ -174,7 +174,7 @@ class Looker:
         B is the number of frames, or the power of two above it: then the last frame is repeated.
         """
         if self._powers_of_two:
-            frames = [*frames, *frames[-1:] * ((1 << (len(frames) - 1).bit_length()) - len(frames))]
+            frames = [*frames, *[frames[-1]] * ((1 << (len(frames) - 1).bit_length()) - len(frames))]
         grey = torch.from_numpy(np.stack([each.grey_HW for each in frames])).to(self._device)
         image = (grey.float() - MEAN) / STD
         if any(each.golden_HW is not None for each in frames):

@@ -266,8 +266,9 @@ class Session:
                         break
                     if (following := next(coming, None)) is None:
                         break
-                    opening.add(work := self._openers.submit(self._prepare_at, *following))
-                    work.add_done_callback(over.put)
+                    begun = self._openers.submit(self._prepare_at, *following)
+                    opening.add(begun)
+                    begun.add_done_callback(over.put)
                 if not under_way:
                     break
                 arrived = [] if ready else [over.get()]
@@ -291,7 +292,8 @@ class Session:
                 readings = self._read([opened for _, opened in together])
                 del ready[: len(together)]  # only now: when the model does not load, they are let go
                 for (place, prepared), (reading, seconds) in zip(together, readings, strict=True):
-                    writing.add(report := self._writers.submit(self._write_at, place, prepared, reading, seconds, heard))
+                    report = self._writers.submit(self._write_at, place, prepared, reading, seconds, heard)
+                    writing.add(report)
                     report.add_done_callback(over.put)
             for done in writing:  # when stopped
                 done.result()
