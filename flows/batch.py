@@ -25,7 +25,7 @@ from prefect.utilities.annotations import quote
 
 from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
-from flows.ledger import Ledger
+from flows.ledger import OPEN, Ledger
 from flows.machine.server import LocalServer
 from flows.machine.space import Room
 from flows.seeing.log import EventLog
@@ -165,20 +165,22 @@ def let_workers_report(session: Session, batches: deque[Batch], server: LocalSer
 
         while batches:
             each = batches.popleft()
-            requests = zip(each.units, hashers.map(session.request, each.units), strict=True)
+            requests = list(hashers.map(session.request, each.units))
+            session.refresh()  # workers go on with what a former flow gave them
+            states = {row.request: row.state for row in ledger.some(filter(None, requests))}
             handed = []
-            for place, (unit, request) in enumerate(requests, each.place):
+            for place, (unit, request) in enumerate(zip(each.units, requests, strict=True), each.place):
                 if not request:  # it cannot be read: that is said here
                     session.conclude(session.prepare(unit), place)
                 elif request in units:
                     units[request].append((place, unit))
-                elif not session.settled(unit, request, place, already=True, whole=True):
+                # What is still open on the ledger is for a worker to settle there, also where its report was written
+                # before the worker, or the flow that asked for it again, was killed.
+                elif states.get(request) in OPEN or not session.settled(unit, request, place, already=True, whole=True):
                     units[request] = [(place, unit)]
                     handed.append(Handed(request, _files(unit), unit))
-            known = {
-                row.request for row in ledger.some(h.request for h in handed) if row.state in ("done", "quarantined")
-            }
-            ledger.retry(known)  # the report is not there, or a person starts the run again to have it tried again
+            # The report is not there, or a person starts the run again to have it tried again.
+            ledger.retry(h.request for h in handed if states.get(h.request) in ("done", "quarantined"))
             if handed:
                 crew.give(handed, crewing.lane)
             while len(crew) > MOST_OUT:

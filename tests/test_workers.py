@@ -157,6 +157,17 @@ def test_what_was_deleted_meanwhile_or_lacks_a_format_is_not_handed_out_forever(
     assert all(each["errors"].keys() == {"seg"} for each in summary["reported"])
     assert [(Path(each["path"]).name, each["code"]) for each in summary["rejected"]] == [("1.png", "not-found")]
 
+    # As if whoever had asked for one again, or had written its report, was killed before the ledger heard of that.
+    with Ledger(out, postgres, lease_s=1) as ledger:
+        first, second = ledger.rows("done")
+        ledger.retry([first.request, second.request])
+        assert ledger.claim(request=second.request)
+        again = one.start(
+            "batch", str(tmp_path / "in"), "--out", str(out), "--formats", "json", "--workers", "--ledger", postgres
+        )
+        until(lambda: ledger.counts()["done"] == 2, seconds=60)
+    assert again.wait(60) == 1, again.log.read_text()  # type: ignore[attr-defined]  # masks are still lacking
+
 
 @pytest.mark.slow
 def test_what_a_worker_was_sent_and_had_not_claimed_when_it_died_goes_to_another_at_once(
