@@ -25,7 +25,7 @@ _TEMPORARY_ENDINGS: Final = (
     *(".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".filepart", ".opdownload", ".swp", ".!ut"),
     "~",
 )
-_TEMPORARY_BEGINNINGS: Final = (".", "~", "#")
+_TEMPORARY_BEGINNINGS: Final = (".", "~")
 MOST_AT_ONCE: Final = 64  # files of a drop; a study is never divided
 _HEADER: Final = [
     *("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "AcquisitionNumber"),
@@ -79,7 +79,8 @@ class _Study:
 
 def is_temporary_name(name: str) -> bool:
     """Whether programs give such names to files that they are still writing, or want to hide."""
-    return name.startswith(_TEMPORARY_BEGINNINGS) or name.lower().endswith(_TEMPORARY_ENDINGS)
+    saved_by_an_editor = name.startswith("#") and name.endswith("#")
+    return name.startswith(_TEMPORARY_BEGINNINGS) or name.lower().endswith(_TEMPORARY_ENDINGS) or saved_by_an_editor
 
 
 class Settling:

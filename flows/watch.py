@@ -24,7 +24,7 @@ from watchfiles import watch as watch_files
 
 from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed
 from flows.jobs import Lane
-from flows.ledger import Ledger
+from flows.ledger import OPEN, Ledger
 from flows.ledger.items import TROUBLES, Items, Tally, refusal_key
 from flows.machine.mounts import network_type
 from flows.machine.server import LocalServer, check_server
@@ -68,6 +68,7 @@ class _AtWork:
 
     requests: set[str]
     files: dict[str, float]  # path -> when it had last changed
+    vanished: set[str] = field(default_factory=set)  # requests whose files were not there
 
 
 class Watcher:
@@ -267,8 +268,8 @@ class Watcher:
         return os.path.realpath(self._root) + folder.removeprefix(str(self._root))
 
     def _wake_failed(self, now: float) -> None:
-        """Items that a person wants tried again; and those whose files are gone are no items any more."""
-        for row in [*self._ledger.rows("waiting"), *self._ledger.rows("failed")]:
+        """Items to be tried again, or whose owner died; those whose files are gone are no items any more."""
+        for row in [row for state in OPEN for row in self._ledger.rows(state)]:
             if row.due > now:
                 continue
             here = [path for path in row.files if os.path.lexists(path)]
@@ -347,7 +348,7 @@ class Watcher:
             while drop is not None and not self._stopping and time.monotonic() < until and self._room():
                 self._take(session, drop)
                 self._look()
-                drop = self._settling.ready(time.time())
+                drop = None if "folder-lost" in self._troubles else self._settling.ready(time.time())
             session.finish()
 
     def _work_with_crew(self, crew: Crew, session: Session) -> None:
@@ -372,6 +373,8 @@ class Watcher:
         for handed, row in crew.settled():
             item = handed.request[:16]
             for drop in self._at_work:
+                if handed.request in drop.requests and row is None:
+                    drop.vanished.add(handed.request)
                 drop.requests.discard(handed.request)
             if row is None:
                 self._log("vanished", item=item)
@@ -383,7 +386,10 @@ class Watcher:
                 self._log("refused", item=item, code=row.code)
         for drop in [each for each in self._at_work if not each.requests]:
             same = [path for path, changed in drop.files.items() if self._settling.changed(path) == changed]
-            self._ledger.see(self._settling.take(same))
+            if drop.vanished:  # not seen: on a share that comes back they are taken anew
+                self._settling.again(same, time.time() + self._patience.interval)
+            else:
+                self._ledger.see(self._settling.take(same))
             self._at_work.remove(drop)
 
     def _hand_out(self, paths: Sequence[str]) -> None:
@@ -523,6 +529,8 @@ def _walk(folder: str, leave_out: Callable[[str], bool], unreadable: list[str]) 
                 yield entry.path, entry.stat(follow_symlinks=False)
         except FileNotFoundError:
             continue
+        except OSError:  # a folder that can be listed and not entered; a share that is failing
+            unreadable.append(folder)
 
 
 def _within(path: str, folder: str) -> bool:

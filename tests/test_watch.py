@@ -28,8 +28,10 @@ from flows.machine.space import Room
 from flows.seeing.log import EventLog
 from flows.settle import Patience, Settling, is_temporary_name
 from flows.watch import Watcher, Watching
+from pipelines.reading import Reading
 from pipelines.run import Job, UsageError
 from pipelines.run_folder import RunFolder
+from pipelines.study import ImageStudy
 from tests.phantom import phantom_slices
 from tests.test_run import lines, picture
 from tests.tiny_reader import CURSED, TinyReader
@@ -227,7 +229,16 @@ def blessed(study: Any) -> Any:
 def test_what_no_drop_is_stays_alone(tmp_path: Path) -> None:
     secret = picture(tmp_path / "outside" / "secret.png", 1)
     inbox = tmp_path / "in"
-    for name in (".hidden.png", "a.png.part", "b.png.crdownload", "c.png~", "~$d.png", "e.tmp", "up.partial/f.png"):
+    for name in (
+        ".hidden.png",
+        "a.png.part",
+        "b.png.crdownload",
+        "c.png~",
+        "~$d.png",
+        "#g.png#",
+        "e.tmp",
+        "up.partial/f.png",
+    ):
         picture(inbox / name.removesuffix("/f.png") / "f.png" if "/" in name else inbox / "x.png", 2)
         if "/" not in name:
             (inbox / "x.png").rename(inbox / name)
@@ -235,7 +246,7 @@ def test_what_no_drop_is_stays_alone(tmp_path: Path) -> None:
         (inbox / "link.png").symlink_to(secret)
         (inbox / "linked").symlink_to(secret.parent)
         (inbox / "loop").symlink_to(inbox)
-        picture(inbox / "mine.png", 3)
+        picture(inbox / "#1234" / "mine.png", 3)
         until(lambda: running.heard("reported"))
         time.sleep(0.5)
         picture(inbox / "reports" / "not-mine.png", 4)
@@ -338,6 +349,66 @@ def test_a_lost_folder_is_waited_for(tmp_path: Path) -> None:
         until(lambda: running.heard("folder-lost-over") and running.heard("reported", 2))
     assert names(running.out) == ["a.png", "b.png"]
     assert not running.heard("known")
+
+
+def test_a_share_that_goes_away_in_the_middle_of_its_backlog_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, reader = tmp_path / "in", TinyReader()
+
+    def read_and_lose(study: ImageStudy, **how: Any) -> Reading:
+        if not (tmp_path / "lost").exists():
+            (tmp_path / "lost").touch()
+            inbox.rename(tmp_path / "gone")
+        return TinyReader().read(study, **how)
+
+    monkeypatch.setattr(reader, "read", read_and_lose)
+    reader.install(monkeypatch)
+    for number in range(6):
+        picture(inbox / f"{number}.png", number)
+    with watching(tmp_path) as running:
+        until(lambda: running.heard("folder-lost"))
+        time.sleep(0.3)
+        (tmp_path / "gone").rename(inbox)
+        until(lambda: running.heard("reported", 6))
+    assert names(running.out) == [f"{number}.png" for number in range(6)]
+
+
+def test_files_that_cannot_be_looked_at_do_not_keep_the_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Entry:
+        """One of a folder that may be listed and not entered."""
+
+        path = str(tmp_path / "in" / "closed" / "a.png")
+
+        def is_dir(self, *, follow_symlinks: bool) -> bool:
+            return False
+
+        def is_file(self, *, follow_symlinks: bool) -> bool:
+            return True
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            raise PermissionError(13, "Permission denied")
+
+    scandir = os.scandir
+    monkeypatch.setattr("flows.watch.os.scandir", lambda at: [Entry()] if str(at).endswith("closed") else scandir(at))
+    picture(tmp_path / "in" / "closed" / "a.png", 1)
+    picture(tmp_path / "in" / "open.png", 2)
+    with watching(tmp_path, poll=True) as running:
+        until(lambda: running.heard("reported") and running.heard("folders-unreadable"))
+    assert names(running.out) == ["open.png"]
+
+
+def test_what_a_killed_watcher_had_claimed_and_is_gone_since_is_no_item_any_more(tmp_path: Path) -> None:
+    gone = tmp_path / "in" / "gone.png"
+    with Ledger(tmp_path / "out", lease_s=0.5) as killed:
+        killed.add([("0" * 64, [str(gone)])])
+        assert killed.claim()
+        assert killed.forget(["0" * 64]) == 0  # it is being worked on
+    with watching(tmp_path, poll=True) as running:
+        until(lambda: running.heard("vanished"))
+        assert running.ledger.rows() == []
 
 
 def test_a_system_without_events_is_looked_at_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ class Items:
             self._ledger.release(claim)
             self._ledger.forget([claim.request])
             self._log("vanished", item=item)
-            return None
+            return time.time() + self._interval  # it may be a share that comes back: not seen, so taken anew then
         if why.code in PASSING and not claim.last:
             self._ledger.failed(claim, why.code, why.reason)
             row = self._ledger.get(claim.request)

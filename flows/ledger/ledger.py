@@ -372,8 +372,8 @@ class Ledger:
         return [Row(**row | {"files": _files(row["files"])}) for row in rows]
 
     def _each(self, change: Any, requests: Iterable[str]) -> int:
-        """Change rows that nobody works on, and take their files off what was seen."""
-        mine = _ITEMS.c.scope == self.scope, _ITEMS.c.state != "claimed"
+        """Change rows that nobody works on, or whose lease has run out, and take their files off what was seen."""
+        mine = _ITEMS.c.scope == self.scope, (_ITEMS.c.state != "claimed") | (_ITEMS.c.due <= self._clock())
 
         def work(connection: sql.Connection) -> int:
             count = 0
