@@ -95,8 +95,11 @@ class Progress:
 
 Listener = Callable[[Progress], None]
 Heard = Callable[[ingest.Unit, "IndexEntry | Rejection"], None]  # of what came of a unit
-MOST_OPEN: Final = 2 << 30  # bytes of decoded pixels that wait to be read or written
-A_DESK: Final = 5  # units under way for each desk: some are read while it opens and writes others
+MOST_OPEN: Final = 2 << 30  # bytes of decoded pixels, above which nothing more is opened
+# Units that one call of `process` has under way at a time: of them some are read while desks open and write others.
+UNDER_WAY_A_DESK: Final = 5
+UNDER_WAY_WITHOUT_DESKS: Final = 132
+UNDER_WAY_ON_CPU: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class RunSummary:
     reported: Sequence[IndexEntry]  # each is read when it is asked for
     already_reported: Sequence[IndexEntry]  # finished by an earlier run, or the same content twice in this one
     rejected: tuple[Rejection, ...]
-    left: int  # studies and pictures that it did not get to
+    left: int  # studies and pictures among those discovered that it did not get to
     passed_over: int  # files that are no inputs, and second names of files
     without_golden_sample: int  # pictures for which the folder of golden samples has none
     seconds: float
@@ -253,7 +256,7 @@ class Session:
             first = self._places if place is None else place
             self._places = max(self._places, first + len(units))
             self._get_ready(units)
-        opening: set[Future[tuple[int, Prepared]]] = set()
+        opening: dict[Future[Prepared], int] = {}  # and their places
         writing: set[Future[None]] = set()
         over: SimpleQueue[Future[Any]] = SimpleQueue()  # of both
         twice: list[tuple[int, ingest.Unit]] = []
@@ -266,8 +269,9 @@ class Session:
                         break
                     if (following := next(coming, None)) is None:
                         break
-                    begun = self._openers.submit(self._prepare_at, *following)
-                    opening.add(begun)
+                    number, unit = following
+                    begun = self._openers.submit(self.prepare, unit)
+                    opening[begun] = number
                     begun.add_done_callback(over.put)
                 if not under_way:
                     break
@@ -278,9 +282,8 @@ class Session:
                 for done in writing.intersection(arrived):
                     writing.remove(done)
                     done.result()
-                opened = opening.intersection(arrived)
-                opening -= opened
-                for place, prepared in sorted((future.result() for future in opened), key=lambda each: each[0]):
+                for begun in sorted(opening.keys() & arrived, key=opening.__getitem__):
+                    prepared, place = begun.result(), opening.pop(begun)
                     if not isinstance(prepared, Opened):
                         self._say(self.conclude(prepared, place), _unit_of(prepared, units, place - first), heard)
                     elif self._claims(prepared):
@@ -292,9 +295,9 @@ class Session:
                 readings = self._read([opened for _, opened in together])
                 del ready[: len(together)]  # only now: when the model does not load, they are let go
                 for (place, prepared), (reading, seconds) in zip(together, readings, strict=True):
-                    report = self._writers.submit(self._write_at, place, prepared, reading, seconds, heard)
-                    writing.add(report)
-                    report.add_done_callback(over.put)
+                    begun_writing = self._writers.submit(self._write_at, place, prepared, reading, seconds, heard)
+                    writing.add(begun_writing)
+                    begun_writing.add_done_callback(over.put)
             for done in writing:  # when stopped
                 done.result()
             for place, unit in twice:
@@ -306,7 +309,7 @@ class Session:
                 each.cancel()
             wait(opening)
             wait(writing)
-            left = [future.result()[1] for future in opening if not (future.cancelled() or future.exception())]
+            left = [future.result() for future in opening if not (future.cancelled() or future.exception())]
             for prepared in (*left, *(opened for _, opened in ready)):
                 if isinstance(prepared, Opened):
                     self._let_go(prepared)
@@ -325,7 +328,9 @@ class Session:
         elif self._threads is not None:
             return
         # On a CPU model and desk share the cores: one thread of each keeps them busy, and reports come one by one.
-        self._together, self._most_under_way = (64, A_DESK * desks or 132) if gpu else (1, 3)
+        self._together = 64 if gpu else 1
+        on_gpu = UNDER_WAY_A_DESK * desks if desks else UNDER_WAY_WITHOUT_DESKS
+        self._most_under_way = on_gpu if gpu else UNDER_WAY_ON_CPU
         # A thread for each unit that waits for its desk: with fewer, those of one desk would keep others idle.
         openers, writers = (self._most_under_way,) * 2 if desks else (4, 2) if gpu else (1, 1)
         former, self._threads = self._threads, contextlib.ExitStack()
@@ -335,9 +340,6 @@ class Session:
             self._threads.enter_context(ThreadPoolExecutor(count, thread_name_prefix=name))
             for count, name in ((openers, "open"), (writers, "write"))
         )
-
-    def _prepare_at(self, place: int, unit: ingest.Unit) -> tuple[int, Prepared]:
-        return place, self.prepare(unit)
 
     def _claims(self, opened: Opened) -> bool:
         """Whether nobody in this run has reported that content, or is about to; from then on this one is."""
@@ -380,7 +382,7 @@ class Session:
             reported=self._folder.some(self._reported[place] for place in sorted(self._reported)),
             already_reported=self._folder.some(self._already[place] for place in sorted(self._already)),
             rejected=tuple(self._rejected),
-            left=self._total - self._done,
+            left=max(0, self._total - self._done),
             passed_over=self._passed_over,
             without_golden_sample=self._without_golden_sample,
             seconds=time.perf_counter() - self._started,

@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from decoder.engine import Completion
 from encoders import Dense
@@ -22,7 +24,7 @@ from pipelines.look import Candidate, Seen
 from pipelines.reader import Reader, point_or_pass
 from pipelines.reading import NotFiniteError, Reading
 from pipelines.reporting import build_report
-from pipelines.sight import Sight, frame, sight
+from pipelines.sight import Frame, Sight, frame, sight
 from pipelines.store import ModelError, find
 from pipelines.study import ImageStudy
 from reports.grammar import ID, POINTERS, TOKENS, from_tokens
@@ -318,9 +320,7 @@ def test_studies_read_together_are_as_read_alone_and_one_that_fails_fails_alone(
     board, golden = load("board/board.png"), load("golden/board.png")
     sights = [sight(load(path)) for path in ("steel/patches.png", "ct/phantom-series", "steel/inclusion.png")]
     sights += [sight(board, reference=golden), sight(board, kind="ct"), sight(load("tile/crack.png"))]
-    with monkeypatch.context() as as_on_a_gpu:
-        as_on_a_gpu.setattr(reader._looker, "_powers_of_two", True)
-        together = reader.read_many(sights)
+    together = reader.read_many(sights)
     for each, one in zip(sights, together, strict=True):
         alone = reader.read_many([each])[0]
         assert not isinstance(one, Exception) and not isinstance(alone, Exception)
@@ -334,6 +334,31 @@ def test_studies_read_together_are_as_read_alone_and_one_that_fails_fails_alone(
     broken = dataclasses.replace(sights[2], glances=())
     outcomes = reader.read_many([sights[0], broken, sights[3]])
     assert [isinstance(each, Exception) for each in outcomes] == [False, True, False]
+
+
+def test_frames_filled_up_to_a_power_of_two_are_seen_as_alone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: three strips and three tiles make batches of four, six glances one of eight."""
+    names = ("steel/patches", "steel/inclusion", "steel/scratches", *["tile/crack"] * 3)
+    sights = [sight(load(f"{name}.png")) for name in names]
+    alone = [reader.look_many([each])[0] for each in sights]
+    filled, as_input = [], reader._looker._input
+
+    def noted(frames: Sequence[Frame]) -> Tensor:
+        x_B3HW = as_input(frames)
+        filled.append((len(frames), len(x_B3HW)))
+        return x_B3HW
+
+    monkeypatch.setattr("pipelines.look.TOGETHER_CLOSER", {"cpu": 1 << 21})
+    monkeypatch.setattr(reader._looker, "_powers_of_two", True)
+    monkeypatch.setattr(reader._looker, "_input", noted)
+    together = reader.look_many(sights)
+    assert filled[0] == (6, 8) and (3, 4) in filled[1:]
+    for one, expected in zip(together, alone, strict=True):
+        assert (one.line, one.shows) == (expected.line, expected.shows)
+        assert one.domain == pytest.approx(expected.domain, abs=1e-3)
+        sure = [[each for each in seen.candidates if each.score > 0.3] for seen in (one, expected)]
+        for found, known in zip(*sure, strict=True):
+            assert found.type == known.type and found.bbox == pytest.approx(known.bbox, abs=0.1)
 
 
 def test_fewer_go_together_when_the_memory_does_not_suffice(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
