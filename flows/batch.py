@@ -237,7 +237,7 @@ def summarise(summary: RunSummary) -> None:
     """Leave a table of the run with the flow run, without a file name."""
     lines = [
         f"{len(summary.reported)} reported, {len(summary.already_reported)} already there, "
-        f"{len(summary.rejected)} refused, {summary.seconds:.1f} s.",
+        f"{len(summary.rejected)} refused, {summary.left} not got to, {summary.seconds:.1f} s.",
         "",
         *timing(summary),
         "The reports are in the output folder: open its index.html.",
