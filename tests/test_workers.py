@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -19,14 +20,15 @@ from pathlib import Path
 import pytest
 
 from flows.crew import Crew, Handed
-from flows.ledger import Ledger
+from flows.ledger import Claim, Ledger, LedgerError
 from flows.ledger.items import Items
 from flows.machine.server import LocalServer, import_prefect
 from flows.seeing.log import EventLog, Fact
-from pipelines.ingest import plan
-from pipelines.run import Job, Session
+from pipelines.ingest import Unit, plan
+from pipelines.run import Heard, Job, Session
 from pipelines.store import ModelError
 from tests.test_cli import run
+from tests.test_ledger import Clock
 from tests.test_run import lines, picture
 from tests.test_watch import until
 from tests.tiny_reader import TinyReader
@@ -232,6 +234,47 @@ def test_why_workers_cannot_work_is_told_where_the_work_comes_from(
             assert crew.settled() == []
         assert ledger.counts()["waiting"] == 1  # no try is counted
     assert heard == ["broken: the weights are damaged"]
+
+
+def test_an_item_that_kills_its_process_costs_the_others_of_its_batch_no_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TinyReader().install(monkeypatch)
+    job, clock = Job((tmp_path / "in",), tmp_path / "out"), Clock()
+    units = plan([picture(tmp_path / "in" / f"{number}.png", seed=number) for number in range(4)]).units
+    deadly, process, release = units[1], Session.process, Ledger.release
+    dying: list[bool] = []
+
+    class KilledError(BaseException):
+        pass
+
+    def process_or_die(self: Session, units: list[Unit], heard: Heard | None = None) -> None:
+        if deadly in units:
+            dying.append(True)
+            raise KilledError
+        process(self, units, heard)
+
+    def release_if_alive(self: Ledger, claim: Claim, **why: str) -> None:
+        if dying:
+            raise LedgerError("what is dead gives nothing back")
+        release(self, claim, **why)
+
+    monkeypatch.setattr(Session, "process", process_or_die)
+    monkeypatch.setattr(Ledger, "release", release_if_alive)
+    deaths = 0
+    with Ledger(job.out, f"sqlite:///{tmp_path / 'ledger.db'}", tries=3, clock=clock) as ledger:
+        for _ in range(8):
+            with Session(job, member=True) as session:
+                batch = [(session.request(unit), [str(unit.files[0].path)], unit) for unit in units]
+                with contextlib.suppress(KilledError):
+                    Items(ledger, EventLog(silent=True), job.out, 0, 1.0).settle_together(session, batch)
+            deaths += len(dying)
+            dying.clear()
+            clock.now += ledger.lease_s + 1
+        rows = {Path(row.files[0]).name: (row.state, row.code, row.attempts) for row in ledger.rows()}
+    assert deaths == ledger.tries
+    done = ("done", None, 2)  # the one that they had together with the deadly one, and the one by themselves
+    assert rows == {"0.png": done, "1.png": ("quarantined", "process-died", 4), "2.png": done, "3.png": done}
 
 
 @pytest.mark.slow

@@ -120,21 +120,41 @@ class Items:
         return self._record(claim, outcome, files, session.device_seconds - busy, time.monotonic() - started)
 
     def settle_together(self, session: Session, batch: Sequence[tuple[str, list[str], Unit]]) -> None:
-        """Work on what of a batch (key, files, unit) is due, all of it together.
+        """Work on what of a batch (key, files, unit) is due: all of it together, then what had a try before by itself.
 
         What is not on record when one of `TROUBLES` breaks it off, or the session is stopped, is given back as if it
         had not been claimed, with the reason.  Raises `TROUBLES`.
         """
-        claims: dict[str, tuple[Claim, list[str]]] = {}
-        units: dict[Unit, str] = {}
+        together: list[tuple[Claim, list[str], Unit]] = []
+        alone: list[tuple[int, str, list[str], Unit]] = []
         for key, files, unit in batch:
-            claim = self._claim(session, key, files)
-            if isinstance(claim, float):
+            claim = self._claim_untired(session, key, files)
+            if claim is None:
                 continue
-            if claim.exhausted:
-                self._fail(claim, session.conclude(_died(files)), files)
-            else:
-                claims[key], units[unit] = (claim, files), key
+            if claim.attempt == 1:
+                together.append((claim, files, unit))
+            else:  # one that ends the process would cost the others a try each time: until its turn it is not ours
+                self._ledger.release(claim)
+                alone.append((claim.attempt, key, files, unit))
+        self._attempt_together(session, together)
+        for _, key, files, unit in sorted(alone, key=lambda each: each[0]):  # the one that ends the process comes last
+            if claim := self._claim_untired(session, key, files):
+                self._attempt_together(session, [(claim, files, unit)])
+
+    def _claim_untired(self, session: Session, key: str, files: list[str]) -> Claim | None:
+        """The claim on an item if it is due; one whose tries are used up goes to quarantine instead."""
+        claim = self._claim(session, key, files)
+        if isinstance(claim, float):
+            return None
+        if claim.exhausted:
+            self._fail(claim, session.conclude(_died(files)), files)
+            return None
+        return claim
+
+    def _attempt_together(self, session: Session, items: Sequence[tuple[Claim, list[str], Unit]]) -> None:
+        """Work on claimed items, all of them together. As `settle_together`."""
+        claims = {claim.request: (claim, files) for claim, files, _ in items}
+        units = {unit: claim.request for claim, _, unit in items}
         lock, last = threading.Lock(), [time.monotonic(), session.device_seconds]
 
         def heard(unit: Unit, outcome: IndexEntry | Rejection) -> None:
