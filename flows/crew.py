@@ -78,20 +78,22 @@ class Crew:
         self._hand_out([self._out[each.request] for each in units])
 
     def settled(self) -> list[tuple[Handed, Row | None]]:
-        """What of it is done or in quarantine since the last call; None: its files are gone. Raises LedgerError."""
+        """What of it is done or in quarantine since the last call; None: its files are gone.
+
+        Raises LedgerError and ServerError; the next call returns what this one would have.
+        """
         rows = self._ledger.some(self._out)
-        settled: list[tuple[Handed, Row | None]] = [
-            (self._out.pop(row.request).handed, row) for row in rows if row.state in ("done", "quarantined")
-        ]
+        settled: dict[str, Row | None] = {row.request: row for row in rows if row.state in ("done", "quarantined")}
         for request in self._out.keys() - {row.request for row in rows}:  # it was taken off the record
             out = self._out[request]
             if any(map(os.path.lexists, out.handed.files)):
                 self._ledger.add([(request, out.handed.files)])
                 out.since = 0.0
             else:
-                settled.append((self._out.pop(request).handed, None))
-        told = {row.request: (row.state, row.changed) for row in rows if row.request in self._out}
-        for row in rows:
+                settled[request] = None
+        still_open = [row for row in rows if row.request not in settled]
+        told = {row.request: (row.state, row.changed) for row in still_open}
+        for row in still_open:
             if row.state == "waiting" and row.code in _TROUBLE_CODES and row.reason not in self._told:
                 self._told.add(row.reason)
                 self._log("broken", message=row.reason, code=row.code)
@@ -102,11 +104,11 @@ class Crew:
             self._next_look = now + LOOK_S
             self._look_at_workers(now)
             self._ledger.hand_over()
-            stranded = self._stranded(rows, now)
+            stranded = self._stranded(still_open, now)
             size = max(LEAST_A_BATCH, len(stranded) // 16)
             for start in range(0, len(stranded), size):
                 self._hand_out(stranded[start : start + size])
-        return settled
+        return [(self._out.pop(request).handed, row) for request, row in settled.items()]
 
     def _look_at_workers(self, now: float) -> None:
         """Notes that one is gone, and says so when there is none or nothing comes from them."""
@@ -132,9 +134,7 @@ class Crew:
         stuck = now - self._moved > self._ledger.lease_s  # a server that was started anew knows nothing of them
         stranded = []
         for row in rows:
-            out = self._out.get(row.request)
-            if out is None:
-                continue
+            out = self._out[row.request]
             due = row.state in ("claimed", "failed") and row.due <= self._ledger.now()
             waiting = row.state == "waiting"
             lately = now - out.since < (PAUSE_S if due else self._ledger.lease_s)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -275,6 +276,54 @@ def test_an_item_that_kills_its_process_costs_the_others_of_its_batch_no_tries(
     assert deaths == ledger.tries
     done = ("done", None, 2)  # the one that they had together with the deadly one, and the one by themselves
     assert rows == {"0.png": done, "1.png": ("quarantined", "process-died", 4), "2.png": done, "3.png": done}
+
+
+class Serverless:
+    """In place of the server: nobody asks it for anything."""
+
+    def url(self) -> str:
+        return ""
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Crew, Ledger, list[str], Clock]]:
+    """A crew without a server, its ledger, the requests that it hands out, and the clock of all of them."""
+    clock, sent = Clock(), list[str]()
+    monkeypatch.setattr("flows.crew.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("flows.crew.workers", lambda url: frozenset({"one"}))
+    monkeypatch.setattr("flows.crew._send", lambda url, lane, plain, batch: sent.extend(each.request for each in batch))
+    TinyReader().install(monkeypatch)
+    with Ledger(tmp_path / "out", f"sqlite:///{tmp_path / 'ledger.db'}", clock=clock) as ledger:
+        yield Crew(Job((tmp_path / "in",), tmp_path / "out"), ledger, Serverless(), EventLog()), ledger, sent, clock  # type: ignore[arg-type]
+
+
+def handed_unit(path: Path, request: str) -> Handed:
+    [unit] = plan([picture(path)]).units
+    return Handed(request, (str(path),), unit)
+
+
+def test_what_is_settled_is_told_although_the_ledger_fails_in_the_same_look(
+    tmp_path: Path, alone: tuple[Crew, Ledger, list[str], Clock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew, ledger, sent, clock = alone
+    names = ("done", "gone", "open")
+    crew.give([handed_unit(tmp_path / "in" / f"{name}.png", name) for name in names])
+    [claim] = ledger.claim(request="done")
+    ledger.done(claim, "f" * 16)
+    (tmp_path / "in" / "gone.png").unlink()
+    ledger.forget(["gone"])
+
+    def fail() -> int:
+        raise LedgerError("the connection was closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "hand_over", fail)
+        with pytest.raises(LedgerError):
+            crew.settled()
+    clock.now += 2
+    told = {handed.request: row and row.state for handed, row in crew.settled()}
+    assert told == {"done": "done", "gone": None}
+    assert crew.settled() == [] and len(crew) == 1 and sent == [*names]  # none was handed out again
 
 
 @pytest.mark.slow
