@@ -2,7 +2,8 @@
 
 Prefect carries a batch to one worker, at least once; the ledger sees to it that each unit in it is reported once. What
 a dead worker had claimed is carried to another one when its lease ends, and what it had been sent and not claimed, or
-gave back, at once: Prefect takes that for delivered. Paths and hashes travel, never pixels.
+gave back, at once: Prefect takes that for delivered. What a worker that is still there gave back is carried to one
+again after as long as a lease. Paths and hashes travel, never pixels.
 """
 
 from __future__ import annotations
@@ -138,7 +139,10 @@ class Crew:
             due = row.state in ("claimed", "failed") and row.due <= self._ledger.now()
             waiting = row.state == "waiting"
             lately = now - out.since < (PAUSE_S if due else self._ledger.lease_s)
-            if not out.since or (waiting and out.since < self._left) or (not lately and (due or (stuck and waiting))):
+            # A worker gave it back since it was handed out: nothing else changes what waits.
+            given_back = self._ledger.lease_s < self._ledger.now() - row.changed < now - out.since
+            lost = waiting and (out.since < self._left or given_back or (stuck and not lately))
+            if not out.since or lost or (due and not lately):
                 stranded.append(out)
         return stranded
 

@@ -326,6 +326,26 @@ def test_what_is_settled_is_told_although_the_ledger_fails_in_the_same_look(
     assert crew.settled() == [] and len(crew) == 1 and sent == [*names]  # none was handed out again
 
 
+def test_what_a_worker_gave_back_is_handed_out_again_whatever_else_moves(
+    tmp_path: Path, alone: tuple[Crew, Ledger, list[str], Clock]
+) -> None:
+    crew, ledger, sent, clock = alone
+    crew.give([handed_unit(tmp_path / "in" / f"{name}.png", name) for name in ("given back", "at work", "queued")])
+    clock.now += 1
+    [given_back], [at_work] = (ledger.claim(request=name) for name in ("given back", "at work"))
+    ledger.release(given_back)
+    sent.clear()
+    for _ in range(12):
+        clock.now += 5
+        ledger.beat(at_work)
+        assert crew.settled() == [] and sent == []
+    for _ in range(4):
+        clock.now += 5
+        ledger.beat(at_work)
+        assert crew.settled() == []
+    assert sent == ["given back"]  # once, and what is still in the server's queue is not
+
+
 @pytest.mark.slow
 def test_a_watcher_hands_what_is_dropped_to_workers_and_each_is_reported_once(
     tmp_path: Path, machines: tuple[Machine, Machine], postgres: str
