@@ -237,17 +237,11 @@ class Desks:
     def open(self, unit: ingest.Unit, golden: ingest.Unit | None, request: str) -> Opened | Rejection:
         with self._lock:
             seat = min(self._seats, key=lambda each: each.waiting)
-        for _ in range(2):
-            try:
-                opened = self._ask(seat, _open, unit, golden, request)
-                break
-            except BrokenExecutor:  # the process was killed: perhaps not by this unit
-                self._replace(seat)
-        else:
-            reason = "The program ended each time that it was read."
-            return Rejection(
-                unit.path, "process-died", reason, "Report it as a fault of the program, with the input if possible."
-            )
+        try:
+            opened = self._ask(seat, _open, unit, golden, request)
+        except BrokenExecutor:  # the process was killed: perhaps not by this unit
+            self._replace(seat)
+            return self._open_apart(unit, golden, request)
         if isinstance(opened, Rejection):
             return opened
         if opened.sight.large:  # its pixels have to be where the model is
@@ -256,6 +250,21 @@ class Desks:
         shown = replace(opened.sight, glances=(), lungs=(), closer={})  # the desk has no use for it
         self._where[-token] = _Lying(seat, replace(opened, sight=shown))
         return replace(opened, token=-token)
+
+    def _open_apart(self, unit: ingest.Unit, golden: ingest.Unit | None, request: str) -> Opened | Rejection:
+        """Opens it in a process where no other unit can be to blame if that dies, too; then on the desk of this one."""
+        seat = _Seat(self._pool())
+        with seat.pool:
+            try:
+                opened = self._ask(seat, _open, unit, golden, request)
+            except BrokenExecutor:
+                return Rejection(
+                    unit.path,
+                    "process-died",
+                    "The program ended each time that it was read.",
+                    "Report it as a fault of the program, with the input if possible.",
+                )
+        return opened if isinstance(opened, Rejection) else self._own.open(unit, golden, request)
 
     def report(
         self, opened: Opened, reading: Reading, model: ModelIdentity, version: Version, seconds: float
@@ -295,8 +304,8 @@ class Desks:
 
     def _ask(self, seat: _Seat, what: Callable[..., Any], *parts: object) -> Any:
         with self._lock:
-            seat.waiting += 1
             work = seat.pool.submit(what, *parts)
+            seat.waiting += 1
         try:
             return work.result()
         finally:

@@ -6,16 +6,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from pipelines.desk import Desk, Desks, Opened, Version
-from pipelines.ingest import plan
+from pipelines.desk import Desk, Desks, Opened, Version, _open, _Seat
+from pipelines.ingest import Unit, plan
 from pipelines.reading import FindingReading, Reading
 from pipelines.run import Job, Session, execute
 from pipelines.sight import Sight
+from pipelines.study import Rejection
 from tests.test_run import lines, picture
 from tests.tiny_reader import TinyReader
 
@@ -75,6 +77,37 @@ def test_a_process_that_is_killed_costs_no_report(tmp_path: Path) -> None:
             assert (tmp_path / "out" / (version * 16) / "report.json").is_file()
     finally:
         desks.close()
+
+
+class Deadly:
+    """In place of a unit: it ends the process that it is sent to."""
+
+    def __reduce__(self) -> tuple[Callable[[int], Any], tuple[int]]:
+        return os._exit, (9,)
+
+
+def test_a_unit_is_not_refused_for_a_neighbour_that_ends_the_process_of_its_desk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job((tmp_path / "in",), tmp_path / "out")
+    deadly, innocent = plan([picture(tmp_path / "in" / f"{number}.png", seed=number) for number in range(2)]).units
+    TinyReader().install(monkeypatch)
+    desks = Desks(job, 1, Desk(job))
+    ask = desks._ask
+
+    def ask_beside_a_deadly_one(seat: _Seat, what: Callable[..., Any], unit: object, *parts: object) -> Any:
+        if seat in desks._seats:
+            seat.pool.submit(_open, cast(Unit, Deadly()), None, "f" * 64)
+        return ask(seat, what, Deadly() if unit is deadly else unit, *parts)
+
+    monkeypatch.setattr(desks, "_ask", ask_beside_a_deadly_one)
+    try:
+        refused, opened = (desks.open(unit, None, "0" * 64) for unit in (deadly, innocent))
+    finally:
+        desks.close()
+    assert isinstance(refused, Rejection) and refused.code == "process-died"
+    assert isinstance(opened, Opened)
+    assert desks._seats[0].waiting == 0  # else it would be passed over from now on
 
 
 @pytest.mark.usefixtures("spread")
