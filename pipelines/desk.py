@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MOST_DESKS: Final = 16
 WORTH: Final = 128  # pictures
+# What a desk imports with its first units. A wrong name here is passed over in silence, and costs each desk time.
 IMPORTED_LATE: Final = (
     "pipelines.ingest.attach",
     "pipelines.ingest.pictures",

@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it runs, so that `scanscribe --help` is quick.
 
-Exit codes: 0 all is done; 1 some inputs were refused or not got to; 2 wrong usage, or nothing can be done at all; 130 Ctrl-C.
+Exit codes: 0 all is done; 1 some inputs were refused or not got to; 2 wrong usage, or nothing can be done at all;
+130 Ctrl-C.
 With `--json` standard output carries exactly one object; everything else goes to standard error.
 """
 

@@ -7,12 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from pipelines.desk import Desk, Desks, Opened, Version, _open, _Seat
+from pipelines.desk import IMPORTED_LATE, Desk, Desks, Opened, Version, _open, _Seat
 from pipelines.ingest import Unit, plan
 from pipelines.reading import FindingReading, Reading
 from pipelines.run import Job, Session, execute
@@ -37,6 +38,11 @@ def spread(monkeypatch: pytest.MonkeyPatch) -> None:
     FrameReader().install(monkeypatch)
     monkeypatch.setattr("pipelines.run.may_be_gpu", lambda device: True)
     monkeypatch.setattr("pipelines.run.desks_for", lambda work: 2)
+
+
+def test_what_desks_import_late_is_there() -> None:
+    for name in IMPORTED_LATE:
+        import_module(name)
 
 
 @pytest.mark.usefixtures("spread")
