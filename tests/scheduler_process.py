@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import flows.schedules.scheduler
+import flows.schedules.timing
 import pipelines.run
 from flows.schedules import run
 from scanscribe import cli
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     pipelines.run.load_reader = lambda model, device: reader  # type: ignore[assignment]
     if sys.argv[1:]:
         run.main(*sys.argv[1:])
+    flows.schedules.timing.FIRST_PAUSE_S = 1.0  # type: ignore[misc]
     flows.schedules.scheduler.RUN = (sys.executable, "-m", "tests.scheduler_process")  # type: ignore[misc]
     sys.argv = ["scanscribe", "schedule", "serve", "--log-json"]
     cli.main()

@@ -19,7 +19,9 @@ import pytest
 
 from flows.machine.server import LocalServer
 from flows.schedules.files import create, load, progress
+from flows.schedules.scheduler import Scheduler
 from flows.schedules.timing import ScheduleError, Timing, Window
+from flows.seeing.log import EventLog
 from pipelines.run import Job
 from tests.orthanc import free_port
 from tests.test_cli import run
@@ -263,15 +265,147 @@ def test_the_commands_create_list_pause_resume_and_delete(
         assert code == 2 and why in said, said
 
 
-def test_a_damaged_file_costs_its_schedule_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["{torn", "{}", "[]", "null", '{"timing": 1}', '{"timing": {"window": null}, "job": {}, "lane": null}']
+)
+def test_a_damaged_file_costs_its_schedule_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     from flows.schedules.files import schedules
 
     job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
     create("one", job, due_since(0))
     create("two", job, due_since(0))
-    (tmp_path / "home" / "schedules" / "one.json").write_text("{torn")
-    (tmp_path / "home" / "schedules" / "two.standing.json").write_text("{torn")
+    (tmp_path / "home" / "schedules" / "one.json").write_text(text)
+    (tmp_path / "home" / "schedules" / "two.standing.json").write_text(text)
     assert [each.name for each in schedules()] == ["two"]
     assert progress(load("two")).running is None
-    with pytest.raises(ScheduleError, match="damaged: delete"):
+    with pytest.raises(ScheduleError, match="is damaged: delete"):
         load("one")
+    code, said, err = run(capfd, monkeypatch, "schedule", "list")
+    assert code == 0 and "two" in said and "one.json is damaged" in err
+    assert run(capfd, monkeypatch, "schedule", "delete", "one")[:2] == (0, "one is deleted.\n")
+    with pytest.raises(ScheduleError, match="There is no schedule one"):
+        load("one")
+
+
+class Clock:
+    """A clock that is put forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+
+class Here:
+    """A scheduler in this process, by a clock that is put forward. Its runs are what `run` says, in Python."""
+
+    def __init__(self, run: str, monkeypatch: pytest.MonkeyPatch, **what: Any) -> None:
+        self.clock, self.said = Clock(), list[dict[str, Any]]()
+        monkeypatch.setattr("flows.schedules.scheduler.TICK_S", 0.1)
+        monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-c", run))
+        log = EventLog(silent=True, hearers=(lambda event, facts: self.said.append({"event": event, **facts}),))
+        self.scheduler = Scheduler(log, clock=self.clock, **what)
+        self.thread = threading.Thread(target=self.scheduler.run)
+
+    def __enter__(self) -> Here:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.scheduler.stop()
+        self.thread.join()
+
+    def count(self, event: str, schedule: str = "") -> int:
+        return sum(each["event"] == event and schedule in each.get("schedule", "") for each in list(self.said))
+
+    def quiet(self, event: str, count: int) -> None:
+        """No more of them come, though the scheduler looks at its schedules and at Prefect's page."""
+        self.clock.ahead += 6
+        time.sleep(1.5)
+        assert self.count(event) == count, self.said
+
+
+FAILS = 'print("{\\"code\\": \\"usage\\"}")'
+WORKS = 'print("{\\"reported\\": 1}")'
+DIES = "import os; os.kill(os.getpid(), 9)"
+
+
+def test_a_run_that_fails_is_tried_again_after_growing_pauses(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
+    create("night-5", job, Timing("UTC", time.time() - 86400 - 90, every_s=86400.0))
+    with Here(FAILS, monkeypatch) as it:
+        for count, pause in enumerate((60, 120, 240), 1):
+            until(lambda count=count: it.count("run-failed") == count)  # type: ignore[misc]
+            it.quiet("run-started", count)
+            it.clock.ahead += pause - 20
+            it.quiet("run-started", count)
+            it.clock.ahead += 20
+        until(lambda: it.count("run-failed") == 4)
+        assert len(runs(server, deployment(server, "night-5")["id"])["Failed"]) == 4  # none is left for Prefect
+        # A person does not wait for the pause.
+        asked(server, f"deployments/{deployment(server, 'night-5')['id']}/create_flow_run")
+        it.clock.ahead += 6
+        until(lambda: it.count("run-failed") == 5)
+        it.quiet("run-started", 5)
+        monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-c", WORKS))
+        it.clock.ahead += 60
+        until(lambda: it.count("run-done") == 1)
+        it.clock.ahead += 3600
+        it.quiet("run-started", 6)
+
+
+def test_a_run_whose_process_is_killed_again_and_again_is_given_up_until_the_next_due_time(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
+    create("night-6", job, Timing("UTC", time.time() - 86400 - 90, every_s=86400.0))
+    with Here(DIES, monkeypatch) as it:
+        for count in range(1, 6):
+            until(lambda count=count: it.count("run-failed") == count)  # type: ignore[misc]
+            it.quiet("run-started", count)
+            it.clock.ahead += 1800
+        it.quiet("run-started", 5)
+        assert len(runs(server, deployment(server, "night-6")["id"])["Crashed"]) == 5
+        monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-c", WORKS))
+        it.clock.ahead += 86400 - 5 * 1800
+        until(lambda: it.count("run-done") == 1)
+
+
+def test_a_deployment_that_was_deleted_on_prefect_s_page_is_put_again(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
+    for name in ("alpha", "beta"):
+        create(name, job, due_since(1.5))
+    with Here(WORKS, monkeypatch) as it:
+        until(lambda: it.count("run-done", "alpha") == it.count("run-done", "beta") == 1)
+        httpx.delete(f"{server}/deployments/{deployment(server, 'alpha')['id']}", timeout=30).raise_for_status()
+        it.clock.ahead += 60
+        until(lambda: it.count("run-done", "alpha") > 1 and it.count("run-done", "beta") > 1)
+        assert deployment(server, "alpha") and not it.count("broken")
+
+
+def test_what_goes_wrong_with_one_schedule_keeps_no_other_from_running(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
+    for name in ("alpha", "beta"):
+        create(name, job, due_since(1.5))
+    (tmp_path / "home" / "schedules" / "alpha.standing.json").mkdir()  # nothing can be kept there
+    (tmp_path / "home" / "schedules" / "aleph.json").write_text("{}")
+    with Here(WORKS, monkeypatch) as it:
+        until(lambda: it.count("run-done", "beta") == 1 and it.count("broken") == 1)
+        (tmp_path / "home" / "schedules" / "alpha.standing.json").rmdir()
+        until(lambda: it.count("run-done", "alpha") == 1)
+        until(lambda: "aleph.json is damaged" in [each for each in it.said if each["event"] == "broken"][-1]["message"])
+        (tmp_path / "home" / "schedules" / "aleph.json").unlink()
+        until(lambda: it.count("broken-over") == 1)

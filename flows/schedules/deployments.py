@@ -6,16 +6,18 @@ page is learned. Errors are Prefect's and httpx' own.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, DeploymentFilterTags
 from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Cron, Interval
-from prefect.states import Cancelled, Crashed, Scheduled
+from prefect.states import Cancelled, Crashed, Failed, Scheduled
 
 from flows.batch import batch
 from flows.jobs import save_job
@@ -23,6 +25,7 @@ from flows.schedules.files import Schedule
 from flows.schedules.timing import next_due
 
 TAG: Final = "scanscribe"
+BY_SCHEDULE: Final = "by-schedule"  # a run that Prefect did not foresee, and that no person asked for
 _SAME_S: Final = 1.0  # two times that are the same
 
 
@@ -71,7 +74,11 @@ def due(deployment: UUID, now: float) -> list[Due]:
             [deployment], scheduled_before=datetime.fromtimestamp(now, UTC)
         )
     return [
-        Due(run.id, run.expected_start_time.timestamp() if run.expected_start_time else now, not run.auto_scheduled)
+        Due(
+            run.id,
+            run.expected_start_time.timestamp() if run.expected_start_time else now,
+            not run.auto_scheduled and BY_SCHEDULE not in run.tags,
+        )
         for run in runs
     ]
 
@@ -82,20 +89,37 @@ def run_of(deployment: UUID, time: float, known: list[Due]) -> UUID:
         if abs(each.due - time) < _SAME_S:
             return each.id
     with get_client(sync_client=True) as client:
-        moment = datetime.fromtimestamp(time, UTC)
-        return client.create_flow_run_from_deployment(deployment, state=Scheduled(scheduled_time=moment)).id
+        when: Any = Scheduled(scheduled_time=datetime.fromtimestamp(time, UTC))
+        try:
+            return client.create_flow_run_from_deployment(deployment, state=when, tags=[BY_SCHEDULE]).id
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.NOT_FOUND:
+                raise ObjectNotFound(error) from error
+            raise
 
 
 def cancel(flow_run: UUID, why: str) -> None:
     """Say of a run that it does not start, or was stopped."""
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run, Cancelled(message=why), force=True)
+    _end(flow_run, Cancelled(message=why))
 
 
 def crash(flow_run: UUID, why: str) -> None:
     """Say of a run that its process is gone."""
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run, Crashed(message=why), force=True)
+    _end(flow_run, Crashed(message=why))
+
+
+def fail(flow_run: UUID, why: str) -> None:
+    """Say of a run that it failed, where it did so before it could say that itself."""
+    with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run).state
+        if state is None or not state.is_final():
+            client.set_flow_run_state(flow_run, Failed(message=why), force=True)
+
+
+def _end(flow_run: UUID, state: Any) -> None:
+    # People can delete runs on Prefect's page, and of those nothing is to be said.
+    with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run, state, force=True)
 
 
 def remove_others(names: set[str]) -> None:

@@ -6,7 +6,6 @@ neither waits for the other. Prefect has a deployment for each, for its page; wh
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
@@ -17,7 +16,7 @@ from typing import Any, Final
 
 from flows.jobs import Lane, as_plain, from_plain
 from flows.machine.server import state_folder
-from flows.schedules.timing import ScheduleError, Standing, Timing, Window, next_due
+from flows.schedules.timing import ScheduleError, Standing, Timing, Window, next_due, pause_after
 from pipelines.run import Job, check_job
 from reports.files import atomic_write
 
@@ -44,6 +43,8 @@ class Last:
     ended: float
     result: str  # done, stopped, failed
     words: str = ""  # counts, or what was wrong
+    failures: int = 0  # in a row of the runs for that due time, with this one
+    deaths: int = 0  # of these, those whose process was killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,13 @@ class Progress:
     flow_run: str | None = None
     owner: str | None = None  # the process that runs it
     last: Last | None = None
+
+    @property
+    def held_until(self) -> float:
+        """When the run that goes first may be tried again, if it has failed; 0 if it may start."""
+        if self.last is None or not self.last.failures or self.standing.waiting[:1] != (self.last.due,):
+            return 0.0
+        return self.last.ended + pause_after(self.last.failures)
 
 
 def create(name: str, job: Job, timing: Timing, lane: Lane | None = None, *, replacing: bool = False) -> Schedule:
@@ -71,31 +79,30 @@ def create(name: str, job: Job, timing: Timing, lane: Lane | None = None, *, rep
 
 def load(name: str) -> Schedule:
     """Raises ScheduleError."""
+    _check_is_there(name)
     try:
-        plain = json.loads(_file(name).read_text("utf-8")) if _NAME.fullmatch(name) else None
-    except FileNotFoundError:
-        plain = None
-    except ValueError:
+        plain = json.loads(_file(name).read_text("utf-8"))
+        timing, window = plain["timing"], plain["timing"]["window"]
+        return Schedule(
+            name,
+            from_plain(plain["job"]),
+            Timing(**timing | {"window": Window.parse(window) if window else None}),
+            plain["lane"],
+            plain["paused"],
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # whatever somebody wrote into it
         raise ScheduleError(f"{_file(name)} is damaged: delete the schedule and create it again.") from None
-    if plain is None:
-        known = ", ".join(each.name for each in schedules()) or "none yet"
-        raise ScheduleError(f"There is no schedule {name}. Those that there are: {known}.")
-    timing, window = plain["timing"], plain["timing"]["window"]
-    return Schedule(
-        name,
-        from_plain(plain["job"]),
-        Timing(**timing | {"window": Window.parse(window) if window else None}),
-        plain["lane"],
-        plain["paused"],
-    )
 
 
-def schedules() -> Iterator[Schedule]:
-    """All schedules, by name. One whose file is damaged is left out."""
+def schedules(damaged: list[str] | None = None) -> Iterator[Schedule]:
+    """All schedules, by name. One whose file is damaged is left out: what to do about it is added to `damaged`."""
     for path in sorted(_folder().glob("*.json")):
         if not path.stem.endswith(STANDING):
-            with contextlib.suppress(ScheduleError):
+            try:
                 yield load(path.stem)
+            except ScheduleError as error:
+                if damaged is not None:
+                    damaged.append(str(error))
 
 
 def pause(name: str, *, paused: bool) -> Schedule:
@@ -107,7 +114,7 @@ def pause(name: str, *, paused: bool) -> Schedule:
 
 def delete(name: str) -> None:
     """Reports stay; a run at work ends by itself. Raises ScheduleError."""
-    load(name)
+    _check_is_there(name)  # one whose file is damaged can be deleted, too
     _file(name).unlink(missing_ok=True)
     _file(name + STANDING).unlink(missing_ok=True)
 
@@ -134,8 +141,9 @@ def next_run(schedule: Schedule, now: float | None = None) -> float | None:
     if schedule.paused:
         return None
     now = time.time() if now is None else now
-    waiting = progress(schedule).standing.waiting
-    return waiting[0] if waiting else next_due(schedule.timing, now)
+    how_far, following = progress(schedule), next_due(schedule.timing, now)
+    waiting = how_far.standing.waiting
+    return min(max(waiting[0], how_far.held_until), following) if waiting else following
 
 
 def _keep(schedule: Schedule) -> None:
@@ -147,6 +155,12 @@ def _keep(schedule: Schedule) -> None:
         "paused": schedule.paused,
     }
     atomic_write(_file(schedule.name), json.dumps(plain, indent=1))
+
+
+def _check_is_there(name: str) -> None:
+    if not _NAME.fullmatch(name) or name.endswith(STANDING) or not _file(name).exists():
+        known = ", ".join(each.name for each in schedules()) or "none yet"
+        raise ScheduleError(f"There is no schedule {name}. Those that there are: {known}.")
 
 
 def _folder() -> Path:

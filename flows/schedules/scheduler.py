@@ -32,15 +32,12 @@ from flows.schedules.files import (
     progress,
     schedules,
 )
-from flows.schedules.timing import Standing, again, step
+from flows.schedules.timing import Standing, again, next_due, step
 from flows.seeing.log import EventLog
 
 TICK_S: Final = 1.0
 ASK_S: Final = 5.0  # between two looks at what people did on Prefect's page
-AGAIN_S: Final = 60.0  # before a run is tried again whose surroundings failed
-PASSING: Final = frozenset(
-    ("output-folder", "prefect-server", "ledger", "disk-low", "disk-lost")
-)  # may be otherwise then
+MOST_DEATHS: Final = 5  # of the runs for one due time, before they are given up: their inputs may be what kills them
 RUN: Final = (sys.executable, "-P", "-m", "flows.schedules.run")  # -P: what lies in the folder one is in is no module
 END_S: Final = 90.0  # that runs have to end in when this process stops
 
@@ -65,7 +62,6 @@ class Scheduler:
         self._runs: dict[str, _Run] = {}
         self._put: dict[str, tuple[Schedule, UUID]] = {}  # what Prefect was told
         self._next_ask: dict[str, float] = {}
-        self._not_before: dict[str, float] = {}
         self._trouble = ""
 
     def stop(self) -> None:
@@ -99,22 +95,36 @@ class Scheduler:
 
     def _turn(self) -> None:
         """Look at each schedule once. What Prefect cannot be told now is told later; nothing is decided before."""
+        import httpx
+        from prefect.exceptions import ObjectNotFound
+
+        damaged: list[str] = []
+        troubles: list[Exception] = []
         try:
             self._server.url()  # starts it again if it has died
-            known = {schedule.name: schedule for schedule in schedules()}
+            known = {schedule.name: schedule for schedule in schedules(damaged)}
             if self._put.keys() - known.keys() or not self._put:
                 self._remove(set(known))
-            for schedule in known.values():
-                self._look(schedule)
-        except (ServerError, OSError) as error:
-            self._say(str(getattr(error, "strerror", None) or error), getattr(error, "code", "system"))
         except Exception as error:  # of the network; Prefect has many types for it
-            self._say(
-                f"Prefect's server does not answer ({type(error).__name__}): waiting until it does.", "prefect-server"
-            )
-        else:
-            if self._trouble:
-                self._log("broken-over")
+            known = {}
+            troubles.append(error)
+        for schedule in known.values():
+            try:
+                self._look(schedule)
+            except ObjectNotFound:  # people can delete deployments on Prefect's page
+                self._put.pop(schedule.name, None)
+                self._log("deployment-gone", schedule=schedule.name)
+            except (ServerError, httpx.TransportError) as error:
+                troubles.append(error)
+                break  # it holds for all of them
+            except Exception as error:  # the other schedules go on
+                troubles.append(error)
+        if troubles:
+            self._say(*_trouble(troubles[0]))
+        elif damaged:
+            self._say(damaged[0], "schedule")
+        elif self._trouble:
+            self._log("broken-over")
             self._trouble = ""
 
     def _say(self, words: str, code: str) -> None:
@@ -140,7 +150,8 @@ class Scheduler:
         busy = how_far.running is not None
         if schedule.paused:
             keep_progress(name, replace(how_far, standing=Standing(now)))
-        elif now >= self._not_before.get(name, 0.0):
+        # The next due time does not wait for a run that has failed.
+        elif busy or now >= how_far.held_until or now >= next_due(schedule.timing, how_far.standing.settled):
             self._step(schedule, deployment, how_far, now, busy)
         if now < self._next_ask.get(name, 0.0):
             return
@@ -226,8 +237,15 @@ class Scheduler:
             result, facts, code = _result(run.process.returncode, run.said)
         stopped = run.stopped if run else ""
         flow_run = UUID(how_far.flow_run) if how_far.flow_run else None
+        due, now, last = how_far.running, self._clock(), how_far.last
+        failures, deaths = (last.failures, last.deaths) if last and last.due == due else (0, 0)
+        if run is not None:  # else it ended with the process that ran it, which is not its fault
+            failures = failures + 1 if result in ("failed", "died") and not stopped else 0
+            deaths += result == "died" and not stopped
+        given_up = result == "died" and deaths >= MOST_DEATHS
         if result == "died" and flow_run:
-            deployments.crash(flow_run, "Its process was killed; it goes on with a run of its own.")
+            follows = "it is given up until the next due time" if given_up else "it goes on with a run of its own"
+            deployments.crash(flow_run, f"Its process was killed; {follows}.")
         elif stopped and result != "done" and flow_run:
             reason = (
                 "The window closed: it goes on when it opens."
@@ -235,14 +253,17 @@ class Scheduler:
                 else "A newer run takes its place."
             )
             deployments.cancel(flow_run, f"Stopped: {reason}")
-        due, now = how_far.running, self._clock()
-        goes_on = result == "died" or stopped in ("window", "end") or (result == "failed" and code in PASSING)
-        if result != "done" and goes_on:
+        elif result != "done" and flow_run:  # left as it is, Prefect would have it start again
+            deployments.fail(flow_run, f"It ended before its work began ({code}).")
+        if stopped in ("window", "end"):
+            goes_on = result != "done"
+        else:
+            goes_on = result in ("failed", "died") and not stopped and not given_up
+        if goes_on:
             how_far = replace(how_far, standing=again(how_far.standing, due))
-        if result == "failed" and code in PASSING:
-            self._not_before[name] = now + AGAIN_S
         said = "stopped" if stopped and result != "done" else result
-        last = Last(due, now, said, code or ", ".join(f"{count} {what}" for what, count in facts.items()))
+        words = code or ", ".join(f"{count} {what}" for what, count in facts.items())
+        last = Last(due, now, said, words, failures, deaths)
         how_far = replace(how_far, running=None, flow_run=None, owner=None, last=last)
         keep_progress(name, how_far)
         self._runs.pop(name, None)  # only now: what went wrong before is done again
@@ -268,6 +289,13 @@ class Scheduler:
             if name in known:
                 with contextlib.suppress(Exception):  # Prefect's server may be gone first
                     self._ended(known[name], progress(known[name]))
+
+
+def _trouble(error: Exception) -> tuple[str, str]:
+    """What is wrong, in words and as a code."""
+    if isinstance(error, (ServerError, ScheduleError, OSError)):
+        return str(getattr(error, "strerror", None) or error), getattr(error, "code", "system")
+    return f"Prefect's server does not answer ({type(error).__name__}): waiting until it does.", "prefect-server"
 
 
 def _result(code: int, said: str) -> tuple[str, dict[str, int], str]:

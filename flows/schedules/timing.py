@@ -24,6 +24,8 @@ CatchUp = Literal["once", "all", "none"]
 OVERLAPS: Final = ("skip", "queue", "cancel")
 CATCH_UPS: Final = ("once", "all", "none")
 MISSED_AFTER_S: Final = 60.0  # a run that nobody started for so long was missed: nothing was up to start it
+FIRST_PAUSE_S: Final = 60.0  # before a run that failed is tried again; doubles with each further failure
+MOST_PAUSE_S: Final = 1800.0
 _DAY_S: Final = 86400
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": _DAY_S}
 _CRON_HELP: Final = (
@@ -188,6 +190,11 @@ def step(timing: Timing, standing: Standing, now: float, *, busy: bool) -> Step:
 def again(standing: Standing, time: float) -> Standing:
     """The run that was due at `time` did not end its work: it goes on as soon as it may."""
     return replace(standing, waiting=(time, *standing.waiting))
+
+
+def pause_after(failures: int) -> float:
+    """Seconds from the end of a run until it is tried again, after so many failures in a row."""
+    return min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 30), MOST_PAUSE_S)
 
 
 def _dates(timing: Timing, after: float) -> Iterator[float]:

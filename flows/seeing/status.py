@@ -69,7 +69,8 @@ def look(out: Path | None = None, url: str | None = None, *, min_free: int = 0) 
     with Ledger(out or Path(), url) as ledger:
         paths = [ledger.scope] if out else ledger.scopes()
         folders = tuple(_folder(path, url) for path in paths)
-    scheduled = tuple(look_at_schedules(now))
+    damaged: list[str] = []
+    scheduled = tuple(look_at_schedules(now, damaged))
     found = tuple(services())
     state_free = free_bytes(home())
     return Status(
@@ -80,7 +81,7 @@ def look(out: Path | None = None, url: str | None = None, *, min_free: int = 0) 
         running_server() or None,
         str(home()),
         state_free,
-        tuple(_troubles(folders, found, scheduled, state_free, min_free)),
+        (*_troubles(folders, found, scheduled, state_free, min_free), *damaged),
     )
 
 
@@ -91,10 +92,10 @@ def _folder(path: str, url: str | None) -> Folder:
         return Folder(path, ledger.counts(), ledger.oldest(), last, free)
 
 
-def look_at_schedules(now: float | None = None) -> list[Scheduled]:
-    """All schedules."""
+def look_at_schedules(now: float | None = None, damaged: list[str] | None = None) -> list[Scheduled]:
+    """All schedules; what to do about damaged ones is added to `damaged`."""
     now, found = time.time() if now is None else now, []
-    for each in schedules():
+    for each in schedules(damaged):
         how_far = progress(each)
         state = "running" if how_far.running is not None else "paused" if each.paused else "active"
         window = str(each.timing.window) if each.timing.window else None

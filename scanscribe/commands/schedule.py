@@ -92,15 +92,18 @@ def list_schedules(as_json: Json = False) -> None:
     from scanscribe.commands.status import schedule_table
     from scanscribe.console import output
 
-    found = look_at_schedules()
+    damaged: list[str] = []
+    found = look_at_schedules(damaged=damaged)
     if as_json:
         from dataclasses import asdict
 
         _print({"schedules": [asdict(each) for each in found]})
     elif found:
         output().print(schedule_table(found, time.time()))
-    else:
+    elif not damaged:
         print("There is no schedule: `scanscribe schedule create --help` shows how to make one.")
+    for words in damaged:
+        print(f"scanscribe: {words}", file=sys.stderr)
     if found:
         _warn_without_server()
 
