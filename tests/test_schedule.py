@@ -26,6 +26,7 @@ from pipelines.run import Job
 from tests.orthanc import free_port
 from tests.test_cli import run
 from tests.test_run import lines, picture
+from tests.test_seeing import SECRET, Hook
 from tests.test_watch import ROOT, until
 from tests.tiny_reader import TinyReader
 
@@ -409,3 +410,25 @@ def test_what_goes_wrong_with_one_schedule_keeps_no_other_from_running(
         until(lambda: "aleph.json is damaged" in [each for each in it.said if each["event"] == "broken"][-1]["message"])
         (tmp_path / "home" / "schedules" / "aleph.json").unlink()
         until(lambda: it.count("broken-over") == 1)
+
+
+def test_a_run_notifies_of_critical_findings(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    monkeypatch.setenv("SCANSCRIBE_NOTIFY_SECRET", SECRET)
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        'name: strict\nversion: "1"\nseverity:\n  - {rule: all, severity: critical}\n'
+        "disposition:\n  - {rule: all, disposition: reject}\n"
+    )
+    create("night-7", Job((drawn(tmp_path / "in", 1),), tmp_path / "out", rules=rules), due_since(1.5))
+    hook = Hook()
+    hook.up()
+    try:
+        with Here("", monkeypatch, notify=hook.url) as it:
+            monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-m", "tests.scheduler_process"))
+            until(lambda: it.count("run-done") == 1)
+            until(lambda: len(hook.heard) == 1)
+    finally:
+        hook.down()
+    [entry] = lines(tmp_path / "out" / "index.jsonl")
+    assert (hook.heard[0]["event"], hook.heard[0]["report"]) == ("critical-finding", entry["id"])

@@ -1,11 +1,13 @@
 """A run of a schedule, in a process of its own: `python -m flows.schedules.run NAME FLOW_RUN`.
 
 The last line on standard output says what came of it, in counts and codes. It ends, after the item at hand, on SIGTERM
-and when standard input closes: with the scheduler that started it.
+and when standard input closes: with the scheduler that started it. Critical findings are told to the URL
+that the scheduler notifies, by this process: before they are on record.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +18,10 @@ from uuid import UUID
 
 from flows.jobs import Crewing, run_batch
 from flows.schedules.files import load
+from flows.seeing.log import EventLog
+from flows.seeing.metrics import Metrics
+from flows.seeing.notify import URL_VARIABLE, Notifier
+from flows.seeing.seeing import Seeing
 
 
 def main(name: str, flow_run: str) -> None:
@@ -32,7 +38,11 @@ def main(name: str, flow_run: str) -> None:
     try:
         schedule = load(name)
         crewing = Crewing(schedule.lane, os.environ.get("SCANSCRIBE_LEDGER")) if schedule.lane else None
-        summary = run_batch(schedule.job, crewing=crewing, flow_run=UUID(flow_run))
+        url = os.environ.get(URL_VARIABLE)
+        with Notifier(url) if url else contextlib.nullcontext() as notifier:
+            # That a run failed is logged and told by the scheduler.
+            seen = Seeing(EventLog(silent=True), notifier.tell, Metrics()) if notifier else None
+            summary = run_batch(schedule.job, crewing=crewing, flow_run=UUID(flow_run), seen=seen)
     except KeyboardInterrupt:
         told: dict[str, str | int] = {"code": "interrupted"}
     except Exception as error:  # its words can name files: only the code leaves this process

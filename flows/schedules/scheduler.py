@@ -34,6 +34,7 @@ from flows.schedules.files import (
 )
 from flows.schedules.timing import Standing, again, next_due, step
 from flows.seeing.log import EventLog
+from flows.seeing.notify import URL_VARIABLE
 
 TICK_S: Final = 1.0
 ASK_S: Final = 5.0  # between two looks at what people did on Prefect's page
@@ -56,8 +57,9 @@ class _Run:
 class Scheduler:
     """Runs all schedules of the state folder. `run` returns after `stop`; what is at work goes on at the next start."""
 
-    def __init__(self, log: EventLog, *, clock: Callable[[], float] = time.time) -> None:
-        self._log, self._clock = log, clock
+    def __init__(self, log: EventLog, *, notify: str | None = None, clock: Callable[[], float] = time.time) -> None:
+        """`notify`: the URL that runs tell of critical findings."""
+        self._log, self._notify, self._clock = log, notify, clock
         self._over = threading.Event()
         self._runs: dict[str, _Run] = {}
         self._put: dict[str, tuple[Schedule, UUID]] = {}  # what Prefect was told
@@ -196,7 +198,11 @@ class Scheduler:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PREFECT_API_URL": self._server.url()},
+            env={
+                **os.environ,
+                "PREFECT_API_URL": self._server.url(),
+                **({URL_VARIABLE: self._notify} if self._notify else {}),  # no argument: others would see its secrets
+            },
             start_new_session=True,
         )
         owner = process_name(process.pid)

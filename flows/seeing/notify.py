@@ -32,6 +32,7 @@ from pipelines.run_folder import IndexEntry
 from reports.files import atomic_write
 
 SECRET_VARIABLE: Final = "SCANSCRIBE_NOTIFY_SECRET"
+URL_VARIABLE: Final = "SCANSCRIBE_NOTIFY"  # the default of --notify
 SIGNATURE: Final = "X-ScanScribe-Signature"
 # What is told when the log hears of it. Quarantine and critical findings are told before they are on record.
 EVENTS: Final = frozenset(

@@ -161,7 +161,7 @@ def serve_schedules(
 
     warnings.simplefilter("ignore")
     with seeing("schedule", log_json=log_json, port=metrics, notify=notify, disks={"state": home()}) as seen:
-        scheduler = Scheduler(seen.log)
+        scheduler = Scheduler(seen.log, notify=notify)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: scheduler.stop())
         scheduler.run()
