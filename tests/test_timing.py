@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.schedules.timing import ScheduleError, Standing, Timing, Window, again, due, next_due, parse_interval, step
+from flows.schedules.files import Last, Progress
+from flows.schedules.timing import (
+    ScheduleError,
+    Standing,
+    Timing,
+    Window,
+    again,
+    due,
+    next_due,
+    parse_interval,
+    pause_after,
+    step,
+)
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
@@ -237,3 +250,11 @@ def test_intervals_are_read_and_said_in_the_same_words() -> None:
     for text in ("90s", "15m", "2h", "1d"):
         assert timing(None, every_s=parse_interval(text)).words == f"every {text}"
     assert next_due(timing("0 0 * * *", "UTC"), at("2026-05-01T12:00+00:00")) == at("2026-05-02T00:00+00:00")
+
+
+def test_pauses_grow_to_half_an_hour_and_hold_only_the_run_that_failed() -> None:
+    assert [pause_after(failures) for failures in (1, 2, 3, 6, 7, 20_000)] == [60, 120, 240, 1800, 1800, 1800]
+    last = Last(due=100.0, ended=110.0, result="failed", words="usage", failures=2)
+    assert Progress(Standing(200.0, (100.0,)), last=last).held_until == 230
+    assert Progress(Standing(200.0, (200.0,)), last=last).held_until == 0  # a later due time took its place
+    assert Progress(Standing(200.0, (100.0,)), last=replace(last, failures=0)).held_until == 0  # it was stopped
