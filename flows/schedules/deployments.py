@@ -109,7 +109,7 @@ def crash(flow_run: UUID, why: str) -> None:
 
 
 def fail(flow_run: UUID, why: str) -> None:
-    """Say of a run that it failed, where it did so before it could say that itself."""
+    """Say of a run that it failed, where it has not said so itself: its process ended before, or without, its flow."""
     with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
         state = client.read_flow_run(flow_run).state
         if state is None or not state.is_final():

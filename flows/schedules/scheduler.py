@@ -260,7 +260,7 @@ class Scheduler:
             )
             deployments.cancel(flow_run, f"Stopped: {reason}")
         elif result != "done" and flow_run:  # left as it is, Prefect would have it start again
-            deployments.fail(flow_run, f"It ended before its work began ({code}).")
+            deployments.fail(flow_run, f"It did not end its work ({code}).")
         if stopped in ("window", "end"):
             goes_on = result != "done"
         else:
