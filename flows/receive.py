@@ -207,7 +207,8 @@ class Receiver:
             return NOT_UNDERSTOOD
         if not study or not instance or named != instance:
             return NO_MATCH
-        place = self._inbox / _name(study, 16) / f"{_name(instance, 32)}.dcm"
+        # Not of the 16 digits that a report's folder has: the inbox may be the output folder, too.
+        place = self._inbox / _name(study, 24) / f"{_name(instance, 32)}.dcm"
         place.parent.mkdir(exist_ok=True)
         if place.exists() and filecmp.cmp(path, place, shallow=False):  # sent again
             path.unlink()

@@ -24,6 +24,7 @@ from pynetdicom import AE
 
 from flows.receive import INCOMING, Node, ReceiveError, Receiver
 from flows.seeing.log import EventLog
+from pipelines.run_folder import written_by_runs
 from tests.phantom import PHANTOM, phantom_slices, series
 from tests.test_send import certificate  # noqa: F401  # a fixture
 from tests.test_watch import home, reports, until  # noqa: F401  # an autouse fixture
@@ -65,6 +66,7 @@ def received(inbox: Path) -> dict[str, Path]:
         dataset = pydicom.dcmread(path)
         assert dataset.file_meta.MediaStorageSOPInstanceUID == dataset.SOPInstanceUID
         assert dataset.PixelData
+        assert not written_by_runs(inbox, path)  # where reports go into the same folder
         found[str(dataset.SOPInstanceUID)] = path
     return found
 
@@ -133,7 +135,7 @@ def test_dcmtk_sends_a_study_and_each_instance_is_there_once_and_whole(tmp_path:
         sent = pydicom.dcmread(file)
         assert pydicom.dcmread(first[str(sent.SOPInstanceUID)]).PixelData == sent.PixelData
     folders = {path.parent.name for path in first.values()}
-    assert len(folders) == 1 and all(len(name) == 16 for name in folders)
+    assert len(folders) == 1 and all(len(name) == 24 for name in folders)
     assert str(phantom_slices()[0].StudyInstanceUID) not in folders
 
 
