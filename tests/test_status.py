@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from flows.ledger import Ledger
-from flows.schedules.files import create, pause
-from flows.schedules.timing import Timing
+from flows.schedules.files import Last, Progress, create, keep_progress, pause
+from flows.schedules.timing import Standing, Timing
 from flows.seeing.services import running, services
 from pipelines.run import Job
 from tests.test_cli import run
@@ -63,9 +63,12 @@ def test_everything_stands_in_one_screen(
             "schedule": os.getpid(),
         }
 
+    now = time.time()
+    keep_progress("nightly", Progress(Standing(now), last=Last(now, now, "failed", "output-folder")))
     code, said, _ = run(capfd, monkeypatch, "status", "--min-free", str(1 << 40))
     assert code == 1
-    for trouble in ("Nothing runs the schedules", "Items wait, and no service runs", "are free in the state folder"):
+    troubles = ["Nothing runs the schedules", "Items wait, and no service runs", "are free in the state folder"]
+    for trouble in (*troubles, "The last run of the schedule nightly failed (output-folder)"):
         assert trouble in said
 
 

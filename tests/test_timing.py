@@ -191,6 +191,19 @@ def test_a_window_over_a_change_of_clocks_goes_by_the_wall_clock() -> None:
     assert [window.is_open(moment, "Europe/Berlin") for moment in spring] == [False, True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("window", "now", "opens"),
+    [
+        ("22:00-06:00", "2026-05-01T09:16+02:00", "2026-05-01T22:00+02:00"),
+        ("22:00-06:00", "2026-05-01T23:00+02:00", "2026-05-01T23:00+02:00"),
+        ("09:00-17:00", "2026-05-01T17:00+02:00", "2026-05-02T09:00+02:00"),
+        ("04:00-05:00", "2026-03-28T06:00+01:00", "2026-03-29T04:00+02:00"),  # clocks change in between
+    ],
+)
+def test_a_window_says_when_it_opens_next(window: str, now: str, opens: str) -> None:
+    assert Window.parse(window).opening(at(now), "Europe/Berlin") == at(opens)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     when=st.sampled_from((("*/30 * * * *", "2026-03-28T18:00+01:00"), ("*/30 * * * *", "2026-10-24T18:00+02:00"))),

@@ -137,13 +137,14 @@ def keep_progress(name: str, how_far: Progress) -> None:
 
 
 def next_run(schedule: Schedule, now: float | None = None) -> float | None:
-    """When the next run starts at the earliest; None while it is paused. Windows are not looked at."""
+    """When the next run starts at the earliest; None while it is paused."""
     if schedule.paused:
         return None
     now = time.time() if now is None else now
     how_far, following = progress(schedule), next_due(schedule.timing, now)
-    waiting = how_far.standing.waiting
-    return min(max(waiting[0], how_far.held_until), following) if waiting else following
+    waiting, timing = how_far.standing.waiting, schedule.timing
+    at = min(max(waiting[0], how_far.held_until), following) if waiting else following
+    return timing.window.opening(max(at, now), timing.zone) if timing.window else at
 
 
 def _keep(schedule: Schedule) -> None:

@@ -64,6 +64,14 @@ class Window:
             return self.begin <= clock < self.end
         return clock >= self.begin or clock < self.end
 
+    def opening(self, now: float, zone: str) -> float:
+        """When it is open next: now, if it is."""
+        if self.is_open(now, zone):
+            return now
+        local = datetime.fromtimestamp(now, ZoneInfo(zone))
+        day = local.date() if local.time() < self.begin else local.date() + timedelta(days=1)
+        return datetime.combine(day, self.begin, ZoneInfo(zone)).timestamp()
+
     def __str__(self) -> str:
         return f"{self.begin:%H:%M}-{self.end:%H:%M}"
 

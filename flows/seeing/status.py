@@ -115,6 +115,10 @@ def _troubles(
     said = []
     if any(each.state == "active" for each in scheduled) and not any(each.name == "schedule" for each in found):
         said.append("Nothing runs the schedules: start `scanscribe schedule serve`.")
+    for each in scheduled:
+        if each.state != "paused" and each.last and each.last.result in ("failed", "died"):
+            why = each.last.words or "its process was killed"
+            said.append(f"The last run of the schedule {each.name} failed ({why}).")
     if any(each.counts["waiting"] + each.counts["failed"] for each in folders) and not found:
         said.append("Items wait, and no service runs: start `scanscribe watch`, or run the batch again.")
     if low := [each for each in folders if each.free is not None and each.free < min_free]:
