@@ -334,12 +334,17 @@ WORKS = 'print("{\\"reported\\": 1}")'
 DIES = "import os; os.kill(os.getpid(), 9)"
 
 
+def create_daily(name: str, tmp_path: Path) -> None:
+    """One whose last due time was a minute and a half ago."""
+    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
+    create(name, job, Timing("UTC", time.time() - 86400 - 90, every_s=86400.0))
+
+
 def test_a_run_that_fails_is_tried_again_after_growing_pauses(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
-    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
-    create("night-5", job, Timing("UTC", time.time() - 86400 - 90, every_s=86400.0))
+    create_daily("night-5", tmp_path)
     with Here(FAILS, monkeypatch) as it:
         for count, pause in enumerate((60, 120, 240), 1):
             until(lambda count=count: it.count("run-failed") == count)  # type: ignore[misc]
@@ -365,8 +370,7 @@ def test_a_run_whose_process_is_killed_again_and_again_is_given_up_until_the_nex
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
-    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
-    create("night-6", job, Timing("UTC", time.time() - 86400 - 90, every_s=86400.0))
+    create_daily("night-6", tmp_path)
     with Here(DIES, monkeypatch) as it:
         for count in range(1, 6):
             until(lambda count=count: it.count("run-failed") == count)  # type: ignore[misc]
