@@ -190,11 +190,13 @@ class Settling:
         return file.looks >= self._patience.looks and file.kind != "" and file.later <= now
 
     def _pictures(self, folder: str, new: list[str], now: float) -> Drop | None:
-        """New files that are no slices, with the documents beside them. A document is waited for while it grows."""
+        """New files that are no slices, with the documents beside them. A document is waited for while it grows, but
+        not longer than until a file that does not open would be refused."""
         here = sorted(path for path in self._folders[folder])
         documents = {path for path in here if self._is_document(path)}
         growing = [path for path in documents if path in self._open and self._files[path].looks < self._patience.looks]
-        if any(now - self._files[path].changed < self._patience.refuse_after for path in growing):
+        waited_for = [*growing, max(new, key=self.changed)] if growing else []
+        if waited_for and all(now - self.changed(path) < self._patience.refuse_after for path in waited_for):
             return None
         slices = {self._files[path].study for path in here if self._files[path].study}
         arrived = [path for path in new if path in documents]

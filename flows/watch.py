@@ -45,7 +45,7 @@ SCAN_SHARE: Final = 5  # a full look takes at most this part of the time: 1/5
 # What a file that is still being copied can look like.
 _UNFINISHED: Final = """
     truncated empty-file damaged-image damaged-file damaged-archive damaged-document not-an-image not-found unreadable
-    document-alone no-pixels missing-from-file-set
+    document-alone no-pixels
 """
 UNFINISHED: Final = frozenset(_UNFINISHED.split())
 
@@ -412,10 +412,12 @@ class Watcher:
 
     def _take(self, session: Session, drop: Drop) -> None:
         """Report a drop and put it on record; what fails for now is taken later."""
-        plan = session.plan(drop.inputs) if drop.inputs else None
+        plan = session.plan(drop.inputs, named=False) if drop.inputs else None
         later: dict[str, float] = {}
         refused: list[tuple[Rejection, Path]] = []
         for rejection in plan.rejections if plan else ():
+            if rejection.code == "missing-from-file-set":  # it comes after its DICOMDIR, and is read by itself then
+                continue
             path = next((each for each in drop.inputs if _names(each, rejection.path)), drop.inputs[0])
             if when := self._unfinished(rejection, [str(path)]):
                 later[str(path)] = when
@@ -460,6 +462,7 @@ class Watcher:
     def _report(self, session: Session, unit: Unit, files: list[str]) -> float | None:
         """Report a unit; the time at which to come back to it, or None where that is settled."""
         request = session.request(unit)
+        session.met(unit, request)
         if self._crew is not None and request:
             return self._prepare_for_crew(session, unit, request, files)
         held: list[float] = []

@@ -428,10 +428,20 @@ def failed(unit: ingest.Unit, error: Exception) -> Rejection:
 def _subject(study: ImageStudy, unit: ingest.Unit) -> str:
     """A hash of what a report is about, so that a later one on it can be told: the part of a DICOM series, or file and
     page."""
+    if not study.series_uid:
+        return subject_of_file(unit)
+    about: list[object] = ["series", study.series_uid]
+    return _hash(about + ([unit.part] if unit.part > 1 else []))  # the first keeps its reports when there is a second
+
+
+def subject_of_file(unit: ingest.Unit) -> str:
+    """The subject of a unit that is no DICOM series: the file, and the page."""
     first = unit.files[0]
-    place = [os.path.abspath(first.path), first.member, unit.page, unit.image]
-    about: list[object] = ["series", study.series_uid] if study.series_uid else ["file", *place]
-    about += [unit.part] if unit.part > 1 else []  # the first keeps its reports when the series gets a second
+    about: list[object] = ["file", os.path.abspath(first.path), first.member, unit.page, unit.image]
+    return _hash(about + ([unit.part] if unit.part > 1 else []))
+
+
+def _hash(about: list[object]) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 

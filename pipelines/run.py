@@ -30,6 +30,7 @@ from pipelines.desk import (
     failed,
     golden_unusable,
     may_be_gpu,
+    subject_of_file,
     work_of,
     written,
 )
@@ -218,9 +219,12 @@ class Session:
         self._tell("report", 0, self._total)
         return plan.units
 
-    def plan(self, inputs: Sequence[Path]) -> ingest.Plan:
-        """What some inputs hold, without golden samples and what runs wrote. Puts nothing on record."""
-        plan = ingest.plan(inputs, progress=functools.partial(self._tell, "look"))
+    def plan(self, inputs: Sequence[Path], *, named: bool = True) -> ingest.Plan:
+        """What some inputs hold, without golden samples and what runs wrote. Puts nothing on record.
+
+        `named` as for `ingest.plan`.
+        """
+        plan = ingest.plan(inputs, named=named, progress=functools.partial(self._tell, "look"))
         wrote = self._folder.wrote  # output and inputs may share a folder
 
         def without_ours(unit: ingest.Unit) -> ingest.Unit:
@@ -426,10 +430,16 @@ class Session:
         with self._changed:
             (self._already if already else self._reported)[place] = entry.id
             if already:
+                self.met(unit, request)
                 self._reject_missing(unit, entry)
             self._rejected |= dict.fromkeys(entry.refused)
             self._count()
         return True
+
+    def met(self, unit: ingest.Unit, request: str) -> None:
+        """Note where content lies on which there is a report, so that it keeps one when its first name is used anew."""
+        if request and unit.kind != "series":  # a series is known by its UID, wherever it lies
+            self._folder.met(request, unit.files[0], subject_of_file(unit))
 
     def refused(self, rejection: Rejection) -> None:
         """Count a unit that another session of this run has put on record as refused."""
@@ -486,9 +496,11 @@ class Session:
         with self._changed:
             if isinstance(prepared, Rejection):
                 return self._settle(self._reject(prepared))
-            if isinstance(prepared, _Already):
-                return self._settle(self._note_done(prepared.unit, prepared.entry, place))
-            return self._settle(self._complete(prepared, place))
+            if self._folder.known(prepared.entry.request):
+                if isinstance(prepared, _Already):
+                    return self._settle(self._note_done(prepared.unit, prepared.entry, place))
+                return self._settle(self._complete(prepared, place))
+        return self.conclude(self.prepare(prepared.unit), place)  # it was superseded meanwhile
 
     def _conclude_read(
         self, opened: Opened, reading: Reading | Exception, seconds: float, place: int
@@ -532,8 +544,9 @@ class Session:
                 outcome = self._desk.report(opened, reading, model, version, seconds)
                 if isinstance(outcome, Rejection):
                     return outcome
-                with contextlib.suppress(OutdatedVersionError), self._changed:  # another session came first: once more
-                    return self._folder.add(outcome)
+                with contextlib.suppress(OutdatedVersionError), self._changed:  # another came first: once more
+                    if version == version_of(known_as, self._folder, opened.request, opened.subject):
+                        return self._folder.add(outcome)
         finally:
             with self._changed:
                 self._subjects.discard(opened.subject)
@@ -557,6 +570,7 @@ class Session:
     def _note_done(self, unit: ingest.Unit, entry: IndexEntry, place: int) -> IndexEntry:
         """The report is there."""
         self._already[place] = entry.id
+        self.met(unit, entry.request)
         self._reject_missing(unit, entry)
         return entry
 
@@ -643,9 +657,11 @@ def version_of(report_id: str, folder: RunFolder, request: str, subject: str) ->
     """Which version a report is of what the folder holds on its subject.
 
     A report on something new is version 1. One that was made on the same request is the former again, so that it keeps
-    its id and version. Any other supersedes the former.
+    its id and version. Any other supersedes the former, unless the content of that lies elsewhere, too.
     """
     former = folder.current(subject)
+    if former and former.request != request and former.elsewhere and folder.follow(former):
+        former = folder.current(subject)
     if former and former.request == request:
         return Version(former.id, former.version, former.supersedes)
     taken = folder.entry(report_id)

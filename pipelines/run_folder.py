@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, overload
 
+from pipelines.ingest.files import FileRef
 from pipelines.reading import OUT_OF_DOMAIN
 from pipelines.study import Rejection
 from reports.bundle import REPORT, note_superseded
@@ -41,6 +42,7 @@ _LOCK: Final = ".scanscribe.lock"
 _OWN_FILES: Final = (INDEX, REJECTED, "index.html", _LOCK)
 _REPORT_ID: Final = re.compile("[0-9a-f]{16}")
 READ_BYTES: Final = 4096  # at a time, of a line
+MOST_ELSEWHERE: Final = 16  # files of the same content that a line names
 
 
 class OutputError(Exception):
@@ -79,6 +81,7 @@ class IndexEntry:
     severity: str | None = None  # of the worst finding, where the rules say one
     assessed: bool = True  # else the study is unlike those that the model was made for
     subject: str = ""  # hash of the part of a series or the file it is about: the next report on it supersedes this one
+    elsewhere: tuple[Mapping[str, str], ...] = ()  # path, member, subject: other files that held the same content
 
 
 def figures_of(report: Report) -> dict[str, Any]:
@@ -292,26 +295,71 @@ class RunFolder:
         marked so, in its line and in its folder.  Raises OutdatedVersionError when it supersedes what is not current.
         """
         with self._alone():
-            former = self.current(entry.subject)
+            former, replaced = self.current(entry.subject), self.entry(entry.supersedes or "")
             if former and former.request != entry.request and former.id != entry.supersedes:
                 raise OutdatedVersionError
+            if replaced and replaced.superseded_by is None and (former is None or former.id != replaced.id):
+                raise OutdatedVersionError  # it is about another file by now
             if (earlier := self.entry(entry.id)) and earlier.request == entry.request:
                 kept = {
                     name: file
                     for name, file in earlier.formats.items()
                     if name not in entry.errors and (self.path / file).is_file()
                 }
-                entry = replace(entry, formats=kept | dict(entry.formats))
-            former = self.entry(entry.supersedes or "")
-            if former and former.superseded_by is None:
-                try:
-                    note_superseded(self.path / former.id, entry.id)
-                except OSError as error:
-                    raise cannot_write(error) from None
-            self._append(entry)
-            if former and former.superseded_by is None:
-                self._append(replace(former, superseded_by=entry.id))
+                entry = replace(entry, formats=kept | dict(entry.formats), elsewhere=earlier.elsewhere)
+            self._append_in_place_of(replaced, entry)
         return entry
+
+    def _append_in_place_of(self, former: IndexEntry | None, entry: IndexEntry) -> None:
+        """Append the line of a report, and that of the one that it supersedes, if that is current."""
+        current = former if former and former.superseded_by is None else None
+        if current:
+            try:
+                note_superseded(self.path / current.id, entry.id)
+            except OSError as error:
+                raise cannot_write(error) from None
+        self._append(entry)
+        if current:
+            self._append(replace(current, superseded_by=entry.id))
+
+    def met(self, request: str, file: FileRef, subject: str) -> None:
+        """Note that the content of the current report on `request` lies in that file, too."""
+        entry = self.known(request)
+        if entry is None or subject in (entry.subject, *(each["subject"] for each in entry.elsewhere)):
+            return
+        with self._alone():
+            if (entry := self.known(request)) is None:
+                return
+            others = entry.elsewhere
+            if len(others) >= MOST_ELSEWHERE:
+                others = tuple(each for each in others if os.path.exists(each["path"]))
+            if len(others) < MOST_ELSEWHERE:
+                place = {"path": os.path.abspath(file.place), "member": file.member or "", "subject": subject}
+                self._append(replace(entry, elsewhere=(*others, place)))
+
+    def follow(self, entry: IndexEntry) -> bool:
+        """Let a report be about another file that holds its content still, as its own holds something else now.
+
+        False where there is none.
+        """
+        content = entry.inputs[0]["sha256"] if len(entry.inputs) == 1 else ""
+        for number, other in enumerate(entry.elsewhere):
+            file = FileRef(other["path"], other["member"] or None)
+            try:
+                if file.sha256() != content:
+                    continue
+            except Exception:  # it is gone; damaged archives answer with errors of many types
+                continue
+            with self._alone():
+                if (latest := self.entry(entry.id)) is None or latest.subject != entry.subject:
+                    return latest is not None  # another process was first
+                inputs = ({"path": file.name, "sha256": content},)
+                moved = replace(
+                    latest, subject=other["subject"], inputs=inputs, elsewhere=latest.elsewhere[number + 1 :]
+                )
+                self._append_in_place_of(self.current(moved.subject), moved)
+            return True
+        return False
 
     def drop(self, ids: Collection[str]) -> None:
         """Take superseded reports off the record, before their folders go. Current ones stay."""
@@ -442,7 +490,7 @@ def _entry_at(file: int | None, place: int) -> IndexEntry:
 def _entry(line: dict[str, Any]) -> IndexEntry | None:
     if not _REQUIRED <= line.keys() <= _FIELDS:
         return None
-    several = {"inputs": tuple(line["inputs"]), "types": tuple(line["types"])}
+    several = {name: tuple(line.get(name, ())) for name in ("inputs", "types", "elsewhere")}
     refused = tuple(Rejection(**each) for each in line.get("refused", ()))
     return IndexEntry(**line | several | {"refused": refused})
 

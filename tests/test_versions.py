@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pydicom
@@ -304,3 +306,59 @@ def test_a_merge_patch_changes_what_it_names_and_nothing_else(target: dict, patc
     assert not any(name in merged for name, value in patch.items() if value is None)
     assert all(merged[name] == value for name, value in patch.items() if not isinstance(value, dict | None))
     assert merge_patch(merged, patch) == merged
+
+
+def current(out: Path) -> dict[str, list[str]]:
+    """The names by which each content's current reports are known."""
+    found: dict[str, list[str]] = {}
+    for line in index(out).values():
+        if line["superseded_by"] is None:
+            [source] = line["inputs"]
+            found.setdefault(source["sha256"], []).append(Path(source["path"]).name)
+    return found
+
+
+@pytest.mark.parametrize(("moved", "copied"), [("0.png", False), ("b.png", False), ("b.png", True)])
+def test_content_keeps_its_report_when_another_takes_its_name(out: Path, moved: str, copied: bool) -> None:
+    """Whichever of the two names comes first in a run; of a copy, the run that met it lies further back."""
+    folder = out.parent
+    (shutil.copy if copied else shutil.move)(folder / "a.png", folder / moved)
+    if copied:
+        execute(Job((folder,), out))
+    former = sha256(folder / moved)
+    picture(folder / "a.png", 2)
+    execute(Job((folder,), out))
+    wanted = {former: [moved], sha256(folder / "a.png"): ["a.png"]}
+    assert current(out) == wanted
+    again = execute(Job((folder,), out))
+    assert not again.reported and current(out) == wanted
+
+
+def test_content_keeps_its_report_in_an_archive(out: Path) -> None:
+    folder = out.parent
+    with zipfile.ZipFile(folder / "z.zip", "w") as archive:
+        archive.write(folder / "a.png", "inside/a.png")
+    execute(Job((folder,), out))
+    former = sha256(folder / "a.png")
+    picture(folder / "a.png", 2)
+    execute(Job((folder / "a.png",), out))
+    assert current(out)[former] == ["a.png"]
+    [line] = [line for line in index(out).values() if line["inputs"][0]["sha256"] == former]
+    assert line["inputs"][0]["path"].endswith("z.zip!inside/a.png")
+
+
+def test_a_report_whose_content_is_nowhere_else_any_more_is_superseded(out: Path) -> None:
+    folder = out.parent
+    [first] = index(out)
+    shutil.copy(folder / "a.png", folder / "b.png")
+    execute(Job((folder,), out))
+    picture(folder / "b.png", 3)
+    execute(Job((folder,), out))
+    picture(folder / "a.png", 2)
+    execute(Job((folder,), out))
+    assert index(out)[first]["superseded_by"]
+    assert sorted(current(out).values()) == [["a.png"], ["b.png"]]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

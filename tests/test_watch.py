@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.fileset import FileSet
 from watchfiles import watch as watch_files
 
 from flows.ledger import Ledger
@@ -290,6 +292,81 @@ def test_documents_go_with_their_pictures(tmp_path: Path) -> None:
         ("b.png", 1): [],
         ("b.png", 2): ["Inspection of part B."],
     }
+
+
+def test_companions_of_images_are_passed_over(tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    for name in ("README", "list.csv", "Thumbs.db", "notes.txt"):
+        (inbox / name).write_text("Nothing to look at.")
+    with watching(tmp_path) as running:
+        until(lambda: not running.watcher.settling)
+        time.sleep(0.5)
+        picture(inbox / "a.png", 1)
+        until(lambda: running.heard("reported"))
+        time.sleep(0.5)
+    assert not running.heard("quarantined") and not lines(running.out / "rejected.jsonl")
+    [line] = reports(running.out)
+    context = json.loads((running.out / line["id"] / "report.json").read_text())["context"]
+    assert [note["name"].rpartition("/")[2] for note in context] == ["notes.txt"]
+
+
+def test_a_document_that_never_stops_growing_holds_pictures_back_for_a_while_only(tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    whole = picture(tmp_path / "whole.png", 1)
+    with watching(tmp_path, replace(QUICK, refuse_after=1.0)) as running:
+        end = time.monotonic() + 15
+        for line in itertools.count():
+            with (inbox / "machine.txt").open("a") as file:
+                file.write(f"Line {line}.\n")
+            if line == 10:
+                shutil.copy(whole, inbox / "a.png")
+            if running.heard("reported") or time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        assert running.heard("reported")
+
+
+def test_a_medium_is_read_when_it_is_there_not_when_its_directory_is(tmp_path: Path) -> None:
+    slices = phantom_slices()
+    medium = FileSet()
+    for each in slices:
+        each.PatientID, each.StudyID, each.StudyDate, each.StudyTime, each.SeriesNumber = (
+            "1",
+            "1",
+            "20260101",
+            "1200",
+            1,
+        )
+        medium.add(each)
+    medium.write(tmp_path / "medium")
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    files = sorted(path for path in (tmp_path / "medium").rglob("*") if path.is_file() and path.name != "DICOMDIR")
+    with watching(tmp_path, replace(QUICK, quiet=1.0)) as running:
+        for path in (tmp_path / "medium" / "DICOMDIR", *files):
+            place = inbox / path.relative_to(tmp_path / "medium")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+            time.sleep(0.1)
+        until(lambda: running.heard("reported"))
+        time.sleep(0.5)
+    [line] = reports(running.out)
+    assert (len(line["inputs"]), line["version"]) == (len(slices), 1)
+    assert not running.heard("quarantined") and not lines(running.out / "rejected.jsonl")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_content_keeps_its_report_when_another_takes_its_name(tmp_path: Path, copied: bool) -> None:
+    first = picture(tmp_path / "in" / "a.png", 1)
+    with watching(tmp_path) as running:
+        until(lambda: running.heard("reported"))
+        (shutil.copy if copied else shutil.move)(first, first.with_name("b.png"))
+        until(lambda: running.heard("known"))
+        picture(first, 2)
+        until(lambda: running.heard("reported", 2))
+    assert names(running.out) == ["a.png", "b.png"]
+    assert [line["superseded_by"] for line in reports(running.out)] == [None, None]
 
 
 def test_a_counted_study_is_taken_when_its_last_slice_comes(tmp_path: Path) -> None:

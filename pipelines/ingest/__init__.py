@@ -33,13 +33,15 @@ class Plan:
     series: tuple[SeriesVerdict, ...] = ()  # of the DICOM files: also those that make no unit
 
 
-def plan(inputs: Iterable[Path], *, progress: Callable[[int, int], None] | None = None) -> Plan:
+def plan(inputs: Iterable[Path], *, named: bool = True, progress: Callable[[int, int], None] | None = None) -> Plan:
     """Find the studies in files, folders (to any depth) and zip archives from their headers; decodes no pixels.
 
+    Without `named` the inputs are not what a person asked for but what was met in some folder: companions of images
+    are passed over, and a DICOMDIR stands for itself, not for the files that it names.
     `progress(done, total)` is called after each file.  Never raises for bad input: a file that cannot be used is in
     `rejections`.  The order of units depends on `inputs` and on file names only.
     """
-    met = list(discover(Path(path) for path in inputs))
+    met = list(discover((Path(path) for path in inputs), named=named))
     rejections = [item for item in met if isinstance(item, Rejection)]
     passed_over = [item for item in met if isinstance(item, PassedOver)]
     found = [item for item in met if isinstance(item, Found)]

@@ -144,14 +144,16 @@ class PassedOver:
     reason: str
 
 
-def discover(inputs: Iterable[Path]) -> Iterator[Found | Rejection | PassedOver]:
+def discover(inputs: Iterable[Path], *, named: bool = True) -> Iterator[Found | Rejection | PassedOver]:
     """Every file under `inputs` in a fixed order: inputs as given, folders and archives by name. Never raises.
+
+    `named`: whether a person named them.
 
     Links are followed; a file or folder that is reached again is passed over, which also ends loops of links.
     """
     seen: dict[int, FileRef] = {}  # by device and number in one: where each file and folder was first met
     for path in inputs:
-        yield from _walk(path, seen, named=True)
+        yield from _walk(path, seen, named=named)
 
 
 def _walk(path: Path, seen: dict[int, FileRef], *, named: bool) -> Iterator[Found | Rejection | PassedOver]:
