@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -53,6 +54,12 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     assert (told.returncode, mine) == (0, [])
 
 
+def test_the_example_of_the_environment_has_what_the_units_ask_for() -> None:
+    given = re.findall(r"^(\w+)=.", (DEPLOY / "systemd" / "scanscribe.env.example").read_text(), re.MULTILINE)
+    for unit in UNITS:
+        assert set(re.findall(r"\$\{(\w+)\}", unit.read_text())) <= set(given), unit.name
+
+
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="docker-compose is not installed")
 def test_the_compose_file_holds_together_and_asks_for_its_secrets() -> None:
     command = ["docker-compose", "-f", DEPLOY / "compose.yaml", "-f", DEPLOY / "compose.gpu.yaml", "config"]
@@ -63,5 +70,9 @@ def test_the_compose_file_holds_together_and_asks_for_its_secrets() -> None:
     told = subprocess.run(command, capture_output=True, text=True, env=bare | secrets)
     assert told.returncode == 0, told.stderr
     services = yaml.safe_load(told.stdout)["services"]
-    assert services.keys() == {"postgres", "server", "worker", "watcher", "schedules"}
-    assert [port for each in services.values() for port in each.get("ports", [])] == ["127.0.0.1:4200:4200/tcp"]
+    assert services.keys() == {"postgres", "server", "worker", "watcher", "receiver", "schedules"}
+    ports = {name: each["ports"] for name, each in services.items() if "ports" in each}
+    assert ports == {"server": ["127.0.0.1:4200:4200/tcp"], "receiver": ["127.0.0.1:11112:11112/tcp"]}
+    watched, received = (services[name]["command"] for name in ("watcher", "receiver"))
+    assert received[received.index("--inbox") + 1] == watched[1]
+    assert not services["receiver"].get("depends_on")  # it takes what is sent, whatever else is down

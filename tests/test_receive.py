@@ -24,8 +24,10 @@ from pynetdicom import AE
 
 from flows.receive import INCOMING, Node, ReceiveError, Receiver
 from flows.seeing.log import EventLog
+from flows.seeing.services import services
 from pipelines.run_folder import written_by_runs
 from tests.phantom import PHANTOM, phantom_slices, series
+from tests.test_seeing import scrape
 from tests.test_send import certificate  # noqa: F401  # a fixture
 from tests.test_watch import home, reports, until  # noqa: F401  # an autouse fixture
 
@@ -274,14 +276,14 @@ def test_from_the_network_to_the_report(tmp_path: Path) -> None:
     inbox, out = tmp_path / "in", tmp_path / "out"
     base = [sys.executable, "-m", "tests.watcher_process"]
     receiver = subprocess.Popen(
-        [*base, "receive", "--inbox", inbox, "--port", "0", "--aet", "INBOX", "--log-json"],
+        [*base, "receive", "--inbox", inbox, "--port", "0", "--aet", "INBOX", "--log-json", "--metrics", "0"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert receiver.stderr
-    listening = json.loads(receiver.stderr.readline())
-    assert listening["event"] == "listening"
+    metrics, listening = (json.loads(receiver.stderr.readline()) for _ in range(2))
+    assert (metrics["event"], listening["event"]) == ("metrics", "listening")
     port = listening["port"]
     watcher = subprocess.Popen(
         [*base, "watch", inbox, "--out", out, "--interval", "0.1", "--looks", "2"], cwd=ROOT, stderr=subprocess.DEVNULL
@@ -292,6 +294,13 @@ def test_from_the_network_to_the_report(tmp_path: Path) -> None:
         assert storescu(port, capture(tmp_path / "big.dcm", megabytes=128)) == 0
         assert peak(receiver.pid) - before < 40
         until(lambda: len(reports(out)) == 1)
+        until(lambda: scrape(metrics["port"])["scanscribe_received_instances_total[stored]"] == len(files) + 1)
+        nameless = association(port, (CT, ExplicitVRLittleEndian))
+        del slices[0].StudyInstanceUID
+        assert nameless.send_c_store(slices[0]).Status == 0xA900
+        nameless.release()
+        until(lambda: scrape(metrics["port"])["scanscribe_received_instances_total[refused]"] == 1)
+        assert {each.name: each.metrics for each in services()}["receive"] == metrics["port"]
         assert len(reports(out)[0]["inputs"]) == len(files)
     finally:
         for process in (receiver, watcher):

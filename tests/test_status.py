@@ -65,9 +65,10 @@ def test_everything_stands_in_one_screen(
 
     now = time.time()
     keep_progress("nightly", Progress(Standing(now), last=Last(now, now, "failed", "output-folder")))
-    code, said, _ = run(capfd, monkeypatch, "status", "--min-free", str(1 << 40))
-    assert code == 1
-    troubles = ["Nothing runs the schedules", "Items wait, and no service runs", "are free in the state folder"]
+    with running("receive", detail="127.0.0.1:11112"):
+        code, said, _ = run(capfd, monkeypatch, "status", "--min-free", str(1 << 40))
+    assert code == 1 and "receive on 127.0.0.1:11112" in said
+    troubles = ["Nothing runs the schedules", "Items wait, and no service reports", "are free in the state folder"]
     for trouble in (*troubles, "The last run of the schedule nightly failed (output-folder)"):
         assert trouble in said
 

@@ -69,7 +69,15 @@ class Metrics:
             ["state"],
             registry=self.registry,
         )
-        for outcome in _OUTCOMES.values():  # a rate needs its zero
+        self._received = Counter(
+            "scanscribe_received_instances",
+            "DICOM instances that were sent to the receiver, once their association has ended.",
+            ["result"],
+            registry=self.registry,
+        )
+        for result in ("stored", "refused"):  # a rate needs its zero
+            self._received.labels(result)
+        for outcome in _OUTCOMES.values():
             self._attempts.labels(outcome)
         for state in ("busy", "waiting"):
             self._device.labels(state)
@@ -84,6 +92,9 @@ class Metrics:
             self._seconds.labels(kind).observe(seconds)
             self._device.labels("busy").inc(read)
             self._device.labels("waiting").inc(max(seconds - read, 0.0))
+        elif event == "received":
+            self._received.labels("stored").inc(_number(facts, "files"))
+            self._received.labels("refused").inc(_number(facts, "refused"))
         elif event == "refused":
             self._failures.labels(str(facts.get("code", "")), "true").inc()
         elif event in _RUNS:

@@ -36,7 +36,10 @@ URL_VARIABLE: Final = "SCANSCRIBE_NOTIFY"  # the default of --notify
 SIGNATURE: Final = "X-ScanScribe-Signature"
 # What is told when the log hears of it. Quarantine and critical findings are told before they are on record.
 EVENTS: Final = frozenset(
-    ("run-failed", "disk-low", "disk-low-over", "disk-lost", "disk-lost-over", "broken", "broken-over")
+    (
+        *("run-failed", "disk-low", "disk-low-over", "disk-lost", "disk-lost-over", "broken", "broken-over"),
+        *("folder-lost", "folder-lost-over"),
+    )
 )
 # CT findings that call a radiologist at once; of defects, the rules say what is critical.
 CRITICAL_TYPES: Final = frozenset(

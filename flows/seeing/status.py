@@ -119,8 +119,9 @@ def _troubles(
         if each.state != "paused" and each.last and each.last.result in ("failed", "died"):
             why = each.last.words or "its process was killed"
             said.append(f"The last run of the schedule {each.name} failed ({why}).")
-    if any(each.counts["waiting"] + each.counts["failed"] for each in folders) and not found:
-        said.append("Items wait, and no service runs: start `scanscribe watch`, or run the batch again.")
+    at_work = [each for each in found if each.name != "receive"]  # that brings items, and reports none
+    if any(each.counts["waiting"] + each.counts["failed"] for each in folders) and not at_work:
+        said.append("Items wait, and no service reports them: start `scanscribe watch`, or run the batch again.")
     if low := [each for each in folders if each.free is not None and each.free < min_free]:
         said.append(f"Less than {min_free >> 20} MiB are free for {low[0].path}: no work is taken until there is.")
     if state_free < min_free:

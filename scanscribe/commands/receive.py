@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from scanscribe.options import LogJson, MinFree
+from scanscribe.options import LogJson, MetricsPort, MinFree, NotifyUrl
 
 
 def receive(
@@ -29,17 +29,24 @@ def receive(
         Path | None, typer.Option(help="Authorities (PEM); callers then need a certificate of theirs.")
     ] = None,
     log_json: LogJson = False,
+    metrics: MetricsPort = None,
+    notify: NotifyUrl = None,
 ) -> None:
     """Receive DICOM instances (C-STORE, C-ECHO) into a folder, until SIGTERM or Ctrl-C."""
     from flows.receive import Node, Receiver
-    from flows.seeing.log import EventLog
+    from flows.seeing.seeing import seeing
+    from pipelines.store import home
 
     warnings.simplefilter("ignore")  # of pydicom: they quote headers
     node = Node(aet, port, bind, tuple(caller or ()), associations, min_free << 20, tls_cert, tls_key, tls_ca)
     over: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: over.append(number))
-    with Receiver(node, inbox, EventLog(as_json=log_json)) as receiver:
+    disks, detail = {"inbox": inbox, "state": home()}, f"{bind}:{port}" if port else bind
+    with (
+        seeing("receive", detail=detail, log_json=log_json, port=metrics, notify=notify, disks=disks) as seen,
+        Receiver(node, inbox, seen.log) as receiver,
+    ):
         while not over:
             receiver.clear_incoming()
             time.sleep(0.5)
