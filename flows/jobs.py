@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,7 +97,12 @@ def run_batch(
                 prefect.settings.temporary_settings({prefect.settings.PREFECT_API_URL: url}),
                 regularly(server.keep, KEEP_S),
             ):
-                return batch(name) if flow_run is None else _as_run(flow_run, name)
+                summary = batch(name) if flow_run is None else _as_run(flow_run, name)
+            if seen is not None and summary.rejected:
+                codes = Counter(each.code for each in summary.rejected).most_common()
+                words = ", ".join(f"{code} {count}" for code, count in codes)
+                seen.log("inputs-refused", count=len(summary.rejected), codes=words)
+            return summary
         except Exception as error:
             lost = lost_server(url, error) if isinstance(error, httpx.HTTPError) else None  # the client has given up
             if seen is not None:

@@ -22,11 +22,13 @@ from flows.schedules.files import create, load, progress
 from flows.schedules.scheduler import Scheduler
 from flows.schedules.timing import ScheduleError, Timing, Window
 from flows.seeing.log import EventLog
+from flows.seeing.metrics import Metrics
+from flows.seeing.notify import Notifier
 from pipelines.run import Job
 from tests.orthanc import free_port
 from tests.test_cli import run
 from tests.test_run import lines, picture
-from tests.test_seeing import SECRET, Hook
+from tests.test_seeing import SECRET, Hook, scrape
 from tests.test_watch import ROOT, until
 from tests.tiny_reader import TinyReader
 
@@ -303,12 +305,14 @@ class Clock:
 class Here:
     """A scheduler in this process, by a clock that is put forward. Its runs are what `run` says, in Python."""
 
-    def __init__(self, run: str, monkeypatch: pytest.MonkeyPatch, **what: Any) -> None:
+    def __init__(
+        self, run: str, monkeypatch: pytest.MonkeyPatch, *hearers: Callable[..., None], notify: str | None = None
+    ) -> None:
         self.clock, self.said = Clock(), list[dict[str, Any]]()
         monkeypatch.setattr("flows.schedules.scheduler.TICK_S", 0.1)
         monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-c", run))
-        log = EventLog(silent=True, hearers=(lambda event, facts: self.said.append({"event": event, **facts}),))
-        self.scheduler = Scheduler(log, clock=self.clock, **what)
+        keep = lambda event, facts: self.said.append({"event": event, **facts})  # noqa: E731
+        self.scheduler = Scheduler(EventLog(silent=True, hearers=(*hearers, keep)), notify=notify, clock=self.clock)
         self.thread = threading.Thread(target=self.scheduler.run)
 
     def __enter__(self) -> Here:
@@ -340,12 +344,22 @@ def create_daily(name: str, tmp_path: Path) -> None:
     create(name, job, Timing("UTC", time.time() - 86400 - 90, every_s=86400.0))
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
+    """A receiver of notifications."""
+    monkeypatch.setenv("SCANSCRIBE_NOTIFY_SECRET", SECRET)
+    hook = Hook()
+    hook.up()
+    yield hook
+    hook.down()
+
+
 def test_a_run_that_fails_is_tried_again_after_growing_pauses(
-    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, told: Hook
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
     create_daily("night-5", tmp_path)
-    with Here(FAILS, monkeypatch) as it:
+    with Notifier(told.url) as notifier, Here(FAILS, monkeypatch, notifier.hear) as it:
         for count, pause in enumerate((60, 120, 240), 1):
             until(lambda count=count: it.count("run-failed") == count)  # type: ignore[misc]
             it.quiet("run-started", count)
@@ -364,14 +378,21 @@ def test_a_run_that_fails_is_tried_again_after_growing_pauses(
         until(lambda: it.count("run-done") == 1)
         it.clock.ahead += 3600
         it.quiet("run-started", 6)
+        until(lambda: len(told.heard) >= 2)
+    # That it fails is told once, until it works.
+    assert [(each["event"], each.get("code")) for each in told.heard] == [
+        ("run-failed", "usage"),
+        ("run-failed-over", None),
+    ]
+    assert [each.get("repeats") for each in it.said if each["event"] == "run-failed"] == [None, 1, 2, 3, 4]
 
 
 def test_a_run_whose_process_is_killed_again_and_again_is_given_up_until_the_next_due_time(
-    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, told: Hook
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
     create_daily("night-6", tmp_path)
-    with Here(DIES, monkeypatch) as it:
+    with Notifier(told.url) as notifier, Here(DIES, monkeypatch, notifier.hear) as it:
         for count in range(1, 6):
             until(lambda count=count: it.count("run-failed") == count)  # type: ignore[misc]
             it.quiet("run-started", count)
@@ -381,6 +402,12 @@ def test_a_run_whose_process_is_killed_again_and_again_is_given_up_until_the_nex
         monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-c", WORKS))
         it.clock.ahead += 86400 - 5 * 1800
         until(lambda: it.count("run-done") == 1)
+        until(lambda: len(told.heard) >= 3)
+    assert [(each["event"], each.get("given_up")) for each in told.heard] == [
+        ("run-failed", None),
+        ("run-failed", "true"),
+        ("run-failed-over", None),
+    ]
 
 
 def test_a_deployment_that_was_deleted_on_prefect_s_page_is_put_again(
@@ -414,25 +441,46 @@ def test_what_goes_wrong_with_one_schedule_keeps_no_other_from_running(
         until(lambda: "aleph.json is damaged" in [each for each in it.said if each["event"] == "broken"][-1]["message"])
         (tmp_path / "home" / "schedules" / "aleph.json").unlink()
         until(lambda: it.count("broken-over") == 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("flows.schedules.scheduler.next_due", lambda *_: {}["Jane"])
+            patch.setattr("flows.schedules.scheduler.step", lambda *_, **__: {}["Jane"])
+            until(lambda: it.count("broken") == 3)
+        until(lambda: it.count("broken-over") == 2)
+    fault = [each for each in it.said if each["event"] == "broken"][-1]
+    assert fault["code"] == "fault" and "The schedule alpha cannot be run (KeyError at " in fault["message"]
+    assert "Jane" not in fault["message"]
 
 
-def test_a_run_notifies_of_critical_findings(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_tells_of_critical_findings_and_refused_inputs_and_its_reports_are_counted(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, told: Hook
+) -> None:
     monkeypatch.setenv("PREFECT_API_URL", server)
-    monkeypatch.setenv("SCANSCRIBE_NOTIFY_SECRET", SECRET)
     rules = tmp_path / "rules.yaml"
     rules.write_text(
         'name: strict\nversion: "1"\nseverity:\n  - {rule: all, severity: critical}\n'
         "disposition:\n  - {rule: all, disposition: reject}\n"
     )
-    create("night-7", Job((drawn(tmp_path / "in", 1),), tmp_path / "out", rules=rules), due_since(1.5))
-    hook = Hook()
-    hook.up()
-    try:
-        with Here("", monkeypatch, notify=hook.url) as it:
-            monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-m", "tests.scheduler_process"))
-            until(lambda: it.count("run-done") == 1)
-            until(lambda: len(hook.heard) == 1)
-    finally:
-        hook.down()
+    inputs = drawn(tmp_path / "in", 1)
+    for number in range(3):
+        (inputs / f"John-{number}.png").touch()
+    (inputs / "John.jpg").write_text("none")
+    create("night-7", Job((inputs,), tmp_path / "out", rules=rules), due_since(1.5))
+    metrics = Metrics()
+    with (
+        Notifier(told.url) as notifier,
+        Here("", monkeypatch, metrics.hear, notifier.hear, notify=told.url) as it,
+        metrics.serve(0) as endpoint,
+    ):
+        monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-m", "tests.scheduler_process"))
+        until(lambda: it.count("run-done") == 1)
+        until(lambda: len(told.heard) == 2)
+        figures = scrape(endpoint.port)
     [entry] = lines(tmp_path / "out" / "index.jsonl")
-    assert (hook.heard[0]["event"], hook.heard[0]["report"]) == ("critical-finding", entry["id"])
+    critical, refused = sorted(told.heard, key=lambda each: each["event"])
+    assert (critical["event"], critical["report"]) == ("critical-finding", entry["id"])
+    assert (refused["event"], refused["schedule"]) == ("inputs-refused", "night-7")
+    assert (refused["count"], refused["codes"]) == (4, "empty-file 3, not-an-image 1")
+    assert figures["scanscribe_reports_total[defect]"] == figures["scanscribe_runs_total[done]"] == 1
+    assert figures["scanscribe_failures_total[empty-file][true]"] == 3
+    assert figures["scanscribe_device_seconds_total[busy]"] > 0.1  # so long the reader takes for a picture
+    assert not any(name in json.dumps([it.said, told.heard]) for name in ("Jane", "John"))

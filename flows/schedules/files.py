@@ -45,6 +45,8 @@ class Last:
     words: str = ""  # counts, or what was wrong
     failures: int = 0  # in a row of the runs for that due time, with this one
     deaths: int = 0  # of these, those whose process was killed
+    failing: str = ""  # with which code runs fail, until one works again
+    repeats: int = 0  # how many in a row failed so before this one
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """A run of a schedule, in a process of its own: `python -m flows.schedules.run NAME FLOW_RUN`.
 
-The last line on standard output says what came of it, in counts and codes. It ends, after the item at hand, on SIGTERM
-and when standard input closes: with the scheduler that started it. Critical findings are told to the URL
-that the scheduler notifies, by this process: before they are on record.
+Standard output has a JSON object a line: events of reports and refusals for the scheduler, which logs and counts them,
+and at the end what came of the run, in counts and codes. It ends, after the item at hand, on SIGTERM and when standard
+input closes: with the scheduler that started it. Critical findings are told to the URL that the scheduler notifies, by
+this process: before they are on record.
 """
 
 from __future__ import annotations
@@ -14,14 +15,23 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Mapping
 from uuid import UUID
 
 from flows.jobs import Crewing, run_batch
 from flows.schedules.files import load
-from flows.seeing.log import EventLog
+from flows.seeing.log import EventLog, Fact
 from flows.seeing.metrics import Metrics
 from flows.seeing.notify import URL_VARIABLE, Notifier
 from flows.seeing.seeing import Seeing
+
+
+def relay(event: str, facts: Mapping[str, Fact]) -> None:
+    """Let the scheduler log and count an event. That a run failed it says itself."""
+    if event != "run-failed":
+        with contextlib.suppress(OSError):  # it has died: this process ends after the item at hand
+            sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+            sys.stdout.flush()
 
 
 def main(name: str, flow_run: str) -> None:
@@ -40,8 +50,8 @@ def main(name: str, flow_run: str) -> None:
         crewing = Crewing(schedule.lane, os.environ.get("SCANSCRIBE_LEDGER")) if schedule.lane else None
         url = os.environ.get(URL_VARIABLE)
         with Notifier(url) if url else contextlib.nullcontext() as notifier:
-            # That a run failed is logged and told by the scheduler.
-            seen = Seeing(EventLog(silent=True), notifier.tell, Metrics()) if notifier else None
+            log = EventLog(silent=True, hearers=(relay,))
+            seen = Seeing(log, notifier.tell if notifier else None, Metrics())
             summary = run_batch(schedule.job, crewing=crewing, flow_run=UUID(flow_run), seen=seen)
     except KeyboardInterrupt:
         told: dict[str, str | int] = {"code": "interrupted"}

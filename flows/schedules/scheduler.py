@@ -15,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 from uuid import UUID
 
@@ -40,6 +42,8 @@ TICK_S: Final = 1.0
 ASK_S: Final = 5.0  # between two looks at what people did on Prefect's page
 MOST_DEATHS: Final = 5  # of the runs for one due time, before they are given up: their inputs may be what kills them
 RUN: Final = (sys.executable, "-P", "-m", "flows.schedules.run")  # -P: what lies in the folder one is in is no module
+SAID_S: Final = 10.0  # for the last words of a run that has ended; its children can hold its output open
+FLOWS: Final = Path(__file__).parents[1]
 END_S: Final = 90.0  # that runs have to end in when this process stops
 
 
@@ -51,7 +55,8 @@ class _Run:
     due: float
     asked: bool  # by a person: windows and overlap are not looked at
     stopped: str = ""  # why, when it was
-    said: str | None = None  # at its end
+    said: str = ""  # at its end
+    listening: threading.Thread | None = None  # to what it says
 
 
 class Scheduler:
@@ -101,7 +106,7 @@ class Scheduler:
         from prefect.exceptions import ObjectNotFound
 
         damaged: list[str] = []
-        troubles: list[Exception] = []
+        troubles: list[tuple[str, str]] = []
         try:
             self._server.url()  # starts it again if it has died
             known = {schedule.name: schedule for schedule in schedules(damaged)}
@@ -109,20 +114,19 @@ class Scheduler:
                 self._remove(set(known))
         except Exception as error:  # of the network; Prefect has many types for it
             known = {}
-            troubles.append(error)
+            troubles.append(_trouble(error, "The schedules cannot be looked at"))
         for schedule in known.values():
             try:
                 self._look(schedule)
             except ObjectNotFound:  # people can delete deployments on Prefect's page
                 self._put.pop(schedule.name, None)
                 self._log("deployment-gone", schedule=schedule.name)
-            except (ServerError, httpx.TransportError) as error:
-                troubles.append(error)
-                break  # it holds for all of them
-            except Exception as error:  # the other schedules go on
-                troubles.append(error)
+            except Exception as error:
+                troubles.append(_trouble(error, f"The schedule {schedule.name} cannot be run"))
+                if isinstance(error, (ServerError, httpx.TransportError)):
+                    break  # it holds for all of them; else the others go on
         if troubles:
-            self._say(*_trouble(troubles[0]))
+            self._say(*troubles[0])
         elif damaged:
             self._say(damaged[0], "schedule")
         elif self._trouble:
@@ -212,10 +216,23 @@ class Scheduler:
             process.kill()
             process.wait()
             raise
-        self._runs[schedule.name] = _Run(process, due, asked)
+        run = self._runs[schedule.name] = _Run(process, due, asked)
+        run.listening = threading.Thread(target=self._listen, args=(schedule.name, run), daemon=True)
+        run.listening.start()
         self._log(
             "run-started", schedule=schedule.name, due=_text(due), run=str(flow_run), late=round(self._clock() - due, 1)
         )
+
+    def _listen(self, name: str, run: _Run) -> None:
+        """Log and count what a run says as it goes, and keep what it says at its end."""
+        assert run.process.stdout is not None
+        for line in run.process.stdout:
+            with contextlib.suppress(ValueError):  # a line that was cut off, or is none of ours
+                told = json.loads(line)
+                if isinstance(told, dict) and "event" in told:
+                    self._log(told.pop("event"), schedule=name, **told)
+                elif isinstance(told, dict):
+                    run.said = line
 
     def _stop(self, name: str, run: _Run, why: str) -> None:
         """Let a run end after the item that is at work."""
@@ -237,9 +254,8 @@ class Scheduler:
         elif run.process.poll() is None:
             return how_far
         else:
-            if run.said is None:
-                assert run.process.stdout is not None
-                run.said = run.process.stdout.read()
+            if run.listening is not None:
+                run.listening.join(SAID_S)
             result, facts, code = _result(run.process.returncode, run.said)
         stopped = run.stopped if run else ""
         flow_run = UUID(how_far.flow_run) if how_far.flow_run else None
@@ -269,14 +285,24 @@ class Scheduler:
             how_far = replace(how_far, standing=again(how_far.standing, due))
         said = "stopped" if stopped and result != "done" else result
         words = code or ", ".join(f"{count} {what}" for what, count in facts.items())
-        last = Last(due, now, said, words, failures, deaths)
+        failing, repeats = (how_far.last.failing, how_far.last.repeats) if how_far.last else ("", 0)
+        wrong = (code or "process-died") if said in ("failed", "died") else ""
+        over = result == "done" and failing != ""
+        if wrong:
+            failing, repeats = wrong, repeats + 1 if failing == wrong else 0
+        elif result == "done":
+            failing, repeats = "", 0
+        last = Last(due, now, said, words, failures, deaths, failing, repeats)
         how_far = replace(how_far, running=None, flow_run=None, owner=None, last=last)
         keep_progress(name, how_far)
         self._runs.pop(name, None)  # only now: what went wrong before is done again
-        event = "run-failed" if said in ("failed", "died") else f"run-{said}"
-        self._log(
-            event, schedule=name, due=_text(due), code=code or ("process-died" if said == "died" else None), **facts
-        )
+        if wrong:  # told once, until it is over or given up
+            final = {"given_up": "true"} if given_up else {"repeats": repeats or None}
+            self._log("run-failed", schedule=name, due=_text(due), code=wrong, **final)
+        else:
+            self._log(f"run-{said}", schedule=name, due=_text(due), code=code or None, **facts)
+        if over:
+            self._log("run-failed-over", schedule=name)
         return how_far
 
     def _end(self) -> None:
@@ -297,11 +323,23 @@ class Scheduler:
                     self._ended(known[name], progress(known[name]))
 
 
-def _trouble(error: Exception) -> tuple[str, str]:
-    """What is wrong, in words and as a code."""
-    if isinstance(error, (ServerError, ScheduleError, OSError)):
-        return str(getattr(error, "strerror", None) or error), getattr(error, "code", "system")
-    return f"Prefect's server does not answer ({type(error).__name__}): waiting until it does.", "prefect-server"
+def _trouble(error: Exception, what: str) -> tuple[str, str]:
+    """What is wrong, in words and as a code. Of an unexpected error it is the place: its words can name files."""
+    import httpx
+
+    kind = type(error).__name__
+    if isinstance(error, (ServerError, ScheduleError)):
+        return str(error), error.code
+    if isinstance(error, httpx.HTTPStatusError):
+        why = f"Prefect's server answers {error.response.status_code}"
+        return f"{what} ({why}): trying again; see the server's log.", "prefect-server"
+    if isinstance(error, httpx.TransportError):
+        return f"Prefect's server does not answer ({kind}): waiting until it does.", "prefect-server"
+    if isinstance(error, OSError):
+        return f"{what} ({error.strerror or kind}): trying again.", "system"
+    place = [each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(str(FLOWS))][-1]
+    where = f"{kind} at {os.path.basename(place.filename)}:{place.lineno}"
+    return f"{what} ({where}): this is a fault of the program, report it with this line. Trying again.", "fault"
 
 
 def _result(code: int, said: str) -> tuple[str, dict[str, int], str]:

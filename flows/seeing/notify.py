@@ -38,7 +38,7 @@ SIGNATURE: Final = "X-ScanScribe-Signature"
 EVENTS: Final = frozenset(
     (
         *("run-failed", "disk-low", "disk-low-over", "disk-lost", "disk-lost-over", "broken", "broken-over"),
-        *("folder-lost", "folder-lost-over"),
+        *("folder-lost", "folder-lost-over", "inputs-refused", "run-failed-over"),
     )
 )
 # CT findings that call a radiologist at once; of defects, the rules say what is critical.
@@ -100,8 +100,8 @@ class Notifier:
         self._thread.join(TIMEOUT_S)
 
     def hear(self, event: str, facts: Mapping[str, Fact]) -> None:
-        """Keep an event of the log for sending, if it is one to tell."""
-        if event in EVENTS:
+        """Keep an event of the log for sending, if it is one to tell: what repeats itself is told the first time."""
+        if event in EVENTS and not facts.get("repeats"):
             self.tell(event, **facts)
 
     def tell(self, event: str, **facts: Fact) -> None:
