@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -351,3 +354,54 @@ def test_the_command_lists_shows_retries_and_forgets(
     assert command("forget", "ab")[0] == 1
     assert command("forget", "aa", "--json") == (0, '{"forgotten": 1, "at_work": 0}\n')
     assert command("show", "aa")[0] == 2
+
+
+class Link:
+    """The way to a PostgreSQL server, which can fall silent: what is sent is taken, and nothing comes back."""
+
+    def __init__(self, port: int) -> None:
+        self.silent, self._port, self._held = False, port, list[socket.socket]()
+        self._door = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def url(self, server: str) -> str:
+        return server.replace(f":{self._port}/", f":{self._door.getsockname()[1]}/")
+
+    def _serve(self) -> None:
+        while True:
+            outer, inner = self._door.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+            self._held += [outer, inner]
+            for ends in ((outer, inner), (inner, outer)):
+                threading.Thread(target=self._pass, args=ends, daemon=True).start()
+
+    def _pass(self, here: socket.socket, there: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := here.recv(1 << 16):
+                if not self.silent:
+                    there.sendall(data)
+            if not self.silent:
+                there.shutdown(socket.SHUT_WR)
+
+
+def test_a_link_that_falls_silent_is_said_soon_and_used_again(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.ledger.database.ANSWER_S", 1.0)
+    link = Link(int(postgres.rpartition(":")[2].partition("/")[0]))
+    with Ledger(tmp_path / "out", link.url(postgres)) as ledger:
+        ledger.add([("a" * 64, ["/in/Jane.png"])])
+        link.silent = True
+        for _ in range(2):  # on the link that there is, then on a new one
+            started = time.monotonic()
+            with pytest.raises(
+                LedgerError, match=r"cannot be used \(it did not answer in 1 s\): see that the server runs"
+            ):
+                ledger.counts()
+            assert time.monotonic() - started < 8
+        link.silent = False
+        assert ledger.counts()["waiting"] == 1
+        link.silent = True
+    started = time.monotonic()
+    with pytest.raises(LedgerError, match="did not answer"):
+        Ledger(tmp_path / "out", link.url(postgres))
+    assert time.monotonic() - started < 8

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from flows.machine.mounts import network_type
 
 BUSY_S: Final = 30.0
+ANSWER_S = 10.0  # that PostgreSQL has to answer in: a link can be dead without a word
 _TABLES_LOCK: Final = 0x5CA45C21  # of PostgreSQL: one process at a time makes the tables
 _T = TypeVar("_T")
 
@@ -49,7 +50,11 @@ class Database:
             sql.event.listen(self._engine, "begin", _begin_immediate)
         elif name == "postgresql":
             self.insert = postgresql.insert
-            self._async = create_async_engine(self._url.set(drivername="postgresql+asyncpg"), pool_pre_ping=True)
+            self._async = create_async_engine(
+                self._url.set(drivername="postgresql+asyncpg"),
+                pool_pre_ping=True,
+                connect_args={"timeout": ANSWER_S, "command_timeout": ANSWER_S},
+            )
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="ledger", daemon=True).start()
         else:
@@ -88,7 +93,8 @@ class Database:
     def _explain(self, error: Exception) -> str:
         """What to tell a person. Statements and their values, which hold paths, stay out."""
         place = self._url.render_as_string(hide_password=True)
-        cause = str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
+        silent = f"it did not answer in {ANSWER_S:g} s" if isinstance(error, TimeoutError) else ""
+        cause = silent or str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
         if self._url.get_backend_name() == "postgresql":
             return f"The ledger at {place} cannot be used ({cause}): see that the server runs and takes this user."
         if "not a database" in cause or "malformed" in cause:
