@@ -228,3 +228,18 @@ def test_poison_counts_each_attempt(tmp_path: Path) -> None:
             figures = scrape(endpoint.port)
     assert figures["scanscribe_failures_total[model-failed][false]"] == 1
     assert figures["scanscribe_failures_total[model-failed][true]"] == 1
+
+
+def test_a_watcher_that_leaves_files_says_how_many_and_does_not_end_with_0(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "Jane.png", 1)
+    (tmp_path / "in" / "coming.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for left, code in ((1, 1), (0, 0)):
+        asked = command(tmp_path, "--once", "--refuse-after", "600", "--log-json")
+        done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+        said = [json.loads(line) for line in done.stderr.splitlines()]
+        [stopped] = [each for each in said if each["event"] == "stopped"]
+        assert (done.returncode, stopped["left"]) == (code, left)
+        told = [(each["files"], each["message"]) for each in said if each["event"] == "left"]
+        assert [files for files, _ in told] == [1] * left
+        assert all("run the same command later" in words for _, words in told)
+        (tmp_path / "in" / "coming.png").unlink(missing_ok=True)

@@ -25,7 +25,8 @@ from scanscribe.options import (
 if TYPE_CHECKING:
     from scanscribe.settings import Settings
 
-OK, SOME_REFUSED = 0, 1
+OK, NOT_ALL = 0, 1
+LEFT = "are not complete, or are to be tried again: run the same command later, or without --once."
 
 
 @takes_settings
@@ -81,4 +82,6 @@ def watch(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: watcher.stop())
         tally = watcher.run()
-    raise typer.Exit(SOME_REFUSED if once and tally.refused else OK)
+        if once and watcher.settling:
+            seen.log("left", files=watcher.settling, message=f"{watcher.settling} files {LEFT}")
+    raise typer.Exit(NOT_ALL if once and (tally.refused or watcher.settling) else OK)
