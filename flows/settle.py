@@ -160,6 +160,10 @@ class Settling:
                     file.taken, file.changed, file.looks = False, at, 0
                     self._open.add(path)
 
+    def is_taken(self, path: str) -> bool:
+        """Whether the content of a file is on record."""
+        return path in self._files and self._files[path].taken
+
     def changed(self, path: str) -> float:
         """When a file last changed."""
         return self._files[path].changed if path in self._files else 0.0

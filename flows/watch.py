@@ -26,6 +26,7 @@ from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed
 from flows.jobs import Lane
 from flows.ledger import OPEN, Ledger
 from flows.ledger.items import TROUBLES, Items, Tally, refusal_key
+from flows.ledger.quarantine import leave_quarantine
 from flows.machine.mounts import network_type
 from flows.machine.server import LocalServer, check_server
 from flows.machine.space import MIN_FREE, Room
@@ -116,8 +117,12 @@ class Watcher:
         self._lane = lane
         self._crew: Crew | None = None
         self._handing: list[Handed] = []  # of the drop that is looked at
+        self._keys: set[str] = set()  # of all that it holds
         self._at_work: list[_AtWork] = []
         self._next_tidying = 0.0
+        self._woken: dict[str, float] = {}  # request -> when its row had last changed
+        self._refused: dict[str, set[str]] = {}  # file -> requests in quarantine
+        self._refused_when = -1  # how many this watcher had refused by then
 
     @property
     def settling(self) -> int:
@@ -268,16 +273,32 @@ class Watcher:
         return os.path.realpath(self._root) + folder.removeprefix(str(self._root))
 
     def _wake_failed(self, now: float) -> None:
-        """Items to be tried again, or whose owner died; those whose files are gone are no items any more."""
+        """Items to be tried again, or whose owner died; those whose content is gone are no items any more."""
+        self._heal_reports(now)
+        before, self._woken = self._woken, {}
         for row in [row for state in OPEN for row in self._ledger.rows(state)]:
             if row.due > now:
                 continue
             here = [path for path in row.files if os.path.lexists(path)]
-            if row.files and not here and row.files[0].startswith(f"{self._root}/"):
+            gone = row.files and not here and row.files[0].startswith(f"{self._root}/")
+            # Its files were planned since it was woken, and are something else by now.
+            replaced = before.get(row.request) == row.changed and all(map(self._settling.is_taken, row.files))
+            if gone or replaced:
                 self._ledger.forget([row.request])
                 self._log("vanished", item=row.request[:16])
             else:
+                self._woken[row.request] = row.changed
                 self._settling.again([path for path in here if path not in self._settling.open], now)
+
+    def _heal_reports(self, now: float) -> None:
+        """Let everything be reported anew whose reports went with the output folder."""
+        if (self._out / INDEX).exists() or not self._room():
+            return
+        if lost := self._ledger.rows("done"):
+            files = [path for row in lost for path in row.files]
+            self._ledger.retry(row.request for row in lost)
+            self._settling.again([path for path in files if path not in self._settling.open], now)
+            self._log("reports-lost", items=len(lost), message="The output folder has no index: all is reported anew.")
 
     def _there(self) -> bool:
         """Whether the folder is there: a share that is not mounted any more must not look like an empty folder."""
@@ -428,7 +449,7 @@ class Watcher:
             return
         session.start([Path(path) for path in drop.new], [rejection for rejection, _ in refused])
         units = list(plan.units) if plan else []
-        self._handing = []
+        self._handing, self._keys = [], set()
         try:
             while refused and not self._stopping:
                 self._refuse(session, *refused[0], later)
@@ -446,6 +467,8 @@ class Watcher:
             for file, when in later.items():
                 self._settling.again([file], when)
             left = [path for path in drop.new if path not in later and path not in undone]
+            if not (later or undone):
+                self._clear_quarantine(left)
             if self._handing:
                 self._hand_out(left)
             else:
@@ -453,15 +476,17 @@ class Watcher:
 
     def _refuse(self, session: Session, rejection: Rejection, path: Path, later: dict[str, float]) -> None:
         """An input that its header or content rules out goes to quarantine like one that cannot be decoded."""
-        when = self._items.settle(
-            session, refusal_key(rejection, path), [str(path)], lambda: session.conclude(rejection)
-        )
+        key = refusal_key(rejection, path)
+        self._keys.add(key)
+        when = self._items.settle(session, key, [str(path)], lambda: session.conclude(rejection))
         if when:
             later[str(path)] = when
 
     def _report(self, session: Session, unit: Unit, files: list[str]) -> float | None:
         """Report a unit; the time at which to come back to it, or None where that is settled."""
         request = session.request(unit)
+        key = request or refusal_key(Rejection(unit.path, "unreadable", "", ""), unit.files[0].path)
+        self._keys.add(key)
         session.met(unit, request)
         if self._crew is not None and request:
             return self._prepare_for_crew(session, unit, request, files)
@@ -474,9 +499,22 @@ class Watcher:
                 return None
             return session.conclude(prepared)
 
-        key = request or refusal_key(Rejection(unit.path, "unreadable", "", ""), unit.files[0].path)
         when = self._items.settle(session, key, files, work)
         return held[0] if held else when
+
+    def _clear_quarantine(self, paths: Sequence[str]) -> None:
+        """What the files of a drop held before is gone: if that was refused, it is in quarantine no more."""
+        if self._refused_when != self._items.tally.refused:
+            self._refused_when, self._refused = self._items.tally.refused, {}
+            for row in self._ledger.rows("quarantined"):
+                for path in row.files:
+                    self._refused.setdefault(path, set()).add(row.request)
+        for request in {each for path in paths for each in self._refused.get(path, ())}.difference(self._keys):
+            former = self._ledger.get(request)
+            if former and former.state == "quarantined" and not set(former.files).difference(paths):
+                leave_quarantine(self._out, request)
+                self._ledger.forget([request])
+                self._log("replaced", item=request[:16])
 
     def _prepare_for_crew(self, session: Session, unit: Unit, request: str, files: list[str]) -> float | None:
         """Have a unit handed out, if it opens; otherwise the time at which to come back to it."""

@@ -369,6 +369,38 @@ def test_content_keeps_its_report_when_another_takes_its_name(tmp_path: Path, co
     assert [line["superseded_by"] for line in reports(running.out)] == [None, None]
 
 
+def test_a_file_that_is_replaced_leaves_nothing_of_its_former_content(tmp_path: Path) -> None:
+    """Neither the try that it waited for, nor its place in quarantine."""
+    cursed = picture(tmp_path / "in" / "a.png", 1, first=CURSED)
+    with watching(tmp_path, rescan_s=0.3) as running:
+        until(lambda: running.heard("failed"))
+        picture(cursed, 2)
+        until(lambda: running.heard("reported"))
+        until(lambda: not running.ledger.counts()["failed"])
+        picture(cursed, 3, first=CURSED)
+        until(lambda: running.heard("quarantined"))
+        os.utime(cursed)  # the same content: it stays there
+        until(lambda: running.heard("known"))
+        assert running.ledger.counts()["quarantined"] == 1
+        picture(cursed, 4)
+        until(lambda: running.heard("reported", 2))
+        until(lambda: running.heard("replaced"))
+    assert not list((running.out / "quarantine").iterdir())
+
+
+def test_an_output_folder_that_was_removed_is_filled_again(tmp_path: Path) -> None:
+    for number in (1, 2):
+        picture(tmp_path / "in" / f"{number}.png", number)
+    with watching(tmp_path, rescan_s=0.3) as running:
+        until(lambda: running.heard("reported", 2))
+    shutil.rmtree(running.out)
+    with watching(tmp_path, rescan_s=0.3) as running:
+        until(lambda: running.heard("reported", 2))
+        time.sleep(0.5)
+    assert names(running.out) == ["1.png", "2.png"]
+    assert running.events.count("reports-lost") == 1
+
+
 def test_a_counted_study_is_taken_when_its_last_slice_comes(tmp_path: Path) -> None:
     slices = phantom_slices()
     for each in slices:
