@@ -292,7 +292,7 @@ class Watcher:
 
     def _heal_reports(self, now: float) -> None:
         """Let everything be reported anew whose reports went with the output folder."""
-        if (self._out / INDEX).exists() or not self._room():
+        if os.path.exists(self._out / INDEX) or not self._room():
             return
         if lost := self._ledger.rows("done"):
             files = [path for row in lost for path in row.files]
