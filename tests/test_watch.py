@@ -131,14 +131,14 @@ def test_each_way_of_dropping_makes_one_report(tmp_path: Path, poll: bool) -> No
                 file.write(slow[start : start + 300])
                 time.sleep(0.08)
         (running.inbox / "renamed.png.part").rename(running.inbox / "renamed.png")
-        until(lambda: running.heard("reported", 4))
+        until(lambda: len(reports(running.out)) == 4)
         shutil.copy(running.inbox / "there.png", running.inbox / "again.png")
         until(lambda: running.heard("known"))
         (running.inbox / "there.png").unlink()
         (running.inbox / "slow.png").rename(running.inbox / "other-name.png")
         until(lambda: running.heard("known", 2))
         picture(running.inbox / "renamed.png", 5)
-        until(lambda: running.heard("reported", 5))
+        until(lambda: len(reports(running.out)) == 5)
     assert names(running.out) == ["m.png", "renamed.png", "renamed.png", "slow.png", "there.png"]
     assert sorted(line["version"] for line in reports(running.out)) == [1, 1, 1, 1, 2]
     assert not (running.out / "rejected.jsonl").read_text()
