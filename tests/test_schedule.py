@@ -410,13 +410,18 @@ def test_a_run_whose_process_is_killed_again_and_again_is_given_up_until_the_nex
     ]
 
 
-def test_a_deployment_that_was_deleted_on_prefect_s_page_is_put_again(
-    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def create_alpha_and_beta(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two schedules of one job that are due."""
     monkeypatch.setenv("PREFECT_API_URL", server)
     job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
     for name in ("alpha", "beta"):
         create(name, job, due_since(1.5))
+
+
+def test_a_deployment_that_was_deleted_on_prefect_s_page_is_put_again(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_alpha_and_beta(tmp_path, server, monkeypatch)
     with Here(WORKS, monkeypatch) as it:
         until(lambda: it.count("run-done", "alpha") == it.count("run-done", "beta") == 1)
         httpx.delete(f"{server}/deployments/{deployment(server, 'alpha')['id']}", timeout=30).raise_for_status()
@@ -428,10 +433,7 @@ def test_a_deployment_that_was_deleted_on_prefect_s_page_is_put_again(
 def test_what_goes_wrong_with_one_schedule_keeps_no_other_from_running(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", server)
-    job = Job((drawn(tmp_path / "in", 1),), tmp_path / "out")
-    for name in ("alpha", "beta"):
-        create(name, job, due_since(1.5))
+    create_alpha_and_beta(tmp_path, server, monkeypatch)
     (tmp_path / "home" / "schedules" / "alpha.standing.json").mkdir()  # nothing can be kept there
     (tmp_path / "home" / "schedules" / "aleph.json").write_text("{}")
     with Here(WORKS, monkeypatch) as it:
