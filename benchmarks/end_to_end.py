@@ -5,16 +5,18 @@
 Photos are 1600 x 1200 JPEGs of steel, tiles and boards, made from the samples; CT studies have 64 slices of 512 x 512,
 each a copy of the series in FOLDER under UIDs of its own, or of the phantom. Reports are JSON and HTML. The model is
 loaded, and one run went before (it counts nowhere). A single study is a new one each time: what is known of files that
-were read before does not help. In the last runs readings are replayed: what is left is decoding and writing. Medians of
-the runs; the last line of the output is a JSON object.
+were read before does not help. Then the same by the batch flow, whose server is up (left out where prefect is not
+installed). In the last runs readings are replayed: what is left is decoding and writing. Medians of the runs; the last
+line of the output is a JSON object.
 
 A machine needs torch, transformers, scipy, pillow and safetensors, and in the versions of requirements.lock pydantic,
-pydicom and pypdfium2; for a compressed series in FOLDER also pylibjpeg-openjpeg, pyjpegls or python-gdcm. For one
-without a network (Python 3.12), fetch them elsewhere into a folder that travels with the repository:
+pydicom and pypdfium2, and prefect for the flow; for a compressed series in FOLDER also pylibjpeg-openjpeg, pyjpegls or
+python-gdcm. For one without a network (Python 3.12), fetch them elsewhere into a folder that travels with the
+repository:
 
     python3 -m pip download --dest pack/wheels --only-binary :all: --python-version 3.12 \\
-        $(grep -oE "^(pydantic|pydicom|pypdfium2)==[^ ;]+" requirements.lock)
-    python3 -m pip install --no-index --find-links pack/wheels pydantic pydicom pypdfium2 && \\
+        $(grep -oE "^(prefect|pydantic|pydicom|pypdfium2)==[^ ;]+" requirements.lock)
+    python3 -m pip install --no-index --find-links pack/wheels prefect pydantic pydicom pypdfium2 && \\
         PYTHONPATH=. python3 benchmarks/end_to_end.py --device cuda
 """
 
@@ -24,6 +26,7 @@ import argparse
 import contextlib
 import copy
 import cProfile
+import importlib.util
 import json
 import os
 import pstats
@@ -32,7 +35,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +56,9 @@ from pipelines.study import Rejection
 if __name__ == "__main__":  # desks are processes that import this file anew, and have no use for torch
     import torch
     from racing import claim, machine
+
+    from flows.jobs import run_batch
+    from flows.machine.server import LocalServer
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ("steel/scratches.png", "tile/crack.png", "board/board.png")
@@ -113,6 +119,14 @@ def main() -> None:
         if samples:
             tell(claim("photos: utilisation of the GPU over whole runs", statistics.mean(samples) / 100))
         tell(*rates("photos", [count / each.seconds for each in whole], "photos/s", whole, gpu))
+        if importlib.util.find_spec("prefect"):
+            with serving(place / "home"):
+                for what, folder, many, unit in (
+                    ("photos by the batch flow", place / "photos", count, "photos/s"),
+                    ("CT studies by the batch flow", place / "ct", 60 * studies, "studies/min"),
+                ):
+                    whole = [run(folder, place / "out", asked.device, run_batch) for _ in range(runs)]
+                    tell(*rates(what, [many / each.seconds for each in whole], unit, whole, gpu))
         tell(*reading(photos[: 256 if gpu else 6], asked.device))
         seconds, _ = beside(made[0], new[times:], place / "out", asked.device)
         tell(claim("one CT study: processor time in the model's process beside it", seconds, unit="s"))
@@ -244,10 +258,20 @@ def profile(photos: list[Path], studies: list[Path], out: Path, device: str) -> 
     shutil.rmtree(out, ignore_errors=True)
 
 
-def run(inputs: Path, out: Path, device: str) -> RunSummary:
+@contextlib.contextmanager
+def serving(home: Path) -> Iterator[None]:
+    """A server for the flows of the block, with its state in `home`."""
+    with mock.patch.dict(os.environ, {"SCANSCRIBE_HOME": str(home), "PREFECT_LOGGING_LEVEL": "ERROR"}):
+        os.environ.pop("PREFECT_API_URL", None)
+        with LocalServer() as server:
+            server.url()
+            yield
+
+
+def run(inputs: Path, out: Path, device: str, by: Callable[[Job], RunSummary] = execute) -> RunSummary:
     """Report into an empty folder."""
     shutil.rmtree(out, ignore_errors=True)
-    summary = execute(Job((inputs,), out, device=device))
+    summary = by(Job((inputs,), out, device=device))
     assert summary.complete and summary.reported, (summary.left, [each.reason for each in summary.rejected])
     return summary
 

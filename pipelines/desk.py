@@ -223,7 +223,7 @@ class Desks:
 
     def __init__(self, job: Job, count: int, own: Desk) -> None:
         """`own` is the desk of this process: it keeps what it has, and serves large pictures."""
-        self._job, self._own = job, own
+        self._job, self._own, self.count = job, own, count
         self._seats = [_Seat(self._pool()) for _ in range(count)]
         self._where: dict[int, _Lying] = {}
         self._tokens = itertools.count(1)

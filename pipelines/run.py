@@ -13,10 +13,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -38,6 +36,7 @@ from pipelines.ingest.identifiers import DEFAULT_PATTERNS, load_patterns
 from pipelines.reading import Reading
 from pipelines.reporting import report_id
 from pipelines.run_folder import IndexEntry, OutdatedVersionError, OutputError, RunFolder, cannot_write
+from pipelines.stages import Stages, Width
 from pipelines.store import find
 from pipelines.study import Rejection
 from reports.bundle import Bundle, BundleError, load_bundle
@@ -96,11 +95,7 @@ class Progress:
 
 Listener = Callable[[Progress], None]
 Heard = Callable[[ingest.Unit, "IndexEntry | Rejection"], None]  # of what came of a unit
-MOST_OPEN: Final = 2 << 30  # bytes of decoded pixels, above which nothing more is opened
-# Units that one call of `process` has under way at a time: of them some are read while desks open and write others.
-UNDER_WAY_A_DESK: Final = 5
-UNDER_WAY_WITHOUT_DESKS: Final = 132
-UNDER_WAY_ON_CPU: Final = 3
+UNDER_WAY_A_DESK: Final = 5  # units: of them some are read while desks open and write others
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +161,6 @@ class Session:
         self._patterns = load_patterns(job.identifiers)
         self._folder = RunFolder(job.out, member=member)
         self._desk: Desk | Desks = Desk(job)
-        self._threads: contextlib.ExitStack | None = None  # of `process`, when it is first called
         self._device = threading.Lock()  # one batch at a time
         self._changed = threading.Condition()  # guards the folder and all that is counted here
         self._places = 0  # units come in the summary as they were given
@@ -174,7 +168,7 @@ class Session:
         self._already: dict[int, str] = {}
         self._in_flight: set[str] = set()  # the requests that are being read or written
         self._subjects: set[str] = set()  # what is being written about
-        self._open_bytes = self._work = self._total_work = 0
+        self._work = self._total_work = 0
         self._rejected: dict[Rejection, None] = {}  # what the header pass refuses is refused by its series, too
         self._passed_over = self._without_golden_sample = 0
         self._done = self._total = 0
@@ -182,6 +176,7 @@ class Session:
         self._read_from = 0.0
         self._first_report: float | None = None
         self._stop = threading.Event()
+        self._stages = Stages(self._read, self._drop, self._stop)
         self._at_work = 0  # threads in `process`; the folder is not let go while one may still write into it
 
     def __enter__(self) -> Session:
@@ -193,8 +188,7 @@ class Session:
         self.stop()
         with self._changed:
             self._changed.wait_for(lambda: not self._at_work)
-        if self._threads is not None:
-            self._threads.close()
+        self._stages.close()
         self._desk.close()
         if isinstance(error, KeyboardInterrupt):  # what is done can be looked at
             with contextlib.suppress(OutputError):
@@ -260,65 +254,30 @@ class Session:
             first = self._places if place is None else place
             self._places = max(self._places, first + len(units))
             self._get_ready(units)
-        opening: dict[Future[Prepared], int] = {}  # and their places
-        writing: set[Future[None]] = set()
-        over: SimpleQueue[Future[Any]] = SimpleQueue()  # of both
         twice: list[tuple[int, ingest.Unit]] = []
-        ready: list[tuple[int, Opened]] = []
-        coming = enumerate(units, first)
+
+        def open_one(place: int, unit: ingest.Unit) -> Opened | None:
+            prepared = self.prepare(unit)
+            if not isinstance(prepared, Opened):
+                self._say(self.conclude(prepared, place), unit, heard)
+                return None
+            if self._claims(prepared):
+                return prepared
+            self._desk.clear(prepared)  # its pixels are not kept until then
+            twice.append((place, unit))
+            return None
+
+        def write_one(place: int, opened: Opened, read: tuple[Reading | Exception, float]) -> None:
+            self._say(self._conclude_read(opened, *read, place), opened.unit, heard)
+
         try:
-            while not self._stop.is_set():
-                while (under_way := len(opening) + len(ready) + len(writing)) < self._most_under_way:
-                    if under_way and self._open_bytes >= MOST_OPEN:
-                        break
-                    if (following := next(coming, None)) is None:
-                        break
-                    number, unit = following
-                    begun = self._openers.submit(self.prepare, unit)
-                    opening[begun] = number
-                    begun.add_done_callback(over.put)
-                if not under_way:
-                    break
-                arrived = [] if ready else [over.get()]
-                with contextlib.suppress(Empty):
-                    while True:
-                        arrived.append(over.get_nowait())
-                for done in writing.intersection(arrived):
-                    writing.remove(done)
-                    done.result()
-                for begun in sorted(opening.keys() & arrived, key=opening.__getitem__):
-                    prepared, place = begun.result(), opening.pop(begun)
-                    if not isinstance(prepared, Opened):
-                        self._say(self.conclude(prepared, place), _unit_of(prepared, units, place - first), heard)
-                    elif self._claims(prepared):
-                        ready.append((place, prepared))
-                    else:  # its pixels are not kept until then
-                        self._let_go(prepared)
-                        twice.append((place, prepared.unit))
-                together = ready[: self._together]
-                readings = self._read([opened for _, opened in together])
-                del ready[: len(together)]  # only now: when the model does not load, they are let go
-                for (place, prepared), (reading, seconds) in zip(together, readings, strict=True):
-                    begun_writing = self._writers.submit(self._write_at, place, prepared, reading, seconds, heard)
-                    writing.add(begun_writing)
-                    begun_writing.add_done_callback(over.put)
-            for done in writing:  # when stopped
-                done.result()
-            for place, unit in twice:
+            self._stages.run(enumerate(units, first), open_one, write_one)
+            for number, unit in twice:
                 if self._stop.is_set():
                     break
-                self._say(self.conclude(self.prepare(unit), place), unit, heard)
+                self._say(self.conclude(self.prepare(unit), number), unit, heard)
         finally:
-            for each in opening:
-                each.cancel()
-            wait(opening)
-            wait(writing)
-            left = [future.result() for future in opening if not (future.cancelled() or future.exception())]
-            for prepared in (*left, *(opened for _, opened in ready)):
-                if isinstance(prepared, Opened):
-                    self._let_go(prepared)
             with self._changed:
-                self._in_flight -= {opened.request for _, opened in ready}
                 self._at_work -= 1
                 self._changed.notify_all()
 
@@ -329,21 +288,14 @@ class Session:
         desks = desks_for(max(self._work, self._total_work)) if gpu else 0
         if isinstance(self._desk, Desk) and desks:
             self._desk = Desks(self.job, desks, self._desk)
-        elif self._threads is not None:
-            return
-        # On a CPU model and desk share the cores: one thread of each keeps them busy, and reports come one by one.
-        self._together = 64 if gpu else 1
-        on_gpu = UNDER_WAY_A_DESK * desks if desks else UNDER_WAY_WITHOUT_DESKS
-        self._most_under_way = on_gpu if gpu else UNDER_WAY_ON_CPU
-        # A thread for each unit that waits for its desk: with fewer, those of one desk would keep others idle.
-        openers, writers = (self._most_under_way,) * 2 if desks else (4, 2) if gpu else (1, 1)
-        former, self._threads = self._threads, contextlib.ExitStack()
-        if former is not None:
-            self._threads.push(former)
-        self._openers, self._writers = (
-            self._threads.enter_context(ThreadPoolExecutor(count, thread_name_prefix=name))
-            for count, name in ((openers, "open"), (writers, "write"))
-        )
+        if not gpu:  # model and desk share the cores: one thread of each keeps them busy, and reports come one by one
+            width = Width(under_way=3, openers=1, together=1, writers=1)
+        elif isinstance(self._desk, Desk):
+            width = Width(under_way=132, openers=4, together=64, writers=2)
+        else:  # a thread for each unit that waits for its desk: with fewer, those of one desk would keep others idle
+            most = UNDER_WAY_A_DESK * self._desk.count
+            width = Width(under_way=most, openers=most, together=64, writers=most)
+        self._stages.widen(width)
 
     def _claims(self, opened: Opened) -> bool:
         """Whether nobody in this run has reported that content, or is about to; from then on this one is."""
@@ -366,11 +318,6 @@ class Session:
             seconds = time.perf_counter() - started
             self.device_seconds += seconds
         return [(reading, seconds / len(opened)) for reading in readings]
-
-    def _write_at(
-        self, place: int, opened: Opened, reading: Reading | Exception, seconds: float, heard: Heard | None
-    ) -> None:
-        self._say(self._conclude_read(opened, reading, seconds, place), opened.unit, heard)
 
     def _say(self, outcome: IndexEntry | Rejection, unit: ingest.Unit, heard: Heard | None) -> None:
         if heard is not None:
@@ -464,11 +411,7 @@ class Session:
                 return _Stored(unit, known, load_bundle(self.job.out / known.id))
         if isinstance(golden, Rejection):
             return golden_unusable(unit, golden)
-        opened = self._desk.open(unit, golden, request)
-        if isinstance(opened, Opened):
-            with self._changed:
-                self._open_bytes += opened.size
-        return opened
+        return self._desk.open(unit, golden, request)
 
     def conclude(self, prepared: Prepared, place: int | None = None) -> IndexEntry | Rejection:
         """Report what was prepared, or put it on record as refused or done before; says which. Raises OutputError.
@@ -482,15 +425,13 @@ class Session:
             with self._changed:
                 self._changed.wait_for(lambda: prepared.request not in self._in_flight)
                 if done := self._folder.finished(prepared.request, self._formats):  # the same content twice in a run
-                    self._let_go(prepared)
+                    self._desk.clear(prepared)
                     return self._settle(self._note_done(prepared.unit, done, place))
                 self._in_flight.add(prepared.request)
             try:
                 [(reading, seconds)] = self._read([prepared])
             except BaseException:  # the model does not load
-                self._let_go(prepared)
-                with self._changed:
-                    self._in_flight.discard(prepared.request)
+                self._drop(prepared)
                 raise
             return self._conclude_read(prepared, reading, seconds, place)
         with self._changed:
@@ -524,10 +465,7 @@ class Session:
                     self._told(outcome)
                 return self._settle(outcome)
         finally:
-            self._let_go(opened)
-            with self._changed:
-                self._in_flight.discard(opened.request)
-                self._changed.notify_all()
+            self._drop(opened)
 
     def _report(self, opened: Opened, reading: Reading, seconds: float) -> IndexEntry | Rejection:
         """Write a report as the next version of what the folder holds on its subject."""
@@ -552,10 +490,12 @@ class Session:
                 self._subjects.discard(opened.subject)
                 self._changed.notify_all()
 
-    def _let_go(self, opened: Opened) -> None:
+    def _drop(self, opened: Opened) -> None:
+        """Let go of what was claimed."""
         self._desk.clear(opened)
         with self._changed:
-            self._open_bytes -= opened.size
+            self._in_flight.discard(opened.request)
+            self._changed.notify_all()
 
     def _settle(self, outcome: IndexEntry | Rejection) -> IndexEntry | Rejection:
         if self._told is not None and isinstance(outcome, Rejection):
@@ -670,10 +610,6 @@ def version_of(report_id: str, folder: RunFolder, request: str, subject: str) ->
         parts = [report_id, subject, former.id if former else ""]
         report_id = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return Version(report_id, former.version + 1, former.id) if former else Version(report_id)
-
-
-def _unit_of(prepared: Prepared, units: Sequence[ingest.Unit], number: int) -> ingest.Unit:
-    return units[number] if isinstance(prepared, Rejection) else prepared.unit
 
 
 class References:

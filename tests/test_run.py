@@ -360,7 +360,7 @@ def test_the_summary_keeps_the_order_of_the_inputs_whatever_is_processed_first(
 def test_inputs_larger_than_what_may_be_open_at_a_time_are_all_reported(
     tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.run.MOST_OPEN", 1)
+    monkeypatch.setattr("pipelines.stages.MOST_OPEN", 1)
     for number in range(5):
         picture(tmp_path / "in" / f"{number}.png", seed=number % 4)  # one twice
     summary = execute(Job((tmp_path / "in",), tmp_path / "out"))
