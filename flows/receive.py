@@ -7,10 +7,12 @@ that it was stored. Nothing of a header appears in a name or a log.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import filecmp
 import hashlib
 import os
+import socket
 import ssl
 import tempfile
 import threading
@@ -71,7 +73,7 @@ class Receiver:
         self._node, self._inbox, self._log = node, inbox, log
         self._incoming = inbox / INCOMING
         self._lock = threading.Lock()
-        self._counts: dict[int, list[int]] = {}  # association -> stored, refused
+        self._counts: dict[int, list[int]] = {}  # association, once it is asked for -> stored, refused
         self._released: set[int] = set()  # associations that their peer ended in order
         self._lost = False  # the folder is not there
         self._room = Room({"inbox": inbox}, node.min_free, log)
@@ -100,6 +102,8 @@ class Receiver:
         handlers: list[Any] = [
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_CONN_OPEN, self._opened),
+            (evt.EVT_REJECTED, self._rejected),
+            (evt.EVT_REQUESTED, self._requested),
             (evt.EVT_ACSE_RECV, self._asked_to_release),
             (evt.EVT_CONN_CLOSE, self._closed),
         ]
@@ -109,12 +113,11 @@ class Receiver:
             )
         except OSError as error:
             self._restore()
-            raise ReceiveError(
-                f"Port {self._node.port} of {self._node.bind} cannot be used ({error.strerror}): give another one."
-            ) from None
+            raise ReceiveError(_no_port(self._node, error)) from None
         assert isinstance(server, ThreadedAssociationServer)
         self._server = server
-        self._log("listening", port=self.port, tls=str(self._tls is not None).lower())
+        tls = str(self._tls is not None).lower()
+        self._log("listening", aet=self._node.aet, address=self._node.bind, port=self.port, tls=tls)
         return self
 
     @property
@@ -226,6 +229,27 @@ class Receiver:
         return STORED
 
     def _opened(self, event: evt.Event) -> None:
+        """Of a connection: in a thread of its own, before its association starts."""
+        assert event.assoc.dul.socket is not None
+        connection: socket.socket = event.assoc.dul.socket.socket  # type: ignore[assignment]
+        # pynetdicom's time-outs are between messages: a peer whose line is cut within one would keep its place.
+        connection.settimeout(SILENCE_S)
+        if isinstance(connection, ssl.SSLSocket):
+            try:
+                connection.do_handshake()
+            except (ssl.SSLEOFError, ConnectionError):
+                pass  # somebody looked whether the port is open
+            except OSError as error:  # the association ends where it would read
+                self._log("association-refused", reason="tls", peer=event.assoc.requestor.address, message=_why(error))
+
+    def _rejected(self, event: evt.Event) -> None:
+        peer, callers = event.assoc.requestor, self._node.callers
+        reason, words = "associations", "All places are taken: it may call again, or give more by --associations."
+        if callers and peer.ae_title not in [each.strip() for each in callers]:
+            reason, words = "caller", "Only those may call that --caller names: add its AE title if it is to."
+        self._log("association-refused", reason=reason, peer=peer.address, caller=peer.ae_title, message=words)
+
+    def _requested(self, event: evt.Event) -> None:
         with self._lock:
             self._counts[id(event.assoc)] = [0, 0]
 
@@ -235,9 +259,12 @@ class Receiver:
 
     def _closed(self, event: evt.Event) -> None:
         with self._lock:
-            stored, refused = self._counts.pop(id(event.assoc), [0, 0])
+            counts = self._counts.pop(id(event.assoc), None)
         cut_off = id(event.assoc) not in self._released
         self._released.discard(id(event.assoc))
+        if counts is None or event.assoc.is_rejected:  # None: somebody looked whether the port is open
+            return
+        stored, refused = counts
         if stored or refused or cut_off:
             self._log("received", files=stored, refused=refused, cut_off=str(cut_off).lower())
 
@@ -246,17 +273,53 @@ def _name(uid: str, digits: int) -> str:
     return hashlib.sha256(uid.encode()).hexdigest()[:digits]
 
 
+class _Context(ssl.SSLContext):
+    """Leaves the handshake to the connection's own thread: one that is silent would keep all others waiting."""
+
+    def wrap_socket(self, *what: Any, **how: Any) -> ssl.SSLSocket:
+        return super().wrap_socket(*what, **how | {"do_handshake_on_connect": False})
+
+
 def _tls(node: Node) -> ssl.SSLContext | None:
     if node.certificate is None:
         if node.key or node.authorities:
             raise ReceiveError("TLS needs a certificate: give --tls-cert.")
         return None
+    context = _Context(ssl.PROTOCOL_TLS_SERVER)
+    for path in filter(None, (node.certificate, node.key, node.authorities)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise ReceiveError(f"The TLS file {path} cannot be read ({error.strerror}): give a PEM file.") from None
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(node.certificate, node.key)
-        if node.authorities:
+        context.load_cert_chain(node.certificate, node.key, password=lambda: "")  # else OpenSSL asks at the terminal
+    except ssl.SSLError as error:
+        files = " and ".join(map(str, filter(None, (node.certificate, node.key))))
+        raise ReceiveError(
+            f"{files} cannot be used for TLS ({_why(error)}): give a certificate and its key, unencrypted PEM."
+        ) from None
+    if node.authorities:
+        try:
             context.load_verify_locations(node.authorities)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ReceiveError(f"The TLS files cannot be used ({error}): give PEM files that belong together.") from None
+        except ssl.SSLError as error:
+            raise ReceiveError(
+                f"{node.authorities} names no authorities ({_why(error)}): give their certificates as PEM."
+            ) from None
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _no_port(node: Node, error: OSError) -> str:
+    where, why = f"Port {node.port} of {node.bind}", error.strerror or type(error).__name__
+    if error.errno == errno.EADDRINUSE:
+        return f"{where} is in use: end what listens there, or give another one with --port."
+    if error.errno == errno.EACCES:
+        return f"{where} cannot be used ({why}): give one above 1023 with --port."
+    return f"{where} cannot be used ({why}): give an address of this machine with --bind."
+
+
+def _why(error: OSError) -> str:
+    """OpenSSL's reason, such as CERTIFICATE_VERIFY_FAILED, in words."""
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "not what it should be, or encrypted").replace("_", " ").lower()
+    return error.strerror or type(error).__name__

@@ -35,6 +35,9 @@ from tests.test_watch import home, reports, until  # noqa: F401  # an autouse fi
 ROOT = Path(__file__).parents[1]
 VERIFICATION = "1.2.840.10008.1.1"
 CT = "1.2.840.10008.5.1.4.1.1.2"
+# An activated environment has pynetdicom's program of that name before DCMTK's.
+OUTSIDE = [each for each in os.environ["PATH"].split(os.pathsep) if Path(each) != Path(sys.executable).parent]
+DCMTK = shutil.which("storescu", path=os.pathsep.join(OUTSIDE))
 
 
 class Heard(EventLog):
@@ -56,9 +59,9 @@ def receiving(inbox: Path, **how: Any) -> Iterator[tuple[Receiver, Heard]]:
 
 
 def storescu(port: int, *files: Path) -> int:
-    if shutil.which("storescu") is None:
+    if not DCMTK:
         pytest.skip("storescu is not installed (Debian: dcmtk)")
-    command = ["storescu", "-R", "-aet", "ME", "-aec", "INBOX", "127.0.0.1", str(port), *map(str, files)]
+    command = [DCMTK, "-R", "-aet", "ME", "-aec", "INBOX", "127.0.0.1", str(port), *map(str, files)]
     return subprocess.run(command, capture_output=True, timeout=180).returncode
 
 
@@ -163,9 +166,9 @@ def test_an_association_that_is_cut_off_leaves_what_was_whole(tmp_path: Path) ->
         assert peer.send_c_store(slices[0]).Status == 0
         peer.abort()
         until(lambda: ("received", {"files": 1, "refused": 0, "cut_off": "true"}) in log.said)
-        if shutil.which("storescu"):
+        if DCMTK:
             with first_part(4 << 20, receiver.port) as port:
-                command = ["storescu", "-R", "-aec", "INBOX", "127.0.0.1", str(port), str(big)]
+                command = [DCMTK, "-R", "-aec", "INBOX", "127.0.0.1", str(port), str(big)]
                 sender = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 until(lambda: any(path.stat().st_size > 1 << 20 for path in (tmp_path / "inbox" / INCOMING).iterdir()))
                 sender.kill()
@@ -219,7 +222,7 @@ def test_an_inbox_that_is_removed_is_made_again(tmp_path: Path) -> None:
 
 
 def test_only_peers_on_the_list_may_call_and_not_too_many_at_once(tmp_path: Path) -> None:
-    with receiving(tmp_path / "inbox", callers=("ME", "YOU"), associations=1) as (receiver, _):
+    with receiving(tmp_path / "inbox", callers=("ME", "YOU"), associations=1) as (receiver, log):
         stranger = association(receiver.port, title="STRANGER")
         assert stranger.is_rejected
         first = association(receiver.port)
@@ -234,10 +237,31 @@ def test_only_peers_on_the_list_may_call_and_not_too_many_at_once(tmp_path: Path
             return taken
 
         until(called)
+    refused = [facts for event, facts in log.said if event == "association-refused"]
+    assert [each["caller"] for each in refused[:2]] == ["STRANGER", "YOU"]
+    assert "--caller" in refused[0]["message"] and "--associations" in refused[1]["message"]
+    assert not any(event == "received" for event, _ in log.said)
+
+
+def test_peers_that_fall_silent_keep_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.receive.SILENCE_S", 1.0)
+    with receiving(tmp_path / "inbox", associations=1) as (receiver, _):
+        for begun in (b"", b"\x01\x00\x00", b"\x01\x00\x00\x00\x01\x00part of a request"):
+            with socket.create_connection(("127.0.0.1", receiver.port)) as silent:
+                silent.sendall(begun)
+
+                def called() -> bool:
+                    peer = association(receiver.port)
+                    taken = bool(peer.is_established)
+                    peer.release()
+                    return taken
+
+                until(called, seconds=20)
 
 
 def test_tls_with_certificates_on_both_sides(tmp_path: Path, certificate: Path) -> None:  # noqa: F811
-    with receiving(tmp_path / "inbox", certificate=certificate, authorities=certificate) as (receiver, _):
+    with receiving(tmp_path / "inbox", certificate=certificate, authorities=certificate) as (receiver, log):
+        silent = socket.create_connection(("127.0.0.1", receiver.port))  # holds up nobody
         trusting = ssl.create_default_context(cafile=certificate)
         trusting.load_cert_chain(certificate)
         peer = association(receiver.port, (CT, ExplicitVRLittleEndian), tls=trusting)
@@ -247,15 +271,35 @@ def test_tls_with_certificates_on_both_sides(tmp_path: Path, certificate: Path) 
         nobody = ssl.create_default_context(cafile=certificate)
         unknown = association(receiver.port, (CT, ExplicitVRLittleEndian), tls=nobody)
         assert not unknown.is_established or not unknown.send_c_echo()
+        silent.close()
+    refused = [facts["message"] for event, facts in log.said if event == "association-refused"]
+    assert len(refused) == 2 and "peer did not return a certificate" in refused[1]
     assert len(received(tmp_path / "inbox")) == 1
+
+
+def test_tls_files_that_do_not_do_are_named(tmp_path: Path, certificate: Path) -> None:  # noqa: F811
+    sealed, text = tmp_path / "sealed.pem", tmp_path / "text.pem"
+    seal = ["openssl", "pkey", "-in", certificate, "-aes256", "-passout", "pass:secret", "-out", sealed]
+    subprocess.run(seal, check=True, capture_output=True)
+    text.write_text("no PEM")
+    absent = Node("A", 0, certificate=certificate, key=tmp_path / "absent.pem")
+    # Of an encrypted key OpenSSL would ask the password at the terminal.
+    encrypted = Node("A", 0, certificate=certificate, key=sealed)
+    nobody = Node("A", 0, certificate=certificate, authorities=text)
+    for node, words in ((absent, "absent.pem cannot be read"), (encrypted, "sealed.pem.*encrypted"), (nobody, "text")):
+        with pytest.raises(ReceiveError, match=words):
+            Receiver(node, tmp_path / "inbox", Heard())
 
 
 def test_what_cannot_work_is_said_at_the_start(tmp_path: Path) -> None:
     with receiving(tmp_path / "inbox") as (receiver, _):
         with (
-            pytest.raises(ReceiveError, match="cannot be used"),
+            pytest.raises(ReceiveError, match=r"in use.*--port"),
             Receiver(Node("INBOX", receiver.port), tmp_path / "b", Heard()),
         ):
+            pass
+        elsewhere = Node("INBOX", 0, bind="192.0.2.1")
+        with pytest.raises(ReceiveError, match="--bind"), Receiver(elsewhere, tmp_path / "b", Heard()):
             pass
         with pytest.raises(ReceiveError, match="Another receiver"), Receiver(Node("B", 0), tmp_path / "inbox", Heard()):
             pass

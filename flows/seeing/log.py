@@ -39,7 +39,7 @@ class EventLog:
             line = json.dumps({"time": moment, "event": event, **known})
         else:
             words = (
-                f"{name}={json.dumps(value) if isinstance(value, str) and ' ' in value else value}"
+                f"{name}={json.dumps(value) if ' ' in str(value) or not str(value).isprintable() else value}"
                 for name, value in known.items()
             )
             line = " ".join((moment, event, *words))
