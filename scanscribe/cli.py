@@ -12,7 +12,9 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -360,7 +362,10 @@ def _explain(error: Exception) -> tuple[str, str]:
 
 
 def _fail(code: str, message: str, as_json: bool, exit_code: int) -> int:
-    print(f"scanscribe: {message}", file=sys.stderr)
+    words = f"scanscribe: {message}"
+    if sys.stderr.isatty():  # a terminal would break lines within words
+        words = textwrap.fill(words, shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    print(words, file=sys.stderr)
     if as_json:
         _print_json({"error": {"code": code, "message": message}, "exit_code": exit_code})
     return exit_code

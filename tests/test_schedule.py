@@ -43,7 +43,6 @@ def server(state: Path) -> Iterator[str]:
     """One Prefect server for the module, with a data base of its own, and its page."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCANSCRIBE_HOME", str(state))
-        patch.setenv("PREFECT_SERVER_UI_ENABLED", "true")
         for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_SERVER_UI_STATIC_DIRECTORY"):
             patch.delenv(name, raising=False)
         with LocalServer() as local:
@@ -161,6 +160,7 @@ def test_missed_runs_are_made_up_for_once_and_prefect_s_page_works(tmp_path: Pat
     assert "Jane" not in json.dumps([it.said, shown, asked(server, "flow_runs/filter")])
     last = progress(load("night-1")).last
     assert last and last.result == "done"
+    assert last.words in ("3 reported", "0 reported, 3 already there")
 
 
 def test_prefect_s_page_is_kept_in_the_state_folder(server: str, state: Path) -> None:

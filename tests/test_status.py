@@ -78,6 +78,18 @@ def test_nothing_at_all_is_fine(capfd: pytest.CaptureFixture[str], monkeypatch: 
     assert code == 0 and "The ledger is empty" in said and "none runs" in said
 
 
+def test_a_silent_ledger_or_server_hides_nothing_else(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://me:secret@127.0.0.1:1/api")
+    with running("watch", metrics=9464):
+        code, said, _ = run(capfd, monkeypatch, "status", "--min-free", "0", "--ledger", "postgresql://127.0.0.1:1/x")
+    assert code == 1 and "metrics on port 9464" in said and "GiB free" in said
+    assert "The ledger at postgresql://127.0.0.1:1/x cannot be used (Connection refused)" in said
+    assert "127.0.0.1:1/api does not answer" in said
+    assert "The ledger is empty" not in said and "secret" not in said
+
+
 NOTED = """
 import os, signal
 from flows.seeing.services import running

@@ -93,8 +93,10 @@ class Database:
     def _explain(self, error: Exception) -> str:
         """What to tell a person. Statements and their values, which hold paths, stay out."""
         place = self._url.render_as_string(hide_password=True)
-        silent = f"it did not answer in {ANSWER_S:g} s" if isinstance(error, TimeoutError) else ""
-        cause = silent or str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
+        said = f"it did not answer in {ANSWER_S:g} s" if isinstance(error, TimeoutError) else ""
+        if isinstance(error, OSError) and (error.errno or 0) > 0:  # asyncio's own words have the address once more
+            said = said or os.strerror(error.errno or 0)
+        cause = said or str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
         if self._url.get_backend_name() == "postgresql":
             return f"The ledger at {place} cannot be used ({cause}): see that the server runs and takes this user."
         if "not a database" in cause or "malformed" in cause:

@@ -68,7 +68,6 @@ def prefect_environment() -> dict[str, str]:
         "PREFECT_HOME": home,
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_UI_ENABLED": "false",
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(Path(home, "ui")),  # else beside the package, which may be another's
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # what ended 90 days ago is removed

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -37,6 +37,7 @@ from flows.schedules.files import (
 from flows.schedules.timing import Standing, again, next_due, step
 from flows.seeing.log import EventLog
 from flows.seeing.notify import URL_VARIABLE
+from pipelines.store import home
 
 TICK_S: Final = 1.0
 ASK_S: Final = 5.0  # between two looks at what people did on Prefect's page
@@ -97,7 +98,10 @@ class Scheduler:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ScheduleError("Another process runs the schedules of this state folder already.") from None
+                raise ScheduleError(
+                    f"Another process runs the schedules of {home()} already: leave the work to it, or end it first "
+                    "(`scanscribe status` names it)."
+                ) from None
             yield
 
     def _turn(self) -> None:
@@ -284,7 +288,7 @@ class Scheduler:
         if goes_on:
             how_far = replace(how_far, standing=again(how_far.standing, due))
         said = "stopped" if stopped and result != "done" else result
-        words = code or ", ".join(f"{count} {what}" for what, count in facts.items())
+        words = code or _counts(facts)
         failing, repeats = (how_far.last.failing, how_far.last.repeats) if how_far.last else ("", 0)
         wrong = (code or "process-died") if said in ("failed", "died") else ""
         over = result == "done" and failing != ""
@@ -351,6 +355,12 @@ def _result(code: int, said: str) -> tuple[str, dict[str, int], str]:
     if "code" in told:
         return ("interrupted" if told["code"] == "interrupted" else "failed"), {}, str(told["code"])
     return "done", {name: int(count) for name, count in told.items()}, ""
+
+
+def _counts(facts: Mapping[str, int]) -> str:
+    """`3 reported, 2 already there`; what is none of the reports is left out when there is none of it."""
+    names = {"reported": "reported", "already": "already there", "refused": "refused"}
+    return ", ".join(f"{count} {names[name]}" for name, count in facts.items() if count or name == "reported")
 
 
 def _text(moment: float) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.ledger import Ledger, State
-from flows.machine.server import running_server
+from flows.ledger import Ledger, LedgerError, State
+from flows.machine.server import ServerError, check_server, running_server, waiting_for_server
 from flows.machine.space import free_bytes
 from flows.schedules.files import Last, next_run, progress, schedules
 from flows.seeing.services import Service, services
@@ -46,6 +47,7 @@ class Status:
     """How everything stands at `time`, seconds since the epoch."""
 
     time: float
+    ledger: bool  # whether it answers
     folders: tuple[Folder, ...]
     services: tuple[Service, ...]
     schedules: tuple[Scheduled, ...]
@@ -64,24 +66,37 @@ class Status:
 
 
 def look(out: Path | None = None, url: str | None = None, *, min_free: int = 0) -> Status:
-    """Of one output folder, or of all on the ledger. Raises LedgerError."""
+    """Of one output folder, or of all on the ledger."""
     now = time.time()
-    with Ledger(out or Path(), url) as ledger:
-        paths = [ledger.scope] if out else ledger.scopes()
-        folders = tuple(_folder(path, url) for path in paths)
+    folders: tuple[Folder, ...] = ()
+    silent: list[str] = []  # what does not answer, in words
+    try:
+        with Ledger(out or Path(), url) as ledger:
+            paths = [ledger.scope] if out else ledger.scopes()
+            folders = tuple(_folder(path, url) for path in paths)
+    except LedgerError as error:
+        silent.append(str(error))
+    ledger_answers = not silent
+    server = running_server()
+    try:
+        if server:
+            check_server(server)
+    except ServerError:
+        silent.append(waiting_for_server(server))
     damaged: list[str] = []
     scheduled = tuple(look_at_schedules(now, damaged))
     found = tuple(services())
     state_free = free_bytes(home())
     return Status(
         now,
+        ledger_answers,
         folders,
         found,
         scheduled,
-        running_server() or None,
+        re.sub("//[^/]*@", "//", server) or None,  # without a password
         str(home()),
         state_free,
-        (*_troubles(folders, found, scheduled, state_free, min_free), *damaged),
+        (*silent, *_troubles(folders, found, scheduled, state_free, min_free), *damaged),
     )
 
 
@@ -118,7 +133,8 @@ def _troubles(
     for each in scheduled:
         if each.state != "paused" and each.last and each.last.result in ("failed", "died"):
             why = each.last.words or "its process was killed"
-            said.append(f"The last run of the schedule {each.name} failed ({why}).")
+            more = f"`scanscribe schedule run {each.name}` says more"
+            said.append(f"The last run of the schedule {each.name} failed ({why}): {more}.")
     at_work = [each for each in found if each.name != "receive"]  # that brings items, and reports none
     if any(each.counts["waiting"] + each.counts["failed"] for each in folders) and not at_work:
         said.append("Items wait, and no service reports them: start `scanscribe watch`, or run the batch again.")

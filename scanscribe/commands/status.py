@@ -53,7 +53,7 @@ def show(found: Status) -> None:
     console = output()
     if found.folders:
         console.print(_folders(found))
-    else:
+    elif found.ledger:
         console.print("The ledger is empty: nothing was watched, and no batch went to workers.")
     if last := [(path.last, path.path) for path in found.folders if path.last]:
         newest = sorted((when, report) for reports, _ in last for report, when in reports)[:-6:-1]
@@ -69,7 +69,8 @@ def show(found: Status) -> None:
             console.print(Text("service   ", "bold") + plain(words), soft_wrap=True)
     else:
         console.print(Text("service   ", "bold") + Text("none runs"))
-    console.print(Text("server    ", "bold") + plain(found.server or "none runs; one is started when it is needed"))
+    server = found.server.removesuffix("/api") if found.server else "none runs; one is started when it is needed"
+    console.print(Text("server    ", "bold") + plain(server))
     console.print(
         Text("disk      ", "bold") + plain(f"{found.state_free / GIB:.1f} GiB free for {short(found.state_folder)}"),
         soft_wrap=True,
@@ -105,7 +106,7 @@ def schedule_table(schedules: Sequence[Scheduled], now: float) -> Table:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("schedule", "when", "next", "", "last"):
+    for name in ("schedule", "when", "next", "state", "last"):
         table.add_column(name, overflow="fold")
     for each in schedules:
         when = f"{each.when} {each.zone}" + (f" within {each.window}" if each.window else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import warnings
 from typing import Annotated
@@ -50,13 +49,12 @@ def worker(
 def server() -> None:
     """Keep this machine's Prefect server and its page running, until SIGTERM or Ctrl-C.
 
-    Flows and workers start a server without a page by themselves, and stop it when the last of them ends.
+    Flows, workers and schedules start it by themselves, and stop it when the last of them ends.
     """
     import threading
 
     from flows.machine.server import LocalServer
 
-    os.environ.setdefault("PREFECT_SERVER_UI_ENABLED", "true")
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
