@@ -19,7 +19,7 @@ from pydicom.dataset import FileDataset
 
 from flows.ledger import Seen
 from pipelines.ingest.dicom import check_deflated
-from pipelines.ingest.files import DOCUMENT_SUFFIXES, HEAD_BYTES, sniff
+from pipelines.ingest.files import DOCUMENT_SUFFIXES, HEAD_BYTES, FileRef, first_slice, sniff
 
 _TEMPORARY_ENDINGS: Final = (
     *(".part", ".partial", ".tmp", ".temp", ".crdownload", ".download", ".filepart", ".opdownload", ".swp", ".!ut"),
@@ -62,7 +62,8 @@ class _File:
     looks: int = 1
     kind: Literal["", "dicom", "document", "other"] = ""  # "" before its content was looked at
     study: str = ""
-    instance: str = ""
+    instance: str = ""  # of a slice
+    archive: bool = False  # of slices; what it holds has come with it
     taken: bool = False
     later: float = 0.0  # not before then
 
@@ -249,7 +250,8 @@ class Settling:
         settled = not unknown and all(files[path].looks >= self._patience.looks for path in new)
         late = now - study.began >= self._patience.cap
         quiet = now - max(file.changed for file in files.values()) >= self._patience.quiet
-        if not late and not (settled and (quiet or self._counted(study, files))):
+        whole = quiet or all(files[path].archive for path in new) or self._counted(study, files)
+        if not late and not (settled and whole):
             return None
         inputs = [path for path, file in files.items() if file.looks >= self._patience.looks]
         documents = [
@@ -260,7 +262,7 @@ class Settling:
 
     def _counted(self, study: _Study, files: dict[str, _File]) -> bool:
         """Whether the study has as many images as its headers say."""
-        have = {file.instance for file in files.values()}
+        have = {file.instance for file in files.values() if file.instance}
         if study.instances:
             return len(have) >= study.instances
         count: dict[str, int] = defaultdict(int)
@@ -281,7 +283,8 @@ class Settling:
             self._studies[file.study].files.add(path)
 
     def _recognise(self, path: str, file: _File) -> None:
-        """What kind of file it is, and of a slice which study it belongs to and how many that has."""
+        """What kind of file it is, of a slice or a zip archive of slices which study it belongs to, and how many slices
+        that has."""
         try:
             with open(path, "rb") as stream:
                 kind = sniff(stream.read(HEAD_BYTES))
@@ -291,21 +294,26 @@ class Settling:
         file.kind = "dicom" if kind == "dicom" else "document" if kind == "pdf" else "other"
         if kind is None and path.lower().endswith(DOCUMENT_SUFFIXES):
             file.kind = "document"
-        if file.kind != "dicom":
+        if kind not in ("dicom", "zip"):
             return
         try:
-            with open(path, "rb") as stream:
+            ref = first_slice(Path(path)) if kind == "zip" else FileRef(path)
+            if ref is None:
+                return
+            with ref.open() as stream:
                 check_deflated(stream)
                 header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(_HEADER))
             uid = str(header.get("StudyInstanceUID") or "")
             if not uid:
                 return
-            file.study, file.instance = _key(uid), _key(str(header.get("SOPInstanceUID") or path))
+            file.study, file.archive = _key(uid), kind == "zip"
             study = self._studies[file.study]
             if not any(path in self._open for path in study.files):
                 study.began = file.changed
             study.files.add(path)
-            _expect(study, file.instance, header)
+            if not file.archive:
+                file.instance = _key(str(header.get("SOPInstanceUID") or path))
+                _expect(study, file.instance, header)
         except Exception:  # pydicom meets damaged bytes with errors of many types; the plan says what is wrong
             return
 

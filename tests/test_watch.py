@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -434,6 +435,43 @@ def test_an_uncounted_study_is_taken_when_it_is_quiet_and_late_slices_make_versi
     first, second = reports(running.out)
     assert (len(first["inputs"]), len(second["inputs"])) == (len(slices) - 1, len(slices))
     assert (second["version"], second["supersedes"], first["superseded_by"]) == (2, first["id"], second["id"])
+
+
+def zipped(path: Path, slices: list[Dataset], *numbers: int) -> None:
+    """An archive of those slices, with a viewer's files before them, moved into place when it is whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent.parent) as place:
+        folder = Path(place) / "disc"
+        write(folder, slices, *numbers)
+        (folder / "AUTORUN.INF").write_text("[autorun]")
+        made = shutil.make_archive(str(Path(place) / "made"), "zip", folder)
+        path.parent.mkdir(exist_ok=True)
+        os.rename(made, path)
+
+
+def test_archives_and_files_that_each_hold_slices_of_a_study_make_versions_with_all_of_them(tmp_path: Path) -> None:
+    slices = phantom_slices()
+    third = len(slices) // 3
+    zipped(tmp_path / "in" / "first.zip", slices, *range(third))
+    with watching(tmp_path) as running:
+        until(lambda: running.heard("reported"))
+        zipped(running.inbox / "moved" / "second.zip", slices, *range(third, 2 * third))
+        until(lambda: running.heard("reported", 2))
+        write(running.inbox / "loose", slices, *range(2 * third, len(slices)))
+        until(lambda: running.heard("reported", 3))
+    found = reports(running.out)
+    assert [line["version"] for line in found] == [1, 2, 3]
+    assert [len(line["inputs"]) for line in found] == [third, 2 * third, len(slices)]
+    assert [bool(line["superseded_by"]) for line in found] == [True, True, False]
+
+
+def test_an_archive_of_slices_is_complete_as_it_is(tmp_path: Path) -> None:
+    slices = phantom_slices()
+    zipped(tmp_path / "in" / "one.zip", slices, *range(len(slices) // 2))
+    zipped(tmp_path / "in" / "other.zip", slices, *range(len(slices) // 2, len(slices)))
+    with watching(tmp_path, replace(QUICK, quiet=NEVER, cap=NEVER)) as running:
+        until(lambda: running.heard("reported"))
+    [line] = reports(running.out)  # both were there when the first was looked at
+    assert len(line["inputs"]) == len(slices)
 
 
 def test_a_study_that_never_falls_quiet_is_taken_at_the_cap(tmp_path: Path) -> None:

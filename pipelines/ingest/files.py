@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import stat
 import struct
@@ -53,6 +54,9 @@ _KNOWN_BUT_UNREAD: Final = (
     (b"8BPS", "a Photoshop file"),
     (b"\0\0\0\x0cjP  ", "a bare JPEG 2000 file"),
 )
+
+
+FIRST_MEMBERS: Final = 16  # of an archive, looked at for a DICOM file: beside slices lie a DICOMDIR, a viewer, texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,15 @@ def _members(path: Path) -> Iterator[Found | Rejection | PassedOver]:
                 yield found
             except Exception as error:
                 yield rejected(ref.name, error)
+
+
+def first_slice(path: Path) -> FileRef | None:
+    """The first DICOM file of a zip archive, where there is one among its first members.
+
+    Raises what zipfile raises, and Refusal for an archive that is not read.
+    """
+    first = itertools.islice(_members(path), FIRST_MEMBERS)
+    return next((each.ref for each in first if isinstance(each, Found) and each.format == "dicom"), None)
 
 
 def _recognise(ref: FileRef, *, named: bool) -> Found | PassedOver:
