@@ -218,8 +218,8 @@ def export(session: Session) -> RunSummary:
 def group(units: Sequence[Unit], pictures: int = PICTURES_A_BATCH) -> tuple[Batch, ...]:
     """Batches in the order of the units: each study is one, and so are up to so many pictures that follow each other.
 
-    Sizes play no part here: of whatever is decoded, `pipelines.look` lets frames of one size through together, as many
-    as its budget of pixels allows.
+    Sizes play no part here: units of all batches go through the same `pipelines.stages`, and of what is read at a time
+    `pipelines.look` lets frames of one size through together, as many as its budget of pixels allows.
     """
     batches: list[Batch] = []
     place = 0

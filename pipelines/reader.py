@@ -60,7 +60,7 @@ from reports.taxonomy import (
 )
 from reports.texts import nothing_found, statements, summary
 
-SLOTS = 32  # reports that are decoded together
+TOKENS = 10_240  # of reports that are decoded together, prompts included: 32 of the bundled model's
 
 
 class Reader:
@@ -182,8 +182,9 @@ class Reader:
         )
         fields = [self._fields(each.fields) if each.line == "ct" else {} for each in seen]
         if self._engine is None:
+            slots = max(1, TOKENS // self.model.config.decoder.length)
             self._engine = Engine(
-                self.model.decoder, slots=SLOTS, grammar=self._grammar, decide=point_or_pass, hints=POINTERS
+                self.model.decoder, slots=slots, grammar=self._grammar, decide=point_or_pass, hints=POINTERS
             )
         written = self._engine.generate(
             self._request(each, prompt_PD, read)
