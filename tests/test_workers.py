@@ -28,6 +28,7 @@ from flows.seeing.log import EventLog, Fact
 from pipelines.ingest import Unit, plan
 from pipelines.run import Heard, Job, Session
 from pipelines.store import ModelError
+from pipelines.study import Rejection
 from tests.test_cli import run
 from tests.test_ledger import Clock
 from tests.test_run import lines, picture
@@ -276,6 +277,59 @@ def test_an_item_that_kills_its_process_costs_the_others_of_its_batch_no_tries(
     assert deaths == ledger.tries
     done = ("done", None, 2)  # the one that they had together with the deadly one, and the one by themselves
     assert rows == {"0.png": done, "1.png": ("quarantined", "process-died", 4), "2.png": done, "3.png": done}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_report_that_was_written_before_the_last_death_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    TinyReader().install(monkeypatch)
+    job, clock = Job((tmp_path / "in",), tmp_path / "out"), Clock()
+    [unit] = plan([picture(tmp_path / "in" / "0.png")]).units
+    with Ledger(job.out, f"sqlite:///{tmp_path / 'ledger.db'}", tries=1, clock=clock) as ledger:
+        with Session(job) as session:
+            request, files = session.request(unit), [str(unit.files[0].path)]
+            ledger.add([(request, files)])
+            assert ledger.claim(request=request)  # by whom wrote the report, and died
+            session.process([unit])
+        clock.now += ledger.lease_s + 1
+        with Session(job, member=True) as session:
+            items = Items(ledger, EventLog(silent=True), job.out, 0, 1.0)
+            if together:
+                items.settle_together(session, [(request, files, unit)])
+            else:
+                items.settle(session, request, files, lambda: pytest.fail("its tries are used up"))
+        [row] = ledger.rows()
+    assert (row.state, row.report) == ("done", lines(job.out / "index.jsonl")[0]["id"])
+    assert not (job.out / "quarantine").exists()
+
+
+def test_who_has_lost_an_item_puts_nothing_into_quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TinyReader().install(monkeypatch)
+    job, clock = Job((tmp_path / "in",), tmp_path / "out"), Clock()
+    [unit] = plan([picture(tmp_path / "in" / "0.png")]).units
+    files, told = [str(unit.files[0].path)], list[str]()
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    with (
+        Ledger(job.out, url, clock=clock, owner="slow") as slow,
+        Ledger(job.out, url, clock=clock, owner="quick") as quick,
+        Session(job, member=True) as session,
+    ):
+        request, silent = session.request(unit), EventLog(silent=True)
+
+        def stand_still() -> Rejection:
+            clock.now += slow.lease_s + 1
+            Items(quick, silent, job.out, 0, 1.0).settle(
+                session, request, files, lambda: session.conclude(session.prepare(unit))
+            )
+            return Rejection(files[0], "truncated", "It ends in the middle.", "Copy it again.")
+
+        items = Items(slow, silent, job.out, 0, 1.0, lambda event, **facts: told.append(event))
+        assert items.settle(session, request, files, stand_still)  # to come back to
+        [row] = quick.rows()
+    assert row.state == "done"
+    assert not told
+    assert not (job.out / "quarantine").exists()
 
 
 class Serverless:

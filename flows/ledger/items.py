@@ -111,7 +111,7 @@ class Items:
         """Work on a claimed item and put on record what came of it."""
         started, busy = time.monotonic(), session.device_seconds
         if claim.exhausted:
-            return self._fail(claim, session.conclude(_died(files)), files)
+            return self._give_up(session, claim, files)
         with self._ledger.holding(claim):
             outcome = work()
         if outcome is None:  # not for now
@@ -147,9 +147,17 @@ class Items:
         if isinstance(claim, float):
             return None
         if claim.exhausted:
-            self._fail(claim, session.conclude(_died(files)), files)
+            self._give_up(session, claim, files)
             return None
         return claim
+
+    def _give_up(self, session: Session, claim: Claim, files: list[str]) -> float | None:
+        """Put on record what came of an item whose tries are used up."""
+        if report := session.reported(claim.request):  # the last of them died when that was written
+            leave_quarantine(self._out, claim.request)
+            self._ledger.done(claim, report)
+            return None
+        return self._fail(claim, session.conclude(_died(files)), files)
 
     def _attempt_together(self, session: Session, items: Sequence[tuple[Claim, list[str], Unit]]) -> None:
         """Work on claimed items, all of them together. As `settle_together`."""
@@ -257,6 +265,7 @@ class Items:
             row = self._ledger.get(claim.request)
             self._log("failed", item=item, code=why.code, attempt=claim.attempt)
             return row.due if row else time.time()
+        self._ledger.beat(claim)  # whoever has lost it puts nothing into quarantine
         places = [Path(path) for path in files]
         spare = self._spare
         quarantine(self._out, claim.request, places, why, attempts=claim.attempt, spare=spare)
