@@ -259,12 +259,7 @@ class Desks:
             try:
                 opened = self._ask(seat, _open, unit, golden, request)
             except BrokenExecutor:
-                return Rejection(
-                    unit.path,
-                    "process-died",
-                    "The program ended each time that it was read.",
-                    "Report it as a fault of the program, with the input if possible.",
-                )
+                return process_died(unit.path)
         return opened if isinstance(opened, Rejection) else self._own.open(unit, golden, request)
 
     def report(
@@ -397,6 +392,13 @@ def written(
 def golden_unusable(unit: ingest.Unit, why: Rejection) -> Rejection:
     reason = f"Its golden sample cannot be used: {why.reason}"
     return Rejection(unit.path, "golden-sample-unreadable", reason, why.remedy)
+
+
+def process_died(path: str) -> Rejection:
+    """The rejection for an input that ended the process each time."""
+    reason = "The program ended each time that it was read."
+    remedy = "Report it as a fault of the program, with the input if that can be shared."
+    return Rejection(path, "process-died", reason, remedy)
 
 
 def failed(unit: ingest.Unit, error: Exception) -> Rejection:

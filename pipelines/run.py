@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pipelines import ingest
+from pipelines.attempts import MOST_DEATHS, UNDER_WAY, Attempts
 from pipelines.desk import (
     Desk,
     Desks,
@@ -28,6 +29,7 @@ from pipelines.desk import (
     failed,
     golden_unusable,
     may_be_gpu,
+    process_died,
     subject_of_file,
     work_of,
     written,
@@ -160,6 +162,10 @@ class Session:
         self._rules = load_rules(job.rules, self._model.own_types)
         self._patterns = load_patterns(job.identifiers)
         self._folder = RunFolder(job.out, member=member)
+        self._member = member
+        self._attempts: Attempts | None = None  # of `process`; of members the ledger counts them
+        self._suspects: list[tuple[int, ingest.Unit, str, Heard | None]] = []  # for the end of the run
+        self._finished = False
         self._desk: Desk | Desks = Desk(job)
         self._device = threading.Lock()  # one batch at a time
         self._changed = threading.Condition()  # guards the folder and all that is counted here
@@ -193,6 +199,8 @@ class Session:
         if isinstance(error, KeyboardInterrupt):  # what is done can be looked at
             with contextlib.suppress(OutputError):
                 self._folder.write_html_index()
+        if self._attempts:
+            self._attempts.close(whole=self._finished)
         self._folder.__exit__(kind, error, trace)
 
     def stop(self) -> None:
@@ -254,17 +262,33 @@ class Session:
             first = self._places if place is None else place
             self._places = max(self._places, first + len(units))
             self._get_ready(units)
+            if self._attempts is None and not self._member:
+                self._attempts = Attempts(self.job.out)
         twice: list[tuple[int, ingest.Unit]] = []
 
         def open_one(place: int, unit: ingest.Unit) -> Opened | None:
-            prepared = self.prepare(unit)
-            if not isinstance(prepared, Opened):
-                self._say(self.conclude(prepared, place), unit, heard)
+            begun = ""
+
+            def begin(request: str) -> bool:
+                nonlocal begun
+                if self._deaths(request):
+                    with self._changed:
+                        self._suspects.append((place, unit, request, heard))
+                    return False
+                self._begin(begun := request)
+                return True
+
+            prepared = self._prepare(unit, begin)
+            if prepared is None:
                 return None
-            if self._claims(prepared):
-                return prepared
-            self._desk.clear(prepared)  # its pixels are not kept until then
-            twice.append((place, unit))
+            if isinstance(prepared, Opened):
+                if self._claims(prepared):
+                    return prepared
+                self._desk.clear(prepared)  # its pixels are not kept until then
+                twice.append((place, unit))
+            else:
+                self._say(self.conclude(prepared, place), unit, heard)
+            self._end(begun)
             return None
 
         def write_one(place: int, opened: Opened, read: tuple[Reading | Exception, float]) -> None:
@@ -280,6 +304,37 @@ class Session:
             with self._changed:
                 self._at_work -= 1
                 self._changed.notify_all()
+
+    def _deaths(self, request: str) -> int:
+        return self._attempts.deaths(request) if self._attempts and request else 0
+
+    def _begin(self, request: str) -> None:
+        if self._attempts and request:
+            try:
+                self._attempts.begin(request)
+            except OSError as error:
+                raise cannot_write(error) from None
+
+    def _end(self, request: str) -> None:
+        if self._attempts and request:
+            self._attempts.end(request)
+
+    def _try_suspects(self) -> None:
+        """Do what was under way when a former run died, each by itself: so that one dies of it only that has to."""
+        for place, unit, request, heard in self._suspects:
+            if self._stop.is_set():
+                return
+            if self._deaths(request) >= MOST_DEATHS:
+                why = process_died(unit.path)
+                remedy = f"{why.remedy} To have it tried again, remove {UNDER_WAY} from the output folder."
+                with self._changed:
+                    outcome: IndexEntry | Rejection = self._settle(self._reject(replace(why, remedy=remedy)))
+            else:
+                self._begin(request)
+                outcome = self.conclude(self.prepare(unit), place)
+                self._end(request)
+            self._say(outcome, unit, heard)
+        self._suspects = []
 
     def _get_ready(self, units: Sequence[ingest.Unit]) -> None:
         """Threads and desks as the work and the device are worth them."""
@@ -324,7 +379,12 @@ class Session:
             heard(unit, outcome)
 
     def finish(self) -> RunSummary:
-        """Write what is over the whole folder, the HTML index last, and say what came of the run."""
+        """Write what is over the whole folder, the HTML index last, and say what came of the run.
+
+        Before that, what was under way when a former run died is done.
+        """
+        self._try_suspects()
+        self._finished = not self._stop.is_set()
         files, errors = write_over_run(self._folder, self.job.formats, self.job.lot, self.job.language)
         index = self._folder.write_html_index()
         return RunSummary(
@@ -402,6 +462,12 @@ class Session:
 
         Puts nothing on record; `conclude` does.  Safe in another thread.
         """
+        prepared = self._prepare(unit, lambda request: True)
+        assert prepared is not None
+        return prepared
+
+    def _prepare(self, unit: ingest.Unit, begin: Callable[[str], bool]) -> Prepared | None:
+        """The same; None where `begin`, which is asked before anything is decoded, says no."""
         golden = self._references.of(unit)
         request = "" if isinstance(golden, Rejection) else self._request(unit, golden)
         if done := self._folder.finished(request, self._formats):
@@ -411,7 +477,7 @@ class Session:
                 return _Stored(unit, known, load_bundle(self.job.out / known.id))
         if isinstance(golden, Rejection):
             return golden_unusable(unit, golden)
-        return self._desk.open(unit, golden, request)
+        return self._desk.open(unit, golden, request) if begin(request) else None
 
     def conclude(self, prepared: Prepared, place: int | None = None) -> IndexEntry | Rejection:
         """Report what was prepared, or put it on record as refused or done before; says which. Raises OutputError.
@@ -493,6 +559,7 @@ class Session:
     def _drop(self, opened: Opened) -> None:
         """Let go of what was claimed."""
         self._desk.clear(opened)
+        self._end(opened.request)
         with self._changed:
             self._in_flight.discard(opened.request)
             self._changed.notify_all()

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, overload
 
+from pipelines.attempts import UNDER_WAY
 from pipelines.ingest.files import FileRef
 from pipelines.reading import OUT_OF_DOMAIN
 from pipelines.study import Rejection
@@ -39,7 +40,7 @@ INDEX: Final = "index.jsonl"
 REJECTED: Final = "rejected.jsonl"
 QUARANTINE: Final = "quarantine"
 _LOCK: Final = ".scanscribe.lock"
-_OWN_FILES: Final = (INDEX, REJECTED, "index.html", _LOCK)
+_OWN_FILES: Final = (INDEX, REJECTED, "index.html", _LOCK, UNDER_WAY)
 _REPORT_ID: Final = re.compile("[0-9a-f]{16}")
 READ_BYTES: Final = 4096  # at a time, of a line
 MOST_ELSEWHERE: Final = 16  # files of the same content that a line names

@@ -367,6 +367,51 @@ def test_inputs_larger_than_what_may_be_open_at_a_time_are_all_reported(
     assert (len(summary.reported), len(summary.already_reported)) == (4, 1)
 
 
+DIES_OF_SOME = """
+import os, sys
+from pathlib import Path
+import pytest
+from pipelines.run import Job, execute
+from tests.tiny_reader import TinyReader
+
+class Deadly(TinyReader):
+    def read(self, study, **options):
+        if study.pixels[0].flat[0] == 13:
+            os._exit(9)
+        return super().read(study, **options)
+
+Deadly().install(pytest.MonkeyPatch())
+execute(Job((Path(sys.argv[1]),), Path(sys.argv[2])))
+"""
+
+
+def test_an_input_that_ends_the_process_costs_the_others_nothing_and_is_given_up(
+    tmp_path: Path, reader: TinyReader
+) -> None:
+    for number in range(8):
+        picture(tmp_path / "in" / f"{number}.png", seed=number, first=13 if number == 3 else 0)
+    out = tmp_path / "out"
+
+    def run() -> tuple[int, int]:
+        ended = subprocess.run(
+            [sys.executable, "-c", DIES_OF_SOME, tmp_path / "in", out], cwd=EXAMPLES.parent, check=False, timeout=60
+        )
+        return ended.returncode, len(lines(out / "index.jsonl"))
+
+    code, reported = run()
+    assert (code, reported < 7) == (9, True)
+    assert [run() for _ in range(3)] == [(9, 7), (9, 7), (0, 7)]  # by then it is refused
+    [refused] = lines(out / "rejected.jsonl")
+    assert (refused["code"], Path(refused["path"]).name) == ("process-died", "3.png")
+    assert run() == (0, 7)  # and is so without another try
+    picture(tmp_path / "in" / "3.png", seed=3)
+    summary = execute(Job((tmp_path / "in",), out))
+    assert (len(summary.reported), len(summary.already_reported), summary.complete) == (1, 7, True)
+    (out / ".under-way").unlink()
+    assert not execute(Job((tmp_path / "in",), out)).rejected
+    assert not (out / ".under-way").exists()
+
+
 def test_a_full_disk_stops_the_run_with_a_sentence(
     tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from flows.ledger.quarantine import leave_quarantine, quarantine
 from flows.machine.server import ServerError
 from flows.seeing.log import EventLog
 from flows.seeing.notify import is_critical
+from pipelines.desk import process_died
 from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.identifiers import PatternError
 from pipelines.ingest.refusals import REMEDIES, MissingPackageError
@@ -157,7 +158,7 @@ class Items:
             leave_quarantine(self._out, claim.request)
             self._ledger.done(claim, report)
             return None
-        return self._fail(claim, session.conclude(_died(files)), files)
+        return self._fail(claim, session.conclude(process_died(files[0])), files)
 
     def _attempt_together(self, session: Session, items: Sequence[tuple[Claim, list[str], Unit]]) -> None:
         """Work on claimed items, all of them together. As `settle_together`."""
@@ -274,10 +275,6 @@ class Items:
         self.tally.refused += 1
         self._log("quarantined", item=item, code=why.code, attempts=claim.attempt, files=len(files))
         return None
-
-
-def _died(files: list[str]) -> Rejection:
-    return Rejection(files[0], "process-died", "The program ended each time that it was read.", _TOO_OFTEN)
 
 
 def refusal_key(why: Rejection, path: Path) -> str:
