@@ -56,7 +56,7 @@ class Drop:
 @dataclass(slots=True)
 class _File:
     size: int
-    mtime_ns: int
+    stamp: int
     changed: float  # when it last changed, or came
     looked: float
     looks: int = 1
@@ -94,7 +94,7 @@ class Settling:
         self._folders: dict[str, set[str]] = defaultdict(set)
         self._open: set[str] = set()  # files that are not taken
         for each in seen:
-            file = _File(each.size, each.mtime_ns, 0.0, 0.0, patience.looks, study=each.study, instance=each.instance)
+            file = _File(each.size, each.stamp, 0.0, 0.0, patience.looks, study=each.study, instance=each.instance)
             file.taken = True
             self._keep(each.path, file)
 
@@ -113,19 +113,30 @@ class Settling:
         """All files that are known."""
         return list(self._files)
 
-    def look(self, path: str, info: os.stat_result, now: float, arrived: float) -> None:
-        """A file as it is now. `arrived` is when it came, for one that is met the first time."""
+    def look(self, path: str, size: int, stamp: int, now: float, arrived: float) -> None:
+        """A file as it is now: one with another size or stamp than before is another one, or is still being written.
+
+        `arrived` is when it came, for one that is met the first time.
+        """
         file = self._files.get(path)
         if file is None:
-            self._keep(path, _File(info.st_size, info.st_mtime_ns, min(arrived, now), now))
-        elif (file.size, file.mtime_ns) != (info.st_size, info.st_mtime_ns):
+            self._keep(path, _File(size, stamp, min(arrived, now), now))
+        elif (file.size, file.stamp) != (size, stamp):
             self.gone(path)
-            self._keep(path, _File(info.st_size, info.st_mtime_ns, now, now))
+            self._keep(path, _File(size, stamp, now, now))
         elif not file.taken and now - file.looked >= self._patience.interval * 0.9:
             file.looks += 1
             file.looked = now
             if file.looks >= self._patience.looks and not file.kind:
                 self._recognise(path, file)
+
+    def turned_back(self, seconds: float) -> None:
+        """The clock was turned back."""
+        for path in self._open:
+            file = self._files[path]
+            file.changed, file.looked, file.later = file.changed - seconds, file.looked - seconds, file.later - seconds
+        for study in self._studies.values():
+            study.began -= seconds
 
     def gone(self, path: str) -> None:
         """A file is no longer there."""
@@ -149,7 +160,7 @@ class Settling:
             if file := self._files.get(path):
                 file.taken = True
                 self._open.discard(path)
-                seen.append(Seen(path, file.size, file.mtime_ns, file.study, file.instance))
+                seen.append(Seen(path, file.size, file.stamp, file.study, file.instance))
         return seen
 
     def again(self, paths: Iterable[str], at: float) -> None:

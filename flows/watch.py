@@ -111,7 +111,7 @@ class Watcher:
         self._returns = 0  # of a folder that was lost
         self._settling = Settling(self._patience, ledger.seen())
         self._troubles: dict[str, str] = {}  # what is wrong now -> the sentence that was said
-        self._next_look = self._next_scan = 0.0
+        self._looked = self._next_look = self._next_scan = 0.0
         self._room = Room({"reports": self._out, "state folder": home()}, watching.min_free, log)
         self._items = Items(ledger, log, job.out, watching.min_free, self._patience.interval, tell)
         self._lane = lane
@@ -187,6 +187,10 @@ class Watcher:
     def _look(self) -> None:
         """See what has changed: where events say, at files that are not taken, and now and then everywhere."""
         now = time.time()
+        if now < self._looked:  # else nothing would be due until the clock is there again
+            self._settling.turned_back(self._looked - now)
+            self._next_look = self._next_scan = 0.0
+        self._looked = now
         if not self._there():
             return
         news: set[str] = set()
@@ -254,7 +258,9 @@ class Watcher:
     def _see(self, path: str, info: os.stat_result, now: float) -> None:
         # The time of the last change of the entry is that of the copying, where the clock is our own.
         arrived = now if self._network and not self._watching.once else info.st_ctime
-        self._settling.look(path, info, now, arrived)
+        # Another file may have come with the same size and time. What a network file system says of that is no rule.
+        stamp = info.st_mtime_ns if self._network else max(info.st_mtime_ns, info.st_ctime_ns)
+        self._settling.look(path, info.st_size, stamp, now, arrived)
 
     def _gone(self, paths: Sequence[str]) -> None:
         for path in paths:

@@ -19,9 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.fileset import FileSet
 from watchfiles import watch as watch_files
@@ -484,6 +487,36 @@ def test_a_study_that_never_falls_quiet_is_taken_at_the_cap(tmp_path: Path) -> N
     assert [line["version"] for line in reports(running.out)] == [1, 2]
 
 
+def test_another_file_of_the_same_name_size_and_time_is_reported(tmp_path: Path) -> None:
+    def bitmap(path: Path, seed: int) -> Path:
+        pixels = np.random.default_rng(seed).integers(0, 200, (40, 60), np.uint8)
+        Image.fromarray(pixels).save(path, "BMP")
+        os.utime(path, (1.7e9, 1.7e9))
+        return path
+
+    (tmp_path / "in").mkdir()
+    bitmap(tmp_path / "in" / "latest.bmp", 1)
+    with watching(tmp_path) as running:
+        until(lambda: running.heard("reported"))
+        os.replace(bitmap(tmp_path / "next.bmp", 2), running.inbox / "latest.bmp")
+        until(lambda: running.heard("reported", 2))
+        os.chmod(running.inbox / "latest.bmp", 0o600)
+        until(lambda: running.heard("known"))
+    assert [line["version"] for line in reports(running.out)] == [1, 2]
+
+
+def test_a_clock_that_is_turned_back_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = 0.0
+    clock = SimpleNamespace(time=lambda: time.time() + ahead, monotonic=time.monotonic)
+    monkeypatch.setattr("flows.watch.time", clock)
+    with watching(tmp_path, replace(QUICK, looks=20)) as running:
+        picture(running.inbox / "first.png", 1)
+        until(lambda: running.watcher.settling == 1)
+        ahead = -3600.0
+        picture(running.inbox / "second.png", 2)
+        until(lambda: running.heard("reported", 2))
+
+
 def test_a_lost_folder_is_waited_for(tmp_path: Path) -> None:
     with watching(tmp_path, rescan_s=600) as running:
         picture(running.inbox / "a.png", 1)
@@ -793,7 +826,7 @@ def test_what_unpacks_to_far_too_much_is_not_unpacked_by_a_look(
     tracemalloc.start()
     try:
         for now in (1.0, 2.0):
-            settling.look(str(path), path.stat(), now, now)
+            settling.look(str(path), path.stat().st_size, path.stat().st_mtime_ns, now, now)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()

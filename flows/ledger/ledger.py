@@ -59,7 +59,7 @@ _SEEN = sql.Table(
     sql.Column("scope", sql.Text, primary_key=True),
     sql.Column("path", sql.Text, primary_key=True),  # JSON, as names of files need not be text
     sql.Column("size", sql.BigInteger, nullable=False),
-    sql.Column("mtime_ns", sql.BigInteger, nullable=False),
+    sql.Column("mtime_ns", sql.BigInteger, nullable=False, key="stamp"),
     sql.Column("study", sql.String(16), nullable=False),
     sql.Column("instance", sql.String(16), nullable=False),
 )
@@ -141,7 +141,7 @@ class Seen:
 
     path: str
     size: int
-    mtime_ns: int
+    stamp: int  # when it last changed, in nanoseconds: its content, or all that the system keeps of it
     study: str = ""  # hash of its Study Instance UID
     instance: str = ""  # hash of its SOP Instance UID
 
@@ -338,7 +338,7 @@ class Ledger:
         """Put files on record whose content is."""
         rows = [{"scope": self.scope} | asdict(file) | {"path": json.dumps(file.path)} for file in files]
         insert = self._database.insert(_SEEN)
-        values = {name: insert.excluded[name] for name in ("size", "mtime_ns", "study", "instance")}
+        values = {name: insert.excluded[name] for name in ("size", "stamp", "study", "instance")}
         put = insert.on_conflict_do_update(index_elements=["scope", "path"], set_=values)
 
         def work(connection: sql.Connection) -> None:

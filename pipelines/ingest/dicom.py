@@ -148,8 +148,7 @@ def read_header(ref: FileRef) -> Header:
     A file that is no such image has a header with a `fault`. Raises Refusal for what is no DICOM image at all, and
     OSError.  A file that has not changed is read once.
     """
-    info = ref.path.stat()
-    return _read_header(ref, info.st_mtime_ns, info.st_size)
+    return _read_header(ref, ref.state())
 
 
 def forget_headers() -> None:
@@ -158,7 +157,7 @@ def forget_headers() -> None:
 
 
 @functools.lru_cache(CACHED_HEADERS)
-def _read_header(ref: FileRef, mtime_ns: int, size: int) -> Header:
+def _read_header(ref: FileRef, state: tuple[int, ...]) -> Header:
     with ref.open() as stream:
         if plain := scan(stream.read(HEAD_BYTES)):
             return _header(ref, *plain)

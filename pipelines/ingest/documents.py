@@ -92,12 +92,11 @@ def read_document(ref: FileRef) -> Contents:
 
     The document is read once for all studies that it belongs to, as long as it does not change.
     """
-    info = ref.path.stat()
-    return _read_document(ref, info.st_mtime_ns, info.st_size)
+    return _read_document(ref, ref.state())
 
 
 @functools.lru_cache(maxsize=64)
-def _read_document(ref: FileRef, mtime_ns: int, size: int) -> Contents:
+def _read_document(ref: FileRef, state: tuple[int, ...]) -> Contents:
     with ref.open() as stream:
         data = stream.read(MAX_PDF_BYTES + 1)
     digest = hashlib.sha256(data).hexdigest()

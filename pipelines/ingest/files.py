@@ -117,10 +117,14 @@ class FileRef:
             raise Refusal("too-large", f"The file is larger than {MAX_FILE_BYTES >> 30} GiB.")
         return data
 
+    def state(self) -> tuple[int, ...]:
+        """What tells that its content may be another one, without reading it: its time and size alone need not."""
+        info = os.stat(self.place)
+        return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
     def sha256(self) -> str:
         """Of all bytes, lower-case hex. A file that has not changed is not hashed anew for each of its pages."""
-        info = os.stat(self.place)
-        return _sha256(self, info.st_mtime_ns, info.st_size)
+        return _sha256(self, self.state())
 
 
 def digests(refs: Sequence[FileRef]) -> list[str]:
@@ -302,17 +306,16 @@ def _litter(name: str) -> str | None:
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
-    info = path.stat()
-    return _open_archive(path, info.st_mtime_ns, info.st_size)
+    return _open_archive(path, FileRef(str(path)).state())
 
 
 @functools.lru_cache(maxsize=256)
-def _sha256(ref: FileRef, mtime_ns: int, size: int) -> str:
+def _sha256(ref: FileRef, state: tuple[int, ...]) -> str:
     with ref.open() as stream:
         return hashlib.file_digest(cast(io.BufferedIOBase, stream), "sha256").hexdigest()
 
 
 @functools.lru_cache(maxsize=4)
-def _open_archive(path: Path, mtime_ns: int, size: int) -> zipfile.ZipFile:
+def _open_archive(path: Path, state: tuple[int, ...]) -> zipfile.ZipFile:
     """Kept open, because reading the directory of a large archive anew for each of its members is quadratic."""
     return zipfile.ZipFile(path)

@@ -175,8 +175,7 @@ def _at_page(ref: FileRef, page: int | None) -> Iterator[Image.Image]:
         return
     global _film_image
     with _film_lock:
-        info = ref.path.stat()
-        key = (ref, info.st_mtime_ns, info.st_size)
+        key = (ref, ref.state())
         try:
             if _film_image is None or _film_image[0] != key:
                 _film.close()
