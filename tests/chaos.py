@@ -200,9 +200,19 @@ class Chaos:
     """One run of it. All files are below `root`; the reports and the state may be on a small disk."""
 
     def __init__(
-        self, root: Path, seed: int, *, inputs: int, kills: int, poll: bool, say: Callable[[str], None] = print
+        self,
+        root: Path,
+        seed: int,
+        *,
+        inputs: int,
+        kills: int,
+        poll: bool,
+        crew: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
+        """With `crew` the watcher has workers read, too; a second one waits for the first one's device."""
         self.root, self.seed, self.inputs, self.kills, self.poll, self.say = root, seed, inputs, kills, poll, say
+        self.crew = crew
         self.chance = random.Random(seed)
         self.disk = root / "disk"
         self.watched, self.batched = root / "inbox", root / "archive"
@@ -240,12 +250,16 @@ class Chaos:
         watch = ["watch", str(self.watched), "--out", str(self.out_watched), "--formats", FORMATS, *free]
         watch += ["--interval", "0.1", "--looks", "2", "--quiet", "5", "--refuse-after", "8", "--rescan", "3"]
         batch = ["batch", str(self.batched), "--out", str(self.out_batched), "--formats", FORMATS, "--workers"]
+        watch += ["--poll"] * self.poll + ["--workers"] * self.crew
+        work = ["worker", "--device", "cpu", *free]
         services = [
-            Supervised("watch", watch + (["--poll"] if self.poll else []), self.root, environment, ()),
-            Supervised("worker", ["worker", "--device", "cpu", *free], self.root, environment, ()),
+            Supervised("watch", watch, self.root, environment, ()),
+            Supervised("worker", work, self.root, environment, ()),
             Supervised("flow", batch, self.root, environment, (0, 1)),
             Supervised("export", ["export", str(self.out_watched), "--formats", "md,csv"], self.root, environment, ()),
         ]
+        if self.crew:
+            services.append(Supervised("heir", [*work, "--wait"], self.root, environment, ()))
         thread = threading.Thread(target=dropping.drop, args=(half, 0), kwargs={"pause": 0.04})
         thread.start()
         until = time.monotonic() + patience
@@ -253,11 +267,12 @@ class Chaos:
             self._kill(services, home, until, fill=fill)
             thread.join(max(until - time.monotonic(), 1))
             assert not thread.is_alive(), "the inputs are not all there in time"
-            _, _, flow, exporting = services
+            _, _, flow, exporting, *_ = services
             exporting.end()
+            services.remove(exporting)
             while not (flow.finished and self._settled(home, dropping.inputs)):
                 assert time.monotonic() < until, f"not settled in time: {self._counts(home)}"
-                for each in services[:3]:
+                for each in services:
                     each.tend()
                 time.sleep(0.5)
             self.say(f"seed {self.seed}: settled after {self.elapsed}; killed {dict(self.killed)}")
@@ -284,7 +299,8 @@ class Chaos:
             if sum(self.killed.values()) == fill_at:
                 fill_at = -1
                 self._fill_disk(services)
-            target = self.chance.choice(["watch", "watch", "worker", "worker", "flow", "server", "export"])
+            heirs = ["heir"] * self.crew
+            target = self.chance.choice(["watch", "watch", "worker", "worker", *heirs, "flow", "server", "export"])
             if target == "server":
                 self.killed["server"] += kill_server(home)
                 continue

@@ -91,7 +91,9 @@ def test_a_short_storm_loses_nothing_and_makes_nothing_twice(tmp_path: Path) -> 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("poll", [False, True], ids=["events", "polling"])
-def test_a_long_storm_loses_nothing_and_makes_nothing_twice(tmp_path: Path, poll: bool) -> None:
+@pytest.mark.parametrize(
+    ("poll", "crew"), [(False, False), (True, False), (False, True)], ids=["events", "polling", "crew"]
+)
+def test_a_long_storm_loses_nothing_and_makes_nothing_twice(tmp_path: Path, poll: bool, crew: bool) -> None:
     print(f"SCANSCRIBE_CHAOS_SEED={SEED}")
-    Chaos(tmp_path, seed=SEED, inputs=2000, kills=50, poll=poll).run(1500)
+    Chaos(tmp_path, seed=SEED, inputs=2000, kills=50, poll=poll, crew=crew).run(1500)
