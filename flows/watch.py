@@ -283,7 +283,7 @@ class Watcher:
         self._heal_reports(now)
         before, self._woken = self._woken, {}
         for row in [row for state in OPEN for row in self._ledger.rows(state)]:
-            if row.due > now:
+            if not self._ledger.is_due(row):
                 continue
             here = [path for path in row.files if os.path.lexists(path)]
             gone = row.files and not here and row.files[0].startswith(f"{self._root}/")

@@ -45,6 +45,18 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'ledger.db'}"
 
 
+def test_items_of_a_clock_that_was_ahead_are_due_when_it_is_right_again(tmp_path: Path) -> None:
+    clock = Clock()
+    with Ledger(tmp_path, f"sqlite:///{tmp_path / 'ledger.db'}", clock=clock) as ledger:
+        clock.now += 30 * 86400
+        ledger.add([("waiting", []), ("claimed", [])])
+        assert ledger.claim(request="claimed")
+        clock.now -= 30 * 86400
+        assert all(map(ledger.is_due, ledger.rows()))
+        assert sorted(claim.request for claim in ledger.claim(9)) == ["claimed", "waiting"]
+        assert not ledger.claim(9)  # they are ours now, for as long as a lease
+
+
 def test_an_item_goes_from_waiting_to_done_once(url: str, tmp_path: Path) -> None:
     clock = Clock()
     with Ledger(tmp_path, url, clock=clock) as ledger, Ledger(tmp_path, url, owner="other", clock=clock) as other:

@@ -45,6 +45,7 @@ class Hook:
 
     def __init__(self) -> None:
         self.status, self.slow, self.port = 204, 0.0, free_port()
+        self.refuses = ""  # the event that it does not want
         self.heard: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
         hook = self
@@ -56,8 +57,10 @@ class Hook:
                 seconds, digest = (part.split("=")[1] for part in self.headers[SIGNATURE].split(","))
                 due = hmac.new(SECRET.encode(), seconds.encode() + b"." + body, hashlib.sha256).hexdigest()
                 assert hmac.compare_digest(digest, due) and abs(time.time() - int(seconds)) < 30
-                (hook.heard if hook.status < 300 else hook.refused).append(json.loads(body))
-                self.send_response(hook.status)
+                said = json.loads(body)
+                status = 422 if said["event"] == hook.refuses else hook.status
+                (hook.heard if status < 300 else hook.refused).append(said)
+                self.send_response(status)
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
@@ -196,6 +199,21 @@ with Notifier(sys.argv[1]) as notifier:
     notifier.tell("critical-finding", item="b" * 16, report="c" * 16)
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_one_that_the_receiver_refuses_holds_up_no_other(hook: Hook) -> None:
+    hook.up()
+    hook.refuses = "quarantined"
+    with Notifier(hook.url, first_pause_s=60) as notifier:
+        notifier.tell("quarantined", item="1")
+        until(lambda: bool(hook.refused))
+        notifier.tell("critical-finding", item="2")
+        until(lambda: [each["event"] for each in hook.heard] == ["critical-finding"], 10)
+        assert notifier.waiting == 1
+        hook.refuses = ""
+        notifier.tell("critical-finding", item="3")
+        until(lambda: len(hook.heard) == 3, 10)
+        assert notifier.waiting == 0
 
 
 def test_what_a_killed_process_could_not_send_the_next_one_does(hook: Hook) -> None:

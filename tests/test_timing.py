@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
@@ -170,6 +170,14 @@ def test_downtime_is_made_up_for_by_the_policy(catch_up: str, began: list[tuple[
     simulation.down("2026-05-04T07:59:30+00:00").until("2026-05-05T12:00+00:00")
     expected = [("03 22:00", when) if due == "02 22:00" and catch_up == "once" else (due, when) for due, when in began]
     assert simulation.began == expected
+
+
+def test_a_clock_that_was_a_year_ahead_stops_nothing() -> None:
+    now = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
+    daily = Timing("UTC", now, cron="0 22 * * *")
+    ahead = step(daily, Standing(now), now + 365 * 86400, busy=True).standing
+    standing = step(daily, ahead, now, busy=False).standing
+    assert step(daily, standing, now + 36000, busy=False).start == now + 36000
 
 
 def test_a_short_gap_is_no_downtime() -> None:

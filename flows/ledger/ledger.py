@@ -66,7 +66,11 @@ _SEEN = sql.Table(
 # Statements of every item are built once.
 _DUE = (
     sql.select(_ITEMS.c.request)
-    .where(_ITEMS.c.scope == sql.bindparam("its_scope"), _ITEMS.c.state.in_(OPEN), _ITEMS.c.due <= sql.bindparam("now"))
+    .where(
+        _ITEMS.c.scope == sql.bindparam("its_scope"),
+        _ITEMS.c.state.in_(OPEN),
+        sql.or_(_ITEMS.c.due <= sql.bindparam("now"), _ITEMS.c.due > sql.bindparam("never")),
+    )
     .order_by(_ITEMS.c.due, _ITEMS.c.added)
     .limit(sql.bindparam("most"))
     .with_for_update(skip_locked=True)  # SQLite's writers are alone anyway
@@ -205,11 +209,12 @@ class Ledger:
     def claim(self, limit: int = 1, *, request: str | None = None) -> list[Claim]:
         """Take up to `limit` items that are due, the oldest first, or that one `request` if it is.
 
-        Due are items that wait, failed ones after their back-off, and those whose owner let the lease run out.
+        Due are items that wait, failed ones after their back-off, and those whose owner let the lease run out; also
+        those that a clock put on record that was ahead.
         """
         now = self._clock()
         token, asked = secrets.token_hex(8), {"its_request": request}
-        due = {"its_scope": self.scope, "now": now, "most": limit}
+        due = {"its_scope": self.scope, "now": now, "never": now + self._longest_wait, "most": limit}
         mine = {"owner": self.owner, "token": token, "due": now + self.lease_s, "state": "claimed", "changed": now}
 
         def work(connection: sql.Connection) -> list[Claim]:
@@ -223,6 +228,15 @@ class Ledger:
             return [Claim(row.request, _files(row.files), row.attempts, self.tries, token) for row in rows]
 
         return self._database.run(work)
+
+    @property
+    def _longest_wait(self) -> float:
+        """What is due later than that was put on record by a clock that was ahead: it is due now."""
+        return max(MOST_BACK_OFF_S, self.back_off_s) + self.lease_s
+
+    def is_due(self, row: Row) -> bool:
+        """Whether somebody may claim an open item."""
+        return not 0 < row.due - self._clock() <= self._longest_wait
 
     def beat(self, claim: Claim) -> None:
         """Extend the lease. Raises LeaseLostError."""

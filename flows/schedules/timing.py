@@ -165,6 +165,8 @@ def next_due(timing: Timing, after: float) -> float:
 
 def step(timing: Timing, standing: Standing, now: float, *, busy: bool) -> Step:
     """What to do now about the runs that have come due. `busy`: a run of this schedule is at work."""
+    if standing.settled > now + _DAY_S:  # the clock was wrong then, and nothing would be due until it shows that again
+        standing = replace(standing, settled=now, waiting=tuple(min(time, now) for time in standing.waiting))
     times = due(timing, standing.settled, now)
     missed = [time for time in times if now - time > MISSED_AFTER_S]
     fresh = times[len(missed) :]

@@ -58,6 +58,10 @@ class NotifyError(Exception):
     code = "notify"
 
 
+# Answers that are about one notification: any of 4xx but a time-out, too early, and too many.
+REFUSALS: Final = frozenset(f"HTTP {status}" for status in range(400, 500) if status not in (408, 425, 429))
+
+
 class Notifier:
     """Sends notifications to one URL; a context manager. Processes with the same URL share one spool and one sender."""
 
@@ -128,7 +132,7 @@ class Notifier:
             while True:
                 over = self._over.is_set()
                 mine = mine or _taken(lock)
-                why = self._send_kept(client) if mine else ""
+                why, answers = self._send_kept(client) if mine else ("", True)
                 if why and why != failing:
                     self._log("notify-failed", reason=why, waiting=self.waiting)
                 elif failing and not why:
@@ -136,16 +140,16 @@ class Notifier:
                 failing = why
                 if over:
                     return
-                if why:
+                if not answers:
                     self._over.wait(pause)
-                    pause = min(2 * pause, MOST_PAUSE_S)
                 else:
-                    pause = self._first_pause
-                    self._news.wait(LOOK_S)
+                    self._news.wait(pause if why else LOOK_S)
                     self._news.clear()
+                pause = min(2 * pause, MOST_PAUSE_S) if why else self._first_pause
 
-    def _send_kept(self, client: httpx.Client) -> str:
-        """Send until one fails; why it did, "" when all are sent."""
+    def _send_kept(self, client: httpx.Client) -> tuple[str, bool]:
+        """Send until the receiver fails. Why it did or refused one, "" when all are sent; and whether it answers."""
+        refused = ""
         for path in self._kept():
             try:
                 body = path.read_bytes()
@@ -153,11 +157,14 @@ class Notifier:
                 continue
             why = self._send(client, body)
             if why and time.time() - path.stat().st_mtime < KEEP_S:
-                return why
+                if why not in REFUSALS:
+                    return why, False
+                refused = why  # this one; it is tried again, and holds up no other
+                continue
             if why:
                 self._log("notify-given-up", notification=path.stem.partition("-")[2])
             path.unlink(missing_ok=True)
-        return ""
+        return refused, True
 
     def _send(self, client: httpx.Client, body: bytes) -> str:
         headers = {"Content-Type": "application/json"}
