@@ -65,6 +65,8 @@ def test_everything_stands_in_one_screen(
 
     now = time.time()
     keep_progress("nightly", Progress(Standing(now), last=Last(now, now, "failed", "output-folder")))
+    with running("receive", detail="127.0.0.1:11112"), running("schedule"):  # neither reports what waits
+        assert "Items wait, and no service reports" in run(capfd, monkeypatch, "status", "--min-free", "0")[1]
     with running("receive", detail="127.0.0.1:11112"):
         code, said, _ = run(capfd, monkeypatch, "status", "--min-free", str(1 << 40))
     assert code == 1 and "receive on 127.0.0.1:11112" in said

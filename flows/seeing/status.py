@@ -135,9 +135,12 @@ def _troubles(
             why = each.last.words or "its process was killed"
             more = f"`scanscribe schedule run {each.name}` says more"
             said.append(f"The last run of the schedule {each.name} failed ({why}): {more}.")
-    at_work = [each for each in found if each.name != "receive"]  # that brings items, and reports none
+    at_work = [each for each in found if each.name not in ("receive", "schedule")]  # these bring items, and report none
     if any(each.counts["waiting"] + each.counts["failed"] for each in folders) and not at_work:
-        said.append("Items wait, and no service reports them: start `scanscribe watch`, or run the batch again.")
+        said.append(
+            "Items wait, and no service reports them: start `scanscribe watch` or `scanscribe worker`, or run the "
+            "batch again."
+        )
     if low := [each for each in folders if each.free is not None and each.free < min_free]:
         said.append(f"Less than {min_free >> 20} MiB are free for {low[0].path}: no work is taken until there is.")
     if state_free < min_free:

@@ -100,6 +100,8 @@ def show_item(
     from scanscribe.console import output, plain
 
     for name, value in row.as_dict().items():
+        if value is None or (name == "due" and row.state in ("done", "quarantined")):
+            continue
         if name in ("due", "added", "changed"):
             value = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
         for line in (value or ("",)) if isinstance(value, tuple) else (value,):
