@@ -129,6 +129,13 @@ class Watcher:
         """How many files are there that are not taken yet."""
         return len(self._settling.open)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all that is in the folder could be read, and has its report in all formats."""
+        tally = self._items.tally
+        closed = self._troubles.keys() & {"folders-unreadable", "folder-lost"}
+        return not (tally.refused or tally.lacking or self.settling or closed)
+
     def stop(self) -> None:
         """Let `run` return soon. Safe in a signal handler."""
         self._stopping = True
@@ -381,7 +388,7 @@ class Watcher:
     def _work_with_crew(self, crew: Crew, session: Session) -> None:
         """Let workers report what is complete, and take what they have done. `session` is one beside theirs."""
         session.refresh()
-        self._collect(crew)
+        self._collect(crew, session)
         until = time.monotonic() + BURST_S
         drop = self._settling.ready(time.time())
         while drop is not None and not self._stopping and time.monotonic() < until and len(crew) < MOST_OUT:
@@ -395,9 +402,12 @@ class Watcher:
             with Session(self._job) as owner:
                 owner.finish()
 
-    def _collect(self, crew: Crew) -> None:
+    def _collect(self, crew: Crew, session: Session) -> None:
         """What workers have settled is taken, unless it has changed since."""
-        for handed, row in crew.settled():
+        settled = crew.settled()
+        if settled:
+            session.refresh()
+        for handed, row in settled:
             item = handed.request[:16]
             for drop in self._at_work:
                 if handed.request in drop.requests and row is None:
@@ -407,6 +417,7 @@ class Watcher:
                 self._log("vanished", item=item)
             elif row.state == "done":
                 self._items.tally.reported += 1
+                self._items.tally.lacking += session.reported(handed.request) is None
                 self._log("done", item=item, report=row.report)
             else:
                 self._items.tally.refused += 1

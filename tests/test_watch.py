@@ -34,8 +34,9 @@ from flows.machine.space import Room
 from flows.seeing.log import EventLog
 from flows.settle import Patience, Settling, is_temporary_name
 from flows.watch import Watcher, Watching
+from pipelines.ingest import Unit
 from pipelines.reading import Reading
-from pipelines.run import Job, UsageError
+from pipelines.run import Job, Prepared, Session, UsageError
 from pipelines.run_folder import RunFolder
 from pipelines.study import ImageStudy
 from tests.phantom import phantom_slices
@@ -505,6 +506,27 @@ def test_another_file_of_the_same_name_size_and_time_is_reported(tmp_path: Path)
     assert [line["version"] for line in reports(running.out)] == [1, 2]
 
 
+def test_a_file_that_changes_between_its_hash_and_its_decoding_is_one_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, other = Session.prepare, picture(tmp_path / "other.png", 2)
+
+    def replace_it_before(self: Session, unit: Unit) -> Prepared:
+        if other.exists():
+            os.replace(other, tmp_path / "in" / "one.png")
+        return prepare(self, unit)
+
+    monkeypatch.setattr(Session, "prepare", replace_it_before)
+    picture(tmp_path / "in" / "one.png", 1)
+    with watching(tmp_path) as running:
+        until(lambda: running.heard("reported"))
+        time.sleep(1)
+        [row] = running.ledger.rows()
+    [line] = reports(running.out)
+    assert (row.state, row.report, row.request) == ("done", line["id"], line["request"])
+    assert running.events.count("reported") == 1
+
+
 def test_a_clock_that_is_turned_back_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = 0.0
     clock = SimpleNamespace(time=lambda: time.time() + ahead, monotonic=time.monotonic)
@@ -578,6 +600,7 @@ def test_files_that_cannot_be_looked_at_do_not_keep_the_others_waiting(
     with watching(tmp_path, poll=True) as running:
         until(lambda: running.heard("reported") and running.heard("folders-unreadable"))
     assert names(running.out) == ["open.png"]
+    assert not running.watcher.complete
 
 
 def test_what_a_killed_watcher_had_claimed_and_is_gone_since_is_no_item_any_more(tmp_path: Path) -> None:
@@ -730,6 +753,13 @@ def test_the_command_ends_at_once_or_on_a_signal_and_logs_no_names(tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert " stopped reported=1" in process.stderr.read()
+
+
+def test_watching_once_says_where_a_format_is_lacking(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "one.png", 1)  # no DICOM object can be made of its report
+    done = subprocess.run(command(tmp_path, "--once", "--formats", "json,sr"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert {"lacks=sr", "lacking=1"} <= set(done.stderr.split())
 
 
 def killed_at_random(tmp_path: Path, pictures: int, studies: int, kills: int, seed: int) -> None:

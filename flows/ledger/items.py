@@ -59,6 +59,7 @@ class Tally:
     reported: int = 0
     known: int = 0  # content that had its report, or its place in quarantine, before
     refused: int = 0  # in quarantine now
+    lacking: int = 0  # reports that lack a format
 
 
 class Items:
@@ -117,6 +118,12 @@ class Items:
             outcome = work()
         if outcome is None:  # not for now
             self._ledger.release(claim)
+            return time.time() + self._interval
+        if isinstance(outcome, IndexEntry) and outcome.request != claim.request:
+            # The files have changed since they were hashed: what they hold now is an item of its own.
+            self._ledger.release(claim)
+            self._ledger.forget([claim.request])
+            self._log("replaced", item=claim.request[:16])
             return time.time() + self._interval
         return self._record(claim, outcome, files, session.device_seconds - busy, time.monotonic() - started)
 
@@ -208,6 +215,8 @@ class Items:
             self._tell("critical-finding", item=item, report=outcome.id, kind=outcome.kind, types=types)
         self._ledger.done(claim, outcome.id)
         self.tally.reported += 1
+        self.tally.lacking += bool(outcome.errors)
+        lacks = {"lacks": ",".join(outcome.errors)} if outcome.errors else {}
         self._log(
             "reported",
             item=item,
@@ -218,6 +227,7 @@ class Items:
             attempt=claim.attempt,
             read=round(read, 6),
             seconds=round(seconds, 3),
+            **lacks,
         )
         return None
 

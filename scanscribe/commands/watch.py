@@ -81,7 +81,7 @@ def watch(
         seen.metrics.show("scanscribe_files_settling", words, lambda: watcher.settling)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: watcher.stop())
-        tally = watcher.run()
+        watcher.run()
         if once and watcher.settling:
             seen.log("left", files=watcher.settling, message=f"{watcher.settling} files {LEFT}")
-    raise typer.Exit(NOT_ALL if once and (tally.refused or watcher.settling) else OK)
+    raise typer.Exit(OK if watcher.complete or not once else NOT_ALL)
