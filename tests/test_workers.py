@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from flows.crew import Crew, Handed
@@ -138,6 +139,35 @@ def test_two_workers_share_the_work_and_a_killed_one_hands_it_over_within_its_le
         assert max(after - before for before, after in pairwise(times)).total_seconds() < ledger.lease_s / 2
     workers[0].send_signal(signal.SIGTERM)
     assert workers[0].wait(60) == 0
+
+
+def test_a_worker_takes_what_is_urgent_first_and_what_is_off_peak_last(
+    tmp_path: Path, machines: tuple[Machine, Machine], shared: dict[str, str], postgres: str
+) -> None:
+    one, other = machines
+    waiting = {"state": {"type": {"any_": ["SCHEDULED"]}}, "name": {"like_": "scanscribe-"}}
+    lanes = ["off-peak", "normal", "urgent"]
+    for number, lane in enumerate(lanes):
+        picture(tmp_path / lane / "one.png", seed=number)
+        one.start(
+            *("batch", str(tmp_path / lane), "--out", str(tmp_path / f"out-{lane}"), "--lane", lane),
+            *("--workers", "--ledger", postgres),
+        )
+
+    def all_are_at_the_server() -> bool:
+        answer = httpx.post(f"{shared['PREFECT_API_URL']}/task_runs/filter", json={"task_runs": waiting})
+        return len(answer.json()) == len(lanes)
+
+    until(all_are_at_the_server)
+    worker = other.start("worker", "--ledger", postgres)
+    wait_for(worker.log, " reported ", count=3)  # type: ignore[attr-defined]
+    said = [line for line in worker.log.read_text().splitlines() if " reported " in line]  # type: ignore[attr-defined]
+    order = []
+    for line in said:
+        for lane in lanes:
+            with Ledger(tmp_path / f"out-{lane}", postgres) as ledger:
+                order += [lane for row in ledger.rows() if f"item={row.request[:16]}" in line]
+    assert order == ["urgent", "normal", "off-peak"]
 
 
 def test_what_was_deleted_meanwhile_or_lacks_a_format_is_not_handed_out_forever(
