@@ -45,9 +45,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'ledger.db'}"
 
 
-def test_items_of_a_clock_that_was_ahead_are_due_when_it_is_right_again(tmp_path: Path) -> None:
+def test_items_of_a_clock_that_was_ahead_are_due_when_it_is_right_again(url: str, tmp_path: Path) -> None:
     clock = Clock()
-    with Ledger(tmp_path, f"sqlite:///{tmp_path / 'ledger.db'}", clock=clock) as ledger:
+    with Ledger(tmp_path, url, clock=clock) as ledger:
         clock.now += 30 * 86400
         ledger.add([("waiting", []), ("claimed", [])])
         assert ledger.claim(request="claimed")

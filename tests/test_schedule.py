@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_missed_runs_are_made_up_for_once_and_prefect_s_page_works(tmp_path: Pat
     coming = asked(server, "flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}})
     assert any(each["deployment_id"] == shown["id"] and each["auto_scheduled"] for each in coming)  # on its page
     assert "only within 00:00-23:59" in shown["description"]
-    assert len(it.said_of("run-skipped")) >= 4
+    assert sum(each.get("count", 1) for each in it.said_of("run-skipped")) >= 4
     done = {each["schedule"]: each for each in reversed(it.said_of("run-done"))}  # the first of each
     assert done["night-1"]["reported"] == done["night-3"]["reported"] == 3
     assert len(lines(tmp_path / "out" / "index.jsonl")) == len(lines(tmp_path / "other" / "index.jsonl")) == 3
@@ -408,6 +409,42 @@ def test_a_run_whose_process_is_killed_again_and_again_is_given_up_until_the_nex
         ("run-failed", "true"),
         ("run-failed-over", None),
     ]
+
+
+def test_what_was_missed_in_days_of_downtime_is_one_line_and_counted(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    begin = time.time() - 3 * 86400 - 30
+    job, metrics = Job((drawn(tmp_path / "in", 1),), tmp_path / "out"), Metrics()
+    create("night-7", job, Timing("UTC", begin, every_s=60.0))
+    with Here(WORKS, monkeypatch, metrics.hear) as it:
+        until(lambda: it.count("run-done") == 1)
+    [line] = [each for each in it.said if each["event"] == "run-skipped"]
+    assert abs(line["count"] - 3 * 1440) <= 1
+    first, last = (datetime.fromisoformat(line[name]).timestamp() for name in ("first", "last"))
+    assert abs(first - begin - 60) < 2 and last - first == 60 * (line["count"] - 1)
+    assert metrics.registry.get_sample_value("scanscribe_runs_total", {"result": "skipped"}) == line["count"]
+
+
+def test_a_clock_that_was_a_month_ahead_holds_nothing_up_when_it_is_right_again(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    create_daily("night-8", tmp_path)
+    it = Here(FAILS, monkeypatch)
+    it.clock.ahead = 30 * 86400
+    with it:
+        until(lambda: it.count("run-failed") == 1)
+        it.clock.ahead = 0
+        until(lambda: it.count("run-failed") == 2)  # it is tried again, for all the pause would end in a month
+        monkeypatch.setattr("flows.schedules.scheduler.RUN", (sys.executable, "-c", WORKS))
+        it.clock.ahead = 30 * 86400
+        until(lambda: it.count("run-done") == 1)
+        it.clock.ahead = 0
+        it.quiet("run-done", 1)
+        it.clock.ahead = 86400
+        until(lambda: it.count("run-done") == 2)
 
 
 def create_alpha_and_beta(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,9 @@ def test_a_clock_that_was_a_year_ahead_stops_nothing() -> None:
     ahead = step(daily, Standing(now), now + 365 * 86400, busy=True).standing
     standing = step(daily, ahead, now, busy=False).standing
     assert step(daily, standing, now + 36000, busy=False).start == now + 36000
+    made_ahead = Timing("UTC", now + 365 * DAY, every_s=float(DAY))
+    standing = step(made_ahead, Standing(made_ahead.anchor), now, busy=False).standing
+    assert step(made_ahead, standing, now + DAY, busy=False).start == now + DAY
 
 
 def test_a_short_gap_is_no_downtime() -> None:

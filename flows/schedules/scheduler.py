@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -34,7 +34,7 @@ from flows.schedules.files import (
     progress,
     schedules,
 )
-from flows.schedules.timing import Standing, again, next_due, step
+from flows.schedules.timing import MOST_PAUSE_S, Standing, again, next_due, step
 from flows.seeing.log import EventLog
 from flows.seeing.notify import URL_VARIABLE
 from pipelines.store import home
@@ -160,8 +160,12 @@ class Scheduler:
         busy = how_far.running is not None
         if schedule.paused:
             keep_progress(name, replace(how_far, standing=Standing(now)))
-        # The next due time does not wait for a run that has failed.
-        elif busy or now >= how_far.held_until or now >= next_due(schedule.timing, how_far.standing.settled):
+        # The next due time does not wait for a run that has failed; a longer pause is that of a clock that was wrong.
+        elif (
+            busy
+            or not 0 < how_far.held_until - now <= MOST_PAUSE_S
+            or now >= next_due(schedule.timing, how_far.standing.settled)
+        ):
             self._step(schedule, deployment, how_far, now, busy)
         if now < self._next_ask.get(name, 0.0):
             return
@@ -182,12 +186,20 @@ class Scheduler:
             open_now = schedule.timing.window is None or schedule.timing.window.is_open(now, schedule.timing.zone)
             self._stop(schedule.name, run, "overlap" if open_now else "window")
         if not done.skipped and done.start is None:
-            if done.standing.waiting != how_far.standing.waiting or now - how_far.standing.settled > ASK_S:
+            if (
+                done.standing.waiting != how_far.standing.waiting
+                or abs(done.standing.settled - how_far.standing.settled) > ASK_S
+            ):
                 keep_progress(schedule.name, replace(how_far, standing=done.standing))
             return
         waiting = deployments.due(deployment, now)
-        for due, why in done.skipped:
-            self._log("run-skipped", schedule=schedule.name, due=_text(due), reason=why)
+        for why in dict.fromkeys(why for _, why in done.skipped):
+            self._log(
+                "run-skipped",
+                schedule=schedule.name,
+                **_span([due for due, each in done.skipped if each == why]),
+                reason=why,
+            )
         kept = [due for due in (*done.standing.waiting, done.start) if due is not None]
         for each in waiting:
             if not each.asked and not any(abs(due - each.due) < 1 for due in kept):
@@ -361,6 +373,13 @@ def _counts(facts: Mapping[str, int]) -> str:
     """`3 reported, 2 already there`; what is none of the reports is left out when there is none of it."""
     names = {"reported": "reported", "already": "already there", "refused": "refused"}
     return ", ".join(f"{count} {names[name]}" for name, count in facts.items() if count or name == "reported")
+
+
+def _span(times: Sequence[float]) -> dict[str, str | int]:
+    """When they were due: that of one, the first and last of many, which are one line for however long a downtime."""
+    if len(times) == 1:
+        return {"due": _text(times[0])}
+    return {"count": len(times), "first": _text(min(times)), "last": _text(max(times))}
 
 
 def _text(moment: float) -> str:

@@ -224,7 +224,7 @@ def _dates(timing: Timing, after: float) -> Iterator[float]:
     if timing.every_s % _DAY_S:
         yield from (timing.anchor + k * timing.every_s for k in itertools.count(_turns(timing, after)))
     first = datetime.fromtimestamp(timing.anchor, zone).replace(tzinfo=None)
-    for k in itertools.count(max(_turns(timing, after) - 1, 0)):  # days keep their hour, however long they are
+    for k in itertools.count(_turns(timing, after) - 1):  # days keep their hour, however long they are
         moment = (first + k * timedelta(seconds=timing.every_s)).replace(tzinfo=zone).timestamp()
         if moment > after:
             yield moment
@@ -233,4 +233,4 @@ def _dates(timing: Timing, after: float) -> Iterator[float]:
 def _turns(timing: Timing, after: float) -> int:
     """The number of the first turn after `after`, where all turns are equally long."""
     assert timing.every_s is not None
-    return max(int((after - timing.anchor) // timing.every_s) + 1, 0)
+    return int((after - timing.anchor) // timing.every_s) + 1

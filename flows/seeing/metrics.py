@@ -98,7 +98,7 @@ class Metrics:
         elif event == "refused":
             self._failures.labels(str(facts.get("code", "")), "true").inc()
         elif event in _RUNS:
-            self._runs.labels(event.removeprefix("run-")).inc()
+            self._runs.labels(event.removeprefix("run-")).inc(_number(facts, "count") or 1)
         elif event in ("failed", "quarantined"):
             self._failures.labels(str(facts.get("code", "")), str(event == "quarantined").lower()).inc()
 
