@@ -136,7 +136,7 @@ class Crew:
         stranded = []
         for row in rows:
             out = self._out[row.request]
-            due = row.state in ("claimed", "failed") and row.due <= self._ledger.now()
+            due = row.state in ("claimed", "failed") and self._ledger.is_due(row)
             waiting = row.state == "waiting"
             lately = now - out.since < (PAUSE_S if due else self._ledger.lease_s)
             # A worker gave it back since it was handed out: nothing else changes what waits.

@@ -49,9 +49,10 @@ def test_items_of_a_clock_that_was_ahead_are_due_when_it_is_right_again(url: str
     clock = Clock()
     with Ledger(tmp_path, url, clock=clock) as ledger:
         clock.now += 30 * 86400
-        ledger.add([("waiting", []), ("claimed", [])])
-        assert ledger.claim(request="claimed")
+        ledger.add([("waiting", []), ("claimed", []), ("to be forgotten", [])])
+        assert ledger.claim(request="claimed") and ledger.claim(request="to be forgotten")
         clock.now -= 30 * 86400
+        assert ledger.forget(["to be forgotten"]) == 1
         assert all(map(ledger.is_due, ledger.rows()))
         assert sorted(claim.request for claim in ledger.claim(9)) == ["claimed", "waiting"]
         assert not ledger.claim(9)  # they are ours now, for as long as a lease

@@ -387,7 +387,9 @@ class Ledger:
 
     def _each(self, change: Any, requests: Iterable[str]) -> int:
         """Change rows that nobody works on, or whose lease has run out, and take their files off what was seen."""
-        mine = _ITEMS.c.scope == self.scope, (_ITEMS.c.state != "claimed") | (_ITEMS.c.due <= self._clock())
+        now, due = self._clock(), _ITEMS.c.due
+        lapsed = (due <= now) | (due > now + self._longest_wait)
+        mine = _ITEMS.c.scope == self.scope, (_ITEMS.c.state != "claimed") | lapsed
 
         def work(connection: sql.Connection) -> int:
             count = 0

@@ -2,7 +2,8 @@
 
 A notification is a file in the state folder before it is sent, and leaves it when the receiver has said 2xx. So it
 is sent at least once, whatever is killed, in the order in which things happened; the receiver knows a repeated one by
-its id. Sending is a thread of its own and never holds work up.
+its id. One that it refuses (4xx) is tried again later and holds up no other. Sending is a thread of its own and never
+holds work up.
 
 The signature is in `X-ScanScribe-Signature`: `t=SECONDS,v1=HEX`, HMAC-SHA256 over `SECONDS.BODY` by the secret.
 """
@@ -50,16 +51,14 @@ FIRST_PAUSE_S: Final = 1.0  # before the second try; doubles with each further o
 MOST_PAUSE_S: Final = 300.0
 KEEP_S: Final = 7 * 86400.0  # a receiver that is away for longer is told no more
 LOOK_S: Final = 1.0  # between looks for notifications that other processes left
+# Answers that are about one notification: any of 4xx but a time-out, too early, and too many.
+REFUSALS: Final = frozenset(f"HTTP {status}" for status in range(400, 500) if status not in (408, 425, 429))
 
 
 class NotifyError(Exception):
     """Notifications cannot be sent so. The message says how to mend it."""
 
     code = "notify"
-
-
-# Answers that are about one notification: any of 4xx but a time-out, too early, and too many.
-REFUSALS: Final = frozenset(f"HTTP {status}" for status in range(400, 500) if status not in (408, 425, 429))
 
 
 class Notifier:
@@ -128,11 +127,16 @@ class Notifier:
     def _send_all(self) -> None:
         """Send what is in the spool, the oldest first, until the end; only one process does at a time."""
         with (self._spool / "sender.lock").open("w") as lock, httpx.Client(timeout=TIMEOUT_S) as client:
-            pause, failing, mine = self._first_pause, "", False
+            pause = rest = self._first_pause  # for one that fails, and one that refuses some
+            refused: dict[str, str] = {}  # by name, and why; not tried until `again`, whatever else is sent meanwhile
+            failing, mine, again = "", False, 0.0
             while True:
                 over = self._over.is_set()
                 mine = mine or _taken(lock)
-                why, answers = self._send_kept(client) if mine else ("", True)
+                if anew := time.monotonic() >= again:
+                    refused.clear()
+                broken = self._send_kept(client, refused) if mine else ""
+                why = broken or next(iter(refused.values()), "")
                 if why and why != failing:
                     self._log("notify-failed", reason=why, waiting=self.waiting)
                 elif failing and not why:
@@ -140,17 +144,23 @@ class Notifier:
                 failing = why
                 if over:
                     return
-                if not answers:
+                if not refused:
+                    rest = self._first_pause
+                elif anew:
+                    again, rest = time.monotonic() + rest, min(2 * rest, MOST_PAUSE_S)
+                if broken:
                     self._over.wait(pause)
+                    pause = min(2 * pause, MOST_PAUSE_S)
                 else:
-                    self._news.wait(pause if why else LOOK_S)
+                    pause = self._first_pause
+                    self._news.wait(LOOK_S)
                     self._news.clear()
-                pause = min(2 * pause, MOST_PAUSE_S) if why else self._first_pause
 
-    def _send_kept(self, client: httpx.Client) -> tuple[str, bool]:
-        """Send until the receiver fails. Why it did or refused one, "" when all are sent; and whether it answers."""
-        refused = ""
+    def _send_kept(self, client: httpx.Client, refused: dict[str, str]) -> str:
+        """Send until the receiver fails; why it did, "" when all are sent but those that it refuses, now or before."""
         for path in self._kept():
+            if path.name in refused:
+                continue
             try:
                 body = path.read_bytes()
             except FileNotFoundError:
@@ -158,13 +168,13 @@ class Notifier:
             why = self._send(client, body)
             if why and time.time() - path.stat().st_mtime < KEEP_S:
                 if why not in REFUSALS:
-                    return why, False
-                refused = why  # this one; it is tried again, and holds up no other
+                    return why
+                refused[path.name] = why
                 continue
             if why:
                 self._log("notify-given-up", notification=path.stem.partition("-")[2])
             path.unlink(missing_ok=True)
-        return refused, True
+        return ""
 
     def _send(self, client: httpx.Client, body: bytes) -> str:
         headers = {"Content-Type": "application/json"}
