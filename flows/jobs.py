@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 from collections import Counter
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -86,7 +87,8 @@ def run_batch(
 
         from flows.batch import batch
 
-        name, url = save_job(job), server.url()
+        # A file of its own: another run of the same job may end, and remove its own, before this one has read it.
+        name, url = save_job(job, secrets.token_hex(4)), server.url()
         ASKED.set(Asked(server, listener, crewing, min_free, seen))
         # What a lost server cannot be told is dropped at once; by default each of its events is tried for 8 s.
         EventsWorker.set_client_override(PrefectEventsClient, reconnection_attempts=0)
@@ -127,17 +129,20 @@ def _as_run(flow_run: UUID, name: str) -> RunSummary:
     return run_flow(batch, flow_run=known, parameters={"job": name})  # type: ignore[return-value]  # of a plain flow
 
 
-def save_job(job: Job) -> str:
-    """Keep the job in the state folder; returns its hash, 16 hex digits. The same job has the same hash."""
+def save_job(job: Job, run: str = "") -> str:
+    """Keep the job in the state folder, for one run if that is given; returns by what name.
+
+    The name is a hash of the job, 16 hex digits, and the run: the same job has the same hash.
+    """
     text = json.dumps(as_plain(job), sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = "-".join(filter(None, (hashlib.sha256(text.encode()).hexdigest()[:16], run)))
     _path(name).parent.mkdir(mode=0o700, exist_ok=True)
     atomic_write(_path(name), text)
     return name
 
 
 def load_job(name: str) -> Job:
-    """The job with that hash. Raises FileNotFoundError for one that was never saved here."""
+    """The job with that name. Raises FileNotFoundError for one that was never saved here."""
     return from_plain(json.loads(_path(name).read_text(encoding="utf-8")))
 
 

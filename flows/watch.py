@@ -34,6 +34,7 @@ from flows.seeing.log import EventLog
 from flows.settle import Drop, Patience, Settling, is_temporary_name
 from pipelines import run
 from pipelines.ingest import FileRef, Unit, load
+from pipelines.reading import DeviceLostError
 from pipelines.run import Job, Session, UsageError
 from pipelines.run_folder import INDEX, IndexEntry, OutputError, written_by_runs
 from pipelines.store import home
@@ -144,8 +145,8 @@ class Watcher:
     def run(self) -> Tally:
         """Watch until `stop`, or with `once` until all that is complete is reported.
 
-        Raises ModelError where the model does not load, ServerError where workers have no server; with `once` also what
-        else has no use in waiting for.
+        Raises ModelError where the model does not load, DeviceLostError where the GPU fails, ServerError where workers
+        have no server; with `once` also what else has no use in waiting for.
         """
         with contextlib.ExitStack() as stack:
             work = self._work
@@ -172,7 +173,7 @@ class Watcher:
                     work()
                     self._fine("broken")
                 except TROUBLES as error:
-                    if self._watching.once:
+                    if self._watching.once or isinstance(error, DeviceLostError):  # another process may use it
                         raise
                     self._trouble("broken", f"{error}", code=error.code)
                     self._wait(PAUSE_S)

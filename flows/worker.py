@@ -31,8 +31,10 @@ from flows.machine.server import LocalServer, state_folder, waiting_for_server
 from flows.machine.space import MIN_FREE, Room
 from flows.seeing.log import EventLog
 from pipelines import run
+from pipelines.reading import DeviceLostError
 from pipelines.run import Session
 from pipelines.store import home
+from reports.writing import fault
 
 PAUSE_S: Final = 2.0  # before another try when the server or the ledger fails
 
@@ -79,6 +81,7 @@ class Worker:
         self._idle.set()
         self._desk: _Desk | None = None
         self._server_lost = False
+        self._lost: DeviceLostError | None = None
         self.tally = Tally()
 
     def stop(self) -> None:
@@ -88,7 +91,10 @@ class Worker:
             desk.session.stop()
 
     def run(self) -> Tally:
-        """Serve until `stop`. Raises ModelError, DeviceTakenError, and ServerError where none comes up at the start."""
+        """Serve until `stop`.
+
+        Raises ModelError, DeviceTakenError, DeviceLostError, and ServerError where none comes up at the start.
+        """
         self._device = run.device_name(self._work.device)
         with LocalServer() as server, self._only_one():
             if not self._stopping.is_set():
@@ -108,6 +114,8 @@ class Worker:
         self._idle.wait()
         self._close()
         thread.join(PAUSE_S)
+        if self._lost is not None:
+            raise self._lost
 
     @contextlib.contextmanager
     def _only_one(self) -> Iterator[None]:
@@ -189,8 +197,12 @@ class Worker:
                 self._stopping.wait(PAUSE_S)
             if not self._stopping.is_set():
                 desk.items.settle_together(desk.session, [(b.request, list(b.files), b.unit) for b in batch])
-        except TROUBLES as error:
-            self._log("broken", message=str(error), code=error.code)
+        except Exception as error:
+            known = isinstance(error, TROUBLES)
+            self._log("broken", message=str(error) if known else fault(error), code=getattr(error, "code", "fault"))
+            if isinstance(error, DeviceLostError):
+                self._lost = error
+                self._stopping.set()
             self._stopping.wait(PAUSE_S)
             self._close()
             raise

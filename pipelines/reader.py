@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipelines.model import (
 from pipelines.reading import (
     ADAPTED_LINE,
     OUT_OF_DOMAIN,
+    DeviceLostError,
     FieldReading,
     FindingReading,
     ModelIdentity,
@@ -129,22 +131,31 @@ class Reader:
     def read_many(self, sights: Sequence[Sight]) -> list[Reading | Exception]:
         """Reads studies together, from what `pipelines.sight.sight` made of them; equal to reading each alone, within
         rounding. What fails is that study's error; when the memory does not suffice, fewer go together from then on.
+
+        Raises DeviceLostError.
         """
         if not sights:
             return []
-        started = time.perf_counter()
         try:
-            seen = self.look_many(sights)
-            encoded = time.perf_counter()
-            readings = self.write(seen)
+            return self._read_together(sights)
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                self._looker.halve()
-                torch.cuda.empty_cache()
-            if len(sights) == 1:
-                return [error]
-            half = len(sights) // 2
-            return [*self.read_many(sights[:half]), *self.read_many(sights[half:])]
+            failure = error
+        traceback.clear_frames(failure.__traceback__)  # they hold what has filled the memory
+        if isinstance(failure, torch.OutOfMemoryError):
+            self._looker.halve()
+            torch.cuda.empty_cache()
+        elif isinstance(failure, torch.AcceleratorError):
+            raise DeviceLostError(str(failure).partition("\n")[0])
+        if len(sights) == 1:
+            return [failure]
+        half = len(sights) // 2
+        return [*self.read_many(sights[:half]), *self.read_many(sights[half:])]
+
+    def _read_together(self, sights: Sequence[Sight]) -> list[Reading | Exception]:
+        started = time.perf_counter()
+        seen = self.look_many(sights)
+        encoded = time.perf_counter()
+        readings = self.write(seen)
         spent = {"encode": encoded - started, "decode": time.perf_counter() - encoded}
         timing = {name: round(seconds / len(sights), 4) for name, seconds in spent.items()}
         return [each if isinstance(each, Exception) else replace(each, timing_s=timing) for each in readings]

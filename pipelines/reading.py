@@ -81,6 +81,18 @@ class Reading:
         )
 
 
+class DeviceLostError(RuntimeError):
+    """The GPU has failed under this process, which cannot use it any more; another process may."""
+
+    code = "device-lost"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"The GPU has failed ({why}): start the same command again. If that does not help, see what nvidia-smi and "
+            "the system's log say, or add --device cpu."
+        )
+
+
 class NotFiniteError(ArithmeticError):
     """A study of which the decoder can write nothing: its scores had NaN or infinity."""
 

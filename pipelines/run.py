@@ -258,12 +258,15 @@ class Session:
         with self._changed:
             if self._stop.is_set():
                 return
-            self._at_work += 1
             first = self._places if place is None else place
             self._places = max(self._places, first + len(units))
-            self._get_ready(units)
+            try:
+                self._get_ready(units)
+            except OSError as error:
+                raise OutputError(f"The processes that decode cannot be started ({error.strerror}).") from None
             if self._attempts is None and not self._member:
                 self._attempts = Attempts(self.job.out)
+            self._at_work += 1
         twice: list[tuple[int, ingest.Unit]] = []
 
         def open_one(place: int, unit: ingest.Unit) -> Opened | None:

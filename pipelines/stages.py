@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pipelines.desk import Opened
@@ -42,7 +42,7 @@ class _Bringing:
 
     open: Open
     write: Write
-    under_way: int = 0
+    under_way: set[_Passing] = field(default_factory=set)
     over: bool = False
     error: BaseException | None = None
 
@@ -100,12 +100,8 @@ class Stages:
         try:
             with self._turn:
                 for place, unit in units:
-                    passing = self._room_for(by, place, unit)
-                    if passing is None:
+                    if not self._begin(by, place, unit):
                         break
-                    self._openers.submit(self._open, passing)
-                    with self._changed:  # not before: what breaks this off must not wait for a unit that nobody opens
-                        by.under_way += 1
             self._wait_for(by)
         finally:
             by.over = True
@@ -113,17 +109,21 @@ class Stages:
         if by.error is not None:
             raise by.error
 
-    def _room_for(self, by: _Bringing, place: int, unit: Unit) -> _Passing | None:
-        """Waits until one more may be under way; None where it shall not be."""
-
+    def _begin(self, by: _Bringing, place: int, unit: Unit) -> bool:
+        """Waits until one more may be under way, and lets it begin; False where it shall not."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_over(by) or self._has_room(unit))
             if self._is_over(by):
-                return None
-            size = self._expected(unit)
-            self._under_way += 1
-            self._bytes += size
-        return _Passing(by, place, unit, size)
+                return False
+            passing = _Passing(by, place, unit, self._expected(unit))
+            try:
+                by.under_way.add(passing)
+                self._under_way += 1
+                self._bytes += passing.size
+                self._openers.submit(self._open, passing)
+            except BaseException as error:  # no thread can be started, or Ctrl-C
+                self._end(passing, error)
+        return True
 
     def _has_room(self, unit: Unit) -> bool:
         assert self._width is not None
@@ -140,67 +140,65 @@ class Stages:
         with self._changed:
             self._changed.wait_for(lambda: not by.under_way)
 
+    # Whatever happens to a unit under way, it comes to its end: others wait for that.
+
     def _open(self, passing: _Passing) -> None:
         try:
             opened = None if self._is_over(passing.by) else passing.by.open(passing.place, passing.unit)
+            if opened is None:
+                self._end(passing)
+                return
+            passing.opened = opened
+            with self._changed:
+                self._bytes += opened.size - passing.size
+                passing.size = opened.size
+                usual, this = self._a_file[passing.unit.kind], opened.size // len(passing.unit.files)
+                self._a_file[passing.unit.kind] = (usual + this) // 2
+                self._ready.append(passing)
+            self._reader.submit(self._read_ready)
         except BaseException as error:
             self._end(passing, error)
-            return
-        if opened is None:
-            self._end(passing)
-            return
-        passing.opened = opened
-        with self._changed:
-            self._bytes += opened.size - passing.size
-            passing.size = opened.size
-            usual, this = self._a_file[passing.unit.kind], opened.size // len(passing.unit.files)
-            self._a_file[passing.unit.kind] = (usual + this) // 2
-            self._ready.append(passing)
-            self._changed.notify_all()
-        self._reader.submit(self._read_ready)
 
     def _read_ready(self) -> None:
         """Read what is ready, as much as goes together; what becomes ready meanwhile comes with the next call."""
         with self._changed:
             assert self._width is not None
             taken = [self._ready.popleft() for _ in range(min(len(self._ready), self._width.together))]
-        going = []
-        for each in taken:
-            if self._is_over(each.by):
-                self._drop(each)
-            else:
-                going.append(each)
-        if not going:
-            return
+        going = {each: each.opened for each in taken if each.opened and not self._is_over(each.by)}
         try:
-            outcomes = self._read([each.opened for each in going if each.opened])
+            outcomes = self._read(list(going.values())) if going else ()
+            for each, outcome in zip(going, outcomes, strict=True):
+                self._writers.submit(self._write, each, outcome)
+                taken.remove(each)
         except BaseException as error:
-            for each in going:
-                self._drop(each, error)
-            return
-        for each, outcome in zip(going, outcomes, strict=True):
-            self._writers.submit(self._write, each, outcome)
+            for each in taken:
+                self._end(each, error if each in going else None)
+        else:
+            for each in taken:
+                self._end(each)
 
     def _write(self, passing: _Passing, outcome: Any) -> None:
-        assert passing.opened is not None
         try:
-            passing.by.write(passing.place, passing.opened, outcome)
+            opened, passing.opened = passing.opened, None
+            assert opened is not None
+            passing.by.write(passing.place, opened, outcome)
+            self._end(passing)
         except BaseException as error:
             self._end(passing, error)
-        else:
-            self._end(passing)
-
-    def _drop(self, passing: _Passing, error: BaseException | None = None) -> None:
-        assert passing.opened is not None
-        self._let_go(passing.opened)
-        self._end(passing, error)
 
     def _end(self, passing: _Passing, error: BaseException | None = None) -> None:
-        passing.opened = None
+        """A unit is no longer under way; what of it is open, and was not given to `write`, is let go."""
+        by, opened = passing.by, passing.opened
+        try:
+            if opened is not None:
+                passing.opened = None
+                self._let_go(opened)
+        except BaseException as another:
+            error = error or another
         with self._changed:
-            by = passing.by
             by.error = by.error or error
-            by.under_way -= 1
-            self._under_way -= 1
-            self._bytes -= passing.size
+            if passing in by.under_way:
+                by.under_way.remove(passing)
+                self._under_way -= 1
+                self._bytes -= passing.size
             self._changed.notify_all()

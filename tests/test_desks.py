@@ -17,6 +17,7 @@ from pipelines.desk import IMPORTED_LATE, Desk, Desks, Opened, Version, _open, _
 from pipelines.ingest import Unit, plan
 from pipelines.reading import FindingReading, Reading
 from pipelines.run import Job, Session, execute
+from pipelines.run_folder import OutputError
 from pipelines.sight import Sight
 from pipelines.study import Rejection
 from tests.test_run import lines, picture
@@ -146,6 +147,17 @@ def test_one_slow_desk_does_not_keep_the_others_idle(tmp_path: Path, monkeypatch
             os.kill(slow, signal.SIGCONT)
         at_work.join()
         assert len(session.finish().reported) == count
+
+
+@pytest.mark.usefixtures("spread")
+def test_desks_that_cannot_be_made_end_the_run_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Desks) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Desks, "_pool", fail)
+    picture(tmp_path / "in" / "0.png")
+    with pytest.raises(OutputError, match="cannot be started"):
+        execute(Job((tmp_path / "in",), tmp_path / "out"))
 
 
 @pytest.mark.usefixtures("spread")

@@ -128,6 +128,7 @@ def test_a_job_comes_back_as_it_was_from_any_folder(tmp_path: Path, monkeypatch:
     assert load_job(save_job(replace(job, model="own"))).model == str(tmp_path / "own")
     name = save_job(job)
     monkeypatch.chdir("/")
+    assert save_job(job, "one") != save_job(job, "other")  # a run that ends removes its own only
     again = load_job(name)
     assert again.inputs == (tmp_path / "a b.png", Path("/x/ü.dcm"))
     assert (again.out, again.reference) == (tmp_path / "out", tmp_path / "golden")

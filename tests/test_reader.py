@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from pipelines import ingest
 from pipelines.inputs import channels, grey8, pad, resize, window
 from pipelines.look import Candidate, Seen
 from pipelines.reader import Reader, point_or_pass
-from pipelines.reading import NotFiniteError, Reading
+from pipelines.reading import DeviceLostError, NotFiniteError, Reading
 from pipelines.reporting import build_report
 from pipelines.sight import Frame, Sight, frame, sight
 from pipelines.store import ModelError, find
@@ -359,6 +360,31 @@ def test_frames_filled_up_to_a_power_of_two_are_seen_as_alone(reader: Reader, mo
         sure = [[each for each in seen.candidates if each.score > 0.3] for seen in (one, expected)]
         for found, known in zip(*sure, strict=True):
             assert found.type == known.type and found.bbox == pytest.approx(known.bbox, abs=0.1)
+
+
+def test_what_filled_the_memory_is_let_go_before_the_next_try(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    def scarce(sights: list[Sight]) -> list[object]:
+        assert not [each for each in kept if each() is not None]
+        large = torch.zeros(1)
+        kept.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(reader, "look_many", scarce)
+    monkeypatch.setattr(reader._looker, "_share", 1.0)
+    errors = reader.read_many([sight(load("steel/patches.png"))] * 4)
+    assert [type(each) for each in errors] == [torch.OutOfMemoryError] * 4
+    assert len(kept) == 7
+
+
+def test_a_gpu_that_fails_is_no_fault_of_a_study(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sights: list[Sight]) -> list[object]:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors ...")
+
+    monkeypatch.setattr(reader, "look_many", fail)
+    with pytest.raises(DeviceLostError, match=r"an illegal memory access was encountered\).*start the same command"):
+        reader.read_many([sight(load("steel/patches.png"))] * 2)
 
 
 def test_fewer_go_together_when_the_memory_does_not_suffice(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,59 @@ def test_what_one_thread_brings_in_vain_costs_the_others_nothing(threads: Thread
     run.stages.close()
 
 
+@pytest.mark.parametrize("where", ["_open", "_read", "_write", "_drop", "openers", "reader", "writers", "too few"])
+def test_whatever_breaks_is_raised_and_nothing_stays_under_way(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(where)
+
+    if where.startswith("_"):
+        monkeypatch.setattr(Run, where, fail)
+    if where == "too few":
+        monkeypatch.setattr(Run, "_read", lambda run, units: [])
+    run = Run(WIDE)
+    if where.endswith("ers") or where == "reader":
+        monkeypatch.setattr(getattr(run.stages, f"_{where}"), "submit", fail)
+    if where == "_drop":
+        run.go_on.clear()
+        at_work = threads.submit(run.bring, "first", *names("more", 4))
+        assert run.reading.wait(30)
+        deadline = time.monotonic() + 30
+        while not run.stages._ready and time.monotonic() < deadline:
+            time.sleep(0.01)
+        run.stopped.set()
+        run.go_on.set()
+    else:
+        at_work = threads.submit(run.bring, *names("unit", 5))
+    with pytest.raises(ValueError if where == "too few" else OSError):
+        at_work.result(30)
+    assert (run.stages._under_way, run.stages._bytes) == (0, 0)
+    run.stages.close()
+
+
+def test_what_is_open_counts_as_it_is_and_how_much_goes_on_can_change_meanwhile(threads: ThreadPoolExecutor) -> None:
+    run = Run(Width(under_way=2, openers=1, together=1, writers=1), size=3 * MIB)
+    run.go_on.clear()
+    at_work = threads.submit(run.bring, *names("unit", 40))
+    assert run.reading.wait(30)
+    deadline = time.monotonic() + 30
+    while run.open_now < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert (run.stages._under_way, run.stages._bytes) == (2, 6 * MIB)
+    pools = run.stages._openers
+    run.stages.widen(WIDE)
+    wide = run.stages._openers
+    run.stages.widen(WIDE)
+    assert pools is not wide is run.stages._openers
+    run.go_on.set()
+    at_work.result(30)
+    assert len(run.written) == 40
+    assert run.open_at_most > 2
+    run.stages.close()
+
+
 def test_when_stopped_nothing_more_is_read_and_all_is_let_go(threads: ThreadPoolExecutor) -> None:
     run = Run(WIDE)
     run.go_on.clear()

@@ -22,12 +22,15 @@ import httpx
 import pytest
 
 from flows.crew import Crew, Handed
+from flows.jobs import as_plain
 from flows.ledger import Claim, Ledger, LedgerError
 from flows.ledger.items import Items
 from flows.machine.server import LocalServer, import_prefect
 from flows.seeing.log import EventLog, Fact
 from pipelines.ingest import Unit, plan
+from pipelines.reading import DeviceLostError
 from pipelines.run import Heard, Job, Session
+from pipelines.run_folder import IndexEntry
 from pipelines.store import ModelError
 from pipelines.study import Rejection
 from tests.test_cli import run
@@ -360,6 +363,65 @@ def test_who_has_lost_an_item_puts_nothing_into_quarantine(tmp_path: Path, monke
     assert row.state == "done"
     assert not told
     assert not (job.out / "quarantine").exists()
+
+
+def test_who_has_lost_an_item_clears_nothing_from_quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TinyReader().install(monkeypatch)
+    job, clock = Job((tmp_path / "in",), tmp_path / "out"), Clock()
+    [unit] = plan([picture(tmp_path / "in" / "0.png")]).units
+    files, url, silent = [str(unit.files[0].path)], f"sqlite:///{tmp_path / 'ledger.db'}", EventLog(silent=True)
+    with (
+        Ledger(job.out, url, clock=clock, owner="slow") as slow,
+        Ledger(job.out, url, clock=clock, owner="quick", tries=1) as quick,
+        Session(job, member=True) as session,
+    ):
+        request = session.request(unit)
+
+        def stand_still() -> IndexEntry | Rejection:
+            clock.now += slow.lease_s + 1
+            refused = Rejection(files[0], "truncated", "It ends in the middle.", "Copy it again.")
+            Items(quick, silent, job.out, 0, 1.0).settle(session, request, files, lambda: session.conclude(refused))
+            return session.conclude(session.prepare(unit))
+
+        items = Items(slow, silent, job.out, 0, 1.0)
+        assert items.settle(session, request, files, stand_still)
+        assert [row.state for row in quick.rows()] == ["quarantined"]
+        assert len(list((job.out / "quarantine").iterdir())) == 1
+        # It has a report all the same: with the next look that is what counts.
+        assert items.settle(session, request, files, lambda: session.conclude(session.prepare(unit))) is None
+        assert [row.state for row in quick.rows()] == ["done"]
+        assert not list((job.out / "quarantine").iterdir())
+
+
+@pytest.mark.parametrize(("error", "code"), [(DeviceLostError("Xid 79"), "device-lost"), (RuntimeError(), "fault")])
+def test_a_worker_says_what_fails_and_leaves_a_lost_gpu_to_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
+    TinyReader().install(monkeypatch)
+    import_prefect()
+    from flows.worker import Work, Worker
+
+    monkeypatch.setattr("flows.worker.PAUSE_S", 0.0)
+
+    def fail(self: TinyReader, sights: list[object]) -> None:
+        raise error
+
+    monkeypatch.setattr(TinyReader, "read_many", fail)
+    heard: list[tuple[str, object]] = []
+    log = EventLog(hearers=(lambda event, facts: heard.append((event, facts.get("code"))),))
+    [unit] = plan([picture(tmp_path / "in" / "0.png")]).units
+    job = Job((tmp_path / "in",), tmp_path / "out", device="cpu")
+    worker = Worker(Work("cpu"), log)
+    worker._device = "cpu"
+    with Session(job) as session, Ledger(job.out) as ledger:
+        handed = Handed(session.request(unit), (str(unit.files[0].path),), unit)
+        with pytest.raises(type(error)):
+            worker.take(as_plain(job), [handed])
+        [row] = ledger.rows()
+    assert (row.state, row.attempts) == ("waiting", 0)
+    assert heard == [("broken", code)]
+    assert worker._stopping.is_set() == (code == "device-lost")
 
 
 class Serverless:

@@ -22,6 +22,7 @@ from pipelines.desk import process_died
 from pipelines.ingest import FileRef, Unit
 from pipelines.ingest.identifiers import PatternError
 from pipelines.ingest.refusals import REMEDIES, MissingPackageError
+from pipelines.reading import DeviceLostError
 from pipelines.run import Session, UsageError
 from pipelines.run_folder import IndexEntry, OutputError
 from pipelines.store import ModelError
@@ -38,6 +39,7 @@ TROUBLES: Final = (
     PatternError,
     MissingPackageError,
     ServerError,
+    DeviceLostError,
 )
 PAUSE_S: Final = 2.0  # until an item is asked for again that somebody else had taken
 # What may be otherwise at the next try. Whatever else is refused is refused for its content.
@@ -209,6 +211,7 @@ class Items:
         item = claim.request[:16]
         if isinstance(outcome, Rejection):
             return self._fail(claim, outcome, files)
+        self._ledger.beat(claim)  # whoever has lost it clears and tells nothing
         leave_quarantine(self._out, claim.request)
         if is_critical(outcome):
             types = ",".join(outcome.types)
@@ -256,6 +259,9 @@ class Items:
             return False
         if row.state == "done" and not (row.report and session.reported(key)):
             self._ledger.retry([key])  # the report was superseded or removed, or lacks a format
+            return False
+        if row.state == "quarantined" and session.reported(key):  # by one who had lost it to whoever gave it up
+            self._ledger.retry([key])
             return False
         if row.state == "quarantined" and row.code:
             session.conclude(Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, _TOO_OFTEN)))
