@@ -5,9 +5,9 @@
 Photos are 1600 x 1200 JPEGs of steel, tiles and boards, made from the samples; CT studies have 64 slices of 512 x 512,
 each a copy of the series in FOLDER under UIDs of its own, or of the phantom. Reports are JSON and HTML. The model is
 loaded, and one run went before (it counts nowhere). A single study is a new one each time: what is known of files that
-were read before does not help. Then the same by the batch flow, whose server is up (left out where prefect is not
-installed). In the last runs readings are replayed: what is left is decoding and writing. Medians of the runs; the last
-line of the output is a JSON object.
+were read before does not help. Then the same by the batch flow, whose server is up, and by a worker that serves it
+(left out where prefect is not installed). In the last runs readings are replayed: what is left is decoding and writing.
+Medians of the runs; the last line of the output is a JSON object.
 
 A machine needs torch, transformers, scipy, pillow and safetensors, and in the versions of requirements.lock pydantic,
 pydicom and pypdfium2, and prefect for the flow; for a compressed series in FOLDER also pylibjpeg-openjpeg, pyjpegls or
@@ -34,11 +34,13 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -57,8 +59,9 @@ if __name__ == "__main__":  # desks are processes that import this file anew, an
     import torch
     from racing import claim, machine
 
-    from flows.jobs import run_batch
-    from flows.machine.server import LocalServer
+    from flows.jobs import Crewing, run_batch
+    from flows.machine.server import LocalServer, import_prefect
+    from flows.seeing.log import EventLog
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ("steel/scratches.png", "tile/crack.png", "board/board.png")
@@ -127,6 +130,13 @@ def main() -> None:
                 ):
                     whole = [run(folder, place / "out", asked.device, run_batch) for _ in range(runs)]
                     tell(*rates(what, [many / each.seconds for each in whole], unit, whole, gpu))
+                with worker(asked.device) as by_worker:
+                    for what, folder, many, unit in (
+                        ("photos by a worker", place / "photos", count, "photos/s"),
+                        ("CT studies by a worker", place / "ct", 60 * studies, "studies/min"),
+                    ):
+                        whole = [run(folder, place / "out", asked.device, by_worker) for _ in range(runs)]
+                        tell(*rates(what, [many / each.seconds for each in whole], unit, whole, gpu))
         tell(*reading(photos[: 256 if gpu else 6], asked.device))
         seconds, _ = beside(made[0], new[times:], place / "out", asked.device)
         tell(claim("one CT study: processor time in the model's process beside it", seconds, unit="s"))
@@ -266,6 +276,41 @@ def serving(home: Path) -> Iterator[None]:
         with LocalServer() as server:
             server.url()
             yield
+
+
+@contextlib.contextmanager
+def worker(device: str) -> Iterator[Callable[[Job], RunSummary]]:
+    """How jobs are run by a worker, which serves for as long as the block runs. As in the summaries of other runs, the
+    device waits while nothing is read between the first reading and the last report.
+    """
+    import_prefect()
+    from flows.worker import Work, Worker
+
+    serving = threading.Event()
+    busy: list[tuple[float, float]] = []  # when an item was done, and seconds of reading
+
+    def hear(event: str, facts: Mapping[str, Any]) -> None:
+        if event == "serving":
+            serving.set()
+        elif event == "reported":
+            busy.append((time.perf_counter(), facts["read"]))
+
+    def by_worker(job: Job) -> RunSummary:
+        busy.clear()
+        summary = run_batch(job, crewing=Crewing())
+        (first, read), (last, _) = busy[0], busy[-1]
+        waited = 1 - sum(each for _, each in busy) / (last - first + read)
+        return replace(summary, device_wait=max(waited, 0.0))
+
+    one = Worker(Work(device), EventLog(silent=True, hearers=(hear,)))
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    try:
+        assert serving.wait(60)
+        yield by_worker
+    finally:
+        one.stop()
+        thread.join()
 
 
 def run(inputs: Path, out: Path, device: str, by: Callable[[Job], RunSummary] = execute) -> RunSummary:

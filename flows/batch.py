@@ -1,7 +1,7 @@
 """The batch flow: discover the inputs, read and report them batch by batch, export the index, leave a summary.
 
-A task is a batch of pictures or one study, never a slice. What Prefect stores (parameters, names,
-artifacts) holds hashes, counts and report ids only: file names can name a patient.
+A task is a batch of pictures, one study or, for a worker, several; never a slice. What Prefect stores (parameters,
+names, artifacts) holds hashes, counts and report ids only: file names can name a patient.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from pipelines.store import home
 from pipelines.study import Rejection
 
 PICTURES_A_BATCH: Final = 64  # at most: Prefect takes some 40 ms of a core for a task
+STUDIES_A_BATCH: Final = 8  # of a worker, which takes one batch after the other: while one is read, others are decoded
 MOST_TASKS: Final = 24  # at a time: a study is one, and its task takes a while beside the reading
 ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
@@ -72,11 +73,12 @@ def batch(job: str) -> RunSummary:
         if telling:
             telling.session = session
         units = tuple(discover(session))
-        pictures = PICTURES_A_BATCH
+        pictures, studies = PICTURES_A_BATCH, 1
         if asked.crewing:  # small enough that all have something to do until the end
             a_worker = len(units) // max(1, 4 * len(workers(asked.server.url()) or ()))
             pictures = min(max(a_worker, LEAST_A_BATCH), PICTURES_A_BATCH)
-        batches = deque(group(units, pictures))
+            studies = min(max(a_worker, 1), STUDIES_A_BATCH)
+        batches = deque(group(units, pictures, studies))
         del units  # a unit is let go when it is done
         if asked.crewing:
             let_workers_report(session, batches, asked.server, asked.crewing)
@@ -215,8 +217,8 @@ def export(session: Session) -> RunSummary:
     return session.finish()
 
 
-def group(units: Sequence[Unit], pictures: int = PICTURES_A_BATCH) -> tuple[Batch, ...]:
-    """Batches in the order of the units: each study is one, and so are up to so many pictures that follow each other.
+def group(units: Sequence[Unit], pictures: int = PICTURES_A_BATCH, studies: int = 1) -> tuple[Batch, ...]:
+    """Batches in the order of the units: up to so many studies, or so many pictures, that follow each other.
 
     Sizes play no part here: units of all batches go through the same `pipelines.stages`, and of what is read at a time
     `pipelines.look` lets frames of one size through together, as many as its budget of pixels allows.
@@ -224,7 +226,7 @@ def group(units: Sequence[Unit], pictures: int = PICTURES_A_BATCH) -> tuple[Batc
     batches: list[Batch] = []
     place = 0
     for kind, run in itertools.groupby(units, key=lambda unit: unit.kind):
-        size, name = (1, "study") if kind == "series" else (pictures, "pictures")
+        size, name = (studies, "study") if kind == "series" else (pictures, "pictures")
         members = tuple(run)
         for start in range(0, len(members), size):
             together = members[start : start + size]

@@ -146,6 +146,7 @@ def test_batches_keep_studies_apart_and_pictures_in_order() -> None:
     assert [len(each.units) for each in batches] == [64, 1, 1, 1]
     assert [u for each in batches for u in each.units] == units
     assert group([]) == ()
+    assert [len(each.units) for each in group(units, studies=2)] == [64, 1, 2]
 
 
 def test_all_flows_of_a_machine_share_one_server_and_the_last_one_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
