@@ -122,7 +122,8 @@ class Worker:
         """One worker a device of this machine. Raises DeviceTakenError, or waits for the device."""
         folder = state_folder() / "devices"
         folder.mkdir(mode=0o700, exist_ok=True)
-        with (folder / f"{self._device.replace(':', '-')}.lock").open("a+") as file:
+        key = run.device_key(self._device)  # two processes that may use one GPU each both call it cuda:0
+        with (folder / f"{key.replace(':', '-')}.lock").open("a+") as file:
             said = False
             while True:
                 try:

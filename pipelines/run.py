@@ -786,6 +786,16 @@ def device_name(device: str) -> str:
     return device
 
 
+def device_key(device: str) -> str:
+    """By what a device is told from all others of this machine, whatever a process calls it. Imports torch."""
+    import torch
+
+    place = torch.device(device)
+    if place.type != "cuda" or (place.index or 0) >= torch.cuda.device_count():
+        return device
+    return f"GPU-{torch.cuda.get_device_properties(place).uuid}"
+
+
 def _shared_ending(one: str, other: str) -> int:
     """How many characters at their ends two names share."""
     pairs = zip(reversed(one), reversed(other), strict=False)

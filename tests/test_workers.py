@@ -29,7 +29,7 @@ from flows.machine.server import LocalServer, import_prefect
 from flows.seeing.log import EventLog, Fact
 from pipelines.ingest import Unit, plan
 from pipelines.reading import DeviceLostError
-from pipelines.run import Heard, Job, Session
+from pipelines.run import Heard, Job, Session, device_key
 from pipelines.run_folder import IndexEntry
 from pipelines.store import ModelError
 from pipelines.study import Rejection
@@ -422,6 +422,23 @@ def test_a_worker_says_what_fails_and_leaves_a_lost_gpu_to_another_process(
     assert (row.state, row.attempts) == ("waiting", 0)
     assert heard == [("broken", code)]
     assert worker._stopping.is_set() == (code == "device-lost")
+
+
+def test_a_gpu_is_known_by_itself_whatever_processes_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {"first process": ["a"], "second process": ["b"], "whole machine": ["a", "b"]}
+    keys = {}
+    for process, gpus in seen.items():
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: len(gpus))
+        monkeypatch.setattr(
+            "torch.cuda.get_device_properties", lambda place, gpus=gpus: SimpleNamespace(uuid=gpus[place.index or 0])
+        )
+        keys[process] = [device_key(name) for name in ("cuda:0", "cuda:1")]
+    assert keys == {
+        "first process": ["GPU-a", "cuda:1"],  # which is not there: that is for the model to say
+        "second process": ["GPU-b", "cuda:1"],
+        "whole machine": ["GPU-a", "GPU-b"],
+    }
+    assert device_key("cpu") == "cpu"
 
 
 class Serverless:
