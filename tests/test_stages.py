@@ -156,13 +156,15 @@ def test_whatever_breaks_is_raised_and_nothing_stays_under_way(
         monkeypatch.setattr(getattr(run.stages, f"_{where}"), "submit", fail)
     if where == "_drop":
         run.go_on.clear()
-        at_work = threads.submit(run.bring, "first", *names("more", 4))
+        first = threads.submit(run.bring, "first")
         assert run.reading.wait(30)
+        at_work = threads.submit(run.bring, *names("more", 4))
         deadline = time.monotonic() + 30
         while not run.stages._ready and time.monotonic() < deadline:
             time.sleep(0.01)
         run.stopped.set()
         run.go_on.set()
+        first.result(30)
     else:
         at_work = threads.submit(run.bring, *names("unit", 5))
     with pytest.raises(ValueError if where == "too few" else OSError):
