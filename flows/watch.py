@@ -517,7 +517,7 @@ class Watcher:
                 return None
             return session.conclude(prepared)
 
-        when = self._items.settle(session, key, files, work)
+        when = self._items.settle(session, key, files, work, lambda: session.request(unit))
         return held[0] if held else when
 
     def _clear_quarantine(self, paths: Sequence[str]) -> None:

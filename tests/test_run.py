@@ -113,6 +113,18 @@ def test_a_report_is_made_again_when_a_file_is_missing_or_a_format_model_or_kind
     assert len({line["id"] for line in lines(job.out / "index.jsonl")}) == 3
 
 
+def test_a_run_is_complete_only_with_all_formats_asked_for_whoever_wrote_them(
+    tmp_path: Path, reader: TinyReader
+) -> None:
+    for name in ("a.png", "b.png"):  # the same content
+        picture(tmp_path / "in" / name)
+    job = Job((tmp_path / "in",), tmp_path / "out", formats=("json", "sr"))  # no DICOM object can be made of it
+    assert not execute(job).complete
+    assert not execute(job).complete
+    again = execute(replace(job, formats=("json",)))
+    assert len(again.already_reported) == 2 and again.complete
+
+
 def test_the_device_waits_until_the_last_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TinyReader(seconds=0.2).install(monkeypatch)
     real = Desk.report

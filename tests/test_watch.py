@@ -527,6 +527,30 @@ def test_a_file_that_changes_between_its_hash_and_its_decoding_is_one_item(
     assert running.events.count("reported") == 1
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["refused", "cut-off"])
+def test_a_file_that_is_spoilt_between_its_hash_and_its_decoding_is_one_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    prepare, spoilt = Session.prepare, tmp_path / "spoilt.png"
+    one = picture(tmp_path / "in" / "one.png", 1)
+    Image.new("L", (400, 2)).save(spoilt)
+    if cut:
+        spoilt.write_bytes(one.read_bytes()[:-200])
+
+    def replace_it_before(self: Session, unit: Unit) -> Prepared:
+        if spoilt.exists():
+            os.replace(spoilt, one)
+        return prepare(self, unit)
+
+    monkeypatch.setattr(Session, "prepare", replace_it_before)
+    with watching(tmp_path) as running:
+        until(lambda: running.heard("quarantined"))
+        time.sleep(1)
+        [row] = running.ledger.rows()
+    assert (row.state, row.code) == ("quarantined", "truncated" if cut else "too-small")
+    assert running.events.count("quarantined") == 1
+
+
 def test_a_clock_that_is_turned_back_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = 0.0
     clock = SimpleNamespace(time=lambda: time.time() + ahead, monotonic=time.monotonic)

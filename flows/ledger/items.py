@@ -88,19 +88,25 @@ class Items:
         self.tally = tally or Tally()
 
     def settle(
-        self, session: Session, key: str, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
+        self,
+        session: Session,
+        key: str,
+        files: list[str],
+        work: Callable[[], IndexEntry | Rejection | None],
+        request: Callable[[], str] = lambda: "",
     ) -> float | None:
         """Work on the item `key` if it is due; the time at which to come back to it, or None where it is settled.
 
-        `work` reports it or says why not; with None it is given back untried.  Raises OutputError and LedgerError: the
-        claim is kept then, for the next call.
+        `work` reports it or says why not; with None it is given back untried.  `request` is that of what the files hold
+        by then, empty where it cannot be told.  Raises OutputError and LedgerError: the claim is kept then, for the
+        next call.
         """
         claim = self._claim(session, key, files)
         if isinstance(claim, float):
             return claim or None
         self._kept[key] = claim  # until it is on record what came of it, whatever breaks that off
         try:
-            when = self._attempt(session, claim, files, work)
+            when = self._attempt(session, claim, files, work, request)
         except LeaseLostError:
             self._log("lease-lost", item=key[:16])
             when = time.time() + PAUSE_S
@@ -110,7 +116,12 @@ class Items:
         return when
 
     def _attempt(
-        self, session: Session, claim: Claim, files: list[str], work: Callable[[], IndexEntry | Rejection | None]
+        self,
+        session: Session,
+        claim: Claim,
+        files: list[str],
+        work: Callable[[], IndexEntry | Rejection | None],
+        request: Callable[[], str],
     ) -> float | None:
         """Work on a claimed item and put on record what came of it."""
         started, busy = time.monotonic(), session.device_seconds
@@ -118,14 +129,15 @@ class Items:
             return self._give_up(session, claim, files)
         with self._ledger.holding(claim):
             outcome = work()
-        if outcome is None:  # not for now
-            self._ledger.release(claim)
-            return time.time() + self._interval
-        if isinstance(outcome, IndexEntry) and outcome.request != claim.request:
+            now = outcome.request if isinstance(outcome, IndexEntry) else request()
+        if now not in ("", claim.request):
             # The files have changed since they were hashed: what they hold now is an item of its own.
             self._ledger.release(claim)
             self._ledger.forget([claim.request])
             self._log("replaced", item=claim.request[:16])
+            return time.time() + self._interval
+        if outcome is None:  # not for now
+            self._ledger.release(claim)
             return time.time() + self._interval
         return self._record(claim, outcome, files, session.device_seconds - busy, time.monotonic() - started)
 
