@@ -106,6 +106,7 @@ class RunSummary:
 
     out: Path
     index: Path  # the HTML index over all reports of the folder
+    formats: tuple[str, ...]  # of each report, that were asked for
     reported: Sequence[IndexEntry]  # each is read when it is asked for
     already_reported: Sequence[IndexEntry]  # finished by an earlier run, or the same content twice in this one
     rejected: tuple[Rejection, ...]
@@ -121,7 +122,8 @@ class RunSummary:
     @property
     def complete(self) -> bool:
         """Every input has its report in every format that was asked for."""
-        return not (self.rejected or self.left or self.errors or any(entry.errors for entry in self.reported))
+        lacking = any(entry.errors.keys() & set(self.formats) for entry in self.reported)
+        return not (self.rejected or self.left or self.errors or lacking)
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as plain JSON values."""
@@ -393,6 +395,7 @@ class Session:
         return RunSummary(
             out=self.job.out,
             index=index,
+            formats=tuple(self._formats),
             reported=self._folder.some(self._reported[place] for place in sorted(self._reported)),
             already_reported=self._folder.some(self._already[place] for place in sorted(self._already)),
             rejected=tuple(self._rejected),

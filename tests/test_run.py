@@ -123,6 +123,8 @@ def test_a_run_is_complete_only_with_all_formats_asked_for_whoever_wrote_them(
     assert not execute(job).complete
     again = execute(replace(job, formats=("json",)))
     assert len(again.already_reported) == 2 and again.complete
+    further = execute(replace(job, formats=("json", "html")))
+    assert further.reported[0].errors.keys() == {"sr"} and further.complete  # nobody asks for that now
 
 
 def test_the_device_waits_until_the_last_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
