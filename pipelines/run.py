@@ -326,9 +326,8 @@ class Session:
 
     def _try_suspects(self) -> None:
         """Do what was under way when a former run died, each by itself: so that one dies of it only that has to."""
-        for place, unit, request, heard in self._suspects:
-            if self._stop.is_set():
-                return
+        while self._suspects and not self._stop.is_set():
+            place, unit, request, heard = self._suspects.pop(0)
             if self._deaths(request) >= MOST_DEATHS:
                 why = process_died(unit.path)
                 remedy = f"{why.remedy} To have it tried again, remove {UNDER_WAY} from the output folder."
@@ -339,7 +338,6 @@ class Session:
                 outcome = self.conclude(self.prepare(unit), place)
                 self._end(request)
             self._say(outcome, unit, heard)
-        self._suspects = []
 
     def _get_ready(self, units: Sequence[ingest.Unit]) -> None:
         """Threads and desks as the work and the device are worth them."""

@@ -51,7 +51,6 @@ PASSING: Final = frozenset(
 )
 _CHANGED: Final = "It is not what was planned: the file has changed, or this worker has another model or other rules."
 _SAME_EVERYWHERE: Final = "Run again; see that all machines have the same model, rules and version of the program."
-_TOO_OFTEN: Final = "Report it as a fault of the program, with the input if that can be shared."
 
 
 @dataclass(slots=True)
@@ -276,7 +275,9 @@ class Items:
             self._ledger.retry([key])
             return False
         if row.state == "quarantined" and row.code:
-            session.conclude(Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, _TOO_OFTEN)))
+            session.conclude(
+                Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, process_died(files[0]).remedy))
+            )
         self.tally.known += 1
         self._log("known", item=key[:16], state=row.state, report=row.report)
         return True
