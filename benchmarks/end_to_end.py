@@ -33,14 +33,15 @@ import pstats
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -60,12 +61,21 @@ if __name__ == "__main__":  # desks are processes that import this file anew, an
     from racing import claim, machine
 
     from flows.jobs import Crewing, run_batch
-    from flows.machine.server import LocalServer, import_prefect
-    from flows.seeing.log import EventLog
+    from flows.machine.server import LocalServer
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ("steel/scratches.png", "tile/crack.png", "board/board.png")
 SLICES = 64
+SERVE = """
+import signal, sys
+from flows.machine.server import import_prefect
+import_prefect()
+from flows.seeing.log import EventLog
+from flows.worker import Work, Worker
+worker = Worker(Work(sys.argv[1]), EventLog(as_json=True))
+signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+worker.run()
+"""  # as `scanscribe worker` does, where that is not installed
 
 
 def main() -> None:
@@ -280,20 +290,23 @@ def serving(home: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def worker(device: str) -> Iterator[Callable[[Job], RunSummary]]:
-    """How jobs are run by a worker, which serves for as long as the block runs. As in the summaries of other runs, the
-    device waits while nothing is read between the first reading and the last report.
+    """How jobs are run by a worker, a process of its own that serves for as long as the block runs. As in the summaries
+    of other runs, the device waits while nothing is read between the first reading and the last report.
     """
-    import_prefect()
-    from flows.worker import Work, Worker
-
     serving = threading.Event()
     busy: list[tuple[float, float]] = []  # when an item was done, and seconds of reading
 
-    def hear(event: str, facts: Mapping[str, Any]) -> None:
-        if event == "serving":
-            serving.set()
-        elif event == "reported":
-            busy.append((time.perf_counter(), facts["read"]))
+    def listen() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if not line.startswith("{"):  # what stops it before it serves
+                sys.stderr.write(line)
+                continue
+            said = json.loads(line)
+            if said.get("event") == "serving":
+                serving.set()
+            elif said.get("event") == "reported":
+                busy.append((datetime.fromisoformat(said["time"]).timestamp(), said["read"]))
 
     def by_worker(job: Job) -> RunSummary:
         busy.clear()
@@ -302,15 +315,16 @@ def worker(device: str) -> Iterator[Callable[[Job], RunSummary]]:
         waited = 1 - sum(each for _, each in busy) / (last - first + read)
         return replace(summary, device_wait=max(waited, 0.0))
 
-    one = Worker(Work(device), EventLog(silent=True, hearers=(hear,)))
-    thread = threading.Thread(target=one.run)
-    thread.start()
+    process = subprocess.Popen([sys.executable, "-c", SERVE, device], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    listening = threading.Thread(target=listen)
+    listening.start()
     try:
         assert serving.wait(60)
         yield by_worker
     finally:
-        one.stop()
-        thread.join()
+        process.terminate()
+        process.wait()
+        listening.join()
 
 
 def run(inputs: Path, out: Path, device: str, by: Callable[[Job], RunSummary] = execute) -> RunSummary:

@@ -40,7 +40,8 @@ from pipelines.store import home
 from pipelines.study import Rejection
 
 PICTURES_A_BATCH: Final = 64  # at most: Prefect takes some 40 ms of a core for a task
-STUDIES_A_BATCH: Final = 8  # of a worker, which takes one batch after the other: while one is read, others are decoded
+STUDIES_A_BATCH: Final = 8  # of a worker: while one is read, others are decoded
+BATCHES_A_WORKER: Final = 8  # at least, if there is enough to do: it takes several before others have had any
 MOST_TASKS: Final = 24  # at a time: a study is one, and its task takes a while beside the reading
 ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
@@ -75,7 +76,7 @@ def batch(job: str) -> RunSummary:
         units = tuple(discover(session))
         pictures, studies = PICTURES_A_BATCH, 1
         if asked.crewing:  # small enough that all have something to do until the end
-            a_worker = len(units) // max(1, 4 * len(workers(asked.server.url()) or ()))
+            a_worker = len(units) // (BATCHES_A_WORKER * max(1, len(workers(asked.server.url()) or ())))
             pictures = min(max(a_worker, LEAST_A_BATCH), PICTURES_A_BATCH)
             studies = min(max(a_worker, 1), STUDIES_A_BATCH)
         batches = deque(group(units, pictures, studies))

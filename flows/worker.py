@@ -1,7 +1,8 @@
 """The worker: a process for each device that holds the model, and reads the batches that flows hand to the server.
 
 Prefect brings the batches (a background task for each lane); the ledger says which units in them are still to be done,
-and who has them. It runs until it is told to stop, whatever happens to the server meanwhile.
+and who has them. It runs until it is told to stop, whatever happens to the server meanwhile. On a GPU it has several
+batches at a time: while the reports of one are written, the units of the next are read.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from flows.machine.server import LocalServer, state_folder, waiting_for_server
 from flows.machine.space import MIN_FREE, Room
 from flows.seeing.log import EventLog
 from pipelines import run
+from pipelines.desk import may_be_gpu
 from pipelines.reading import DeviceLostError
 from pipelines.run import Session
 from pipelines.store import home
 from reports.writing import fault
 
 PAUSE_S: Final = 2.0  # before another try when the server or the ledger fails
+BATCHES_ON_A_GPU: Final = 3  # at a time; on a CPU, where model and files share the cores, it is one
 
 _P = ParamSpec("_P")
 
@@ -67,19 +70,28 @@ class _Desk:
     ledger: Ledger
     items: Items
     room: Room
+    at_work: int = 0  # batches
+    failed: bool = False  # nothing new begins here
+
+    def serves(self, plain: dict[str, Any]) -> bool:
+        """Whether a batch of that job may begin here."""
+        return self.plain == plain and not self.failed
+
+    def close(self) -> None:
+        self.session.__exit__(None, None, None)
+        self.ledger.__exit__(None, None, None)
 
 
 class Worker:
-    """Serves batches on one device. `run` returns after `stop`, at the end of the item that is at work."""
+    """Serves batches on one device. `run` returns after `stop`, at the end of the items that are at work."""
 
     def __init__(self, work: Work, log: EventLog, tell: Callable[..., None] | None = None) -> None:
         """`tell` as for `flows.ledger.items.Items`."""
         self._work, self._log, self._tell = work, log, tell
         self._device = ""
         self._stopping = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._desk: _Desk | None = None
+        self._changed = threading.Condition()  # guards the desk
+        self._desk: _Desk | None = None  # all batches at a time are of one job
         self._server_lost = False
         self._lost: DeviceLostError | None = None
         self.tally = Tally()
@@ -111,8 +123,9 @@ class Worker:
         thread.start()
         while not self._stopping.wait(PAUSE_S):
             server.keep()
-        self._idle.wait()
-        self._close()
+        with self._changed:
+            self._changed.wait_for(self._is_free)
+            self._close()
         thread.join(PAUSE_S)
         if self._lost is not None:
             raise self._lost
@@ -159,8 +172,9 @@ class Worker:
                 self._stopping.wait(PAUSE_S)
 
     async def _subscribe(self, url: str) -> None:
-        served, known = TaskWorker(*TASKS.values(), limit=1), False
-        serving = asyncio.create_task(_one_by_one(served, url))
+        at_once = BATCHES_ON_A_GPU if may_be_gpu(self._device) else 1
+        served, known = TaskWorker(*TASKS.values(), limit=at_once), False
+        serving = asyncio.create_task(_take_from(url, served, at_once))
         answered = time.monotonic()
         next_look = 0.0
         while not serving.done() and not self._stopping.is_set():
@@ -189,54 +203,80 @@ class Worker:
             self._log("server-lost", message=waiting_for_server(url), error=error)
 
     def take(self, plain: dict[str, Any], batch: Sequence[Handed]) -> None:
-        """Work on what of a batch is to be done."""
-        self._idle.clear()
+        """Work on what of a batch is to be done. Several threads may be in here at a time."""
         try:
-            desk = self._open(plain)
-            desk.session.refresh()
-            while not desk.room() and not self._stopping.is_set():
-                self._stopping.wait(PAUSE_S)
-            if not self._stopping.is_set():
-                desk.items.settle_together(desk.session, [(b.request, list(b.files), b.unit) for b in batch])
+            with self._at_desk(plain) as desk:
+                while desk and not desk.room() and not self._stopping.is_set():
+                    self._stopping.wait(PAUSE_S)
+                if desk and not self._stopping.is_set():
+                    desk.session.refresh()
+                    desk.items.settle_together(desk.session, [(b.request, list(b.files), b.unit) for b in batch])
         except Exception as error:
             known = isinstance(error, TROUBLES)
             self._log("broken", message=str(error) if known else fault(error), code=getattr(error, "code", "fault"))
             if isinstance(error, DeviceLostError):
                 self._lost = error
-                self._stopping.set()
+                self.stop()
             self._stopping.wait(PAUSE_S)
-            self._close()
+            raise
+
+    @contextlib.contextmanager
+    def _at_desk(self, plain: dict[str, Any]) -> Iterator[_Desk | None]:
+        """The desk for a job, opened when batches of another job, or those of one that failed, are done.
+
+        None when the worker stops.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_free() or (self._desk is not None and self._desk.serves(plain)))
+            if self._stopping.is_set():
+                yield None
+                return
+            if self._desk is None or not self._desk.serves(plain):
+                self._close()
+                self._desk = self._open(plain)
+            desk = self._desk
+            desk.at_work += 1
+        try:
+            yield desk
+        except Exception:
+            desk.failed = True
             raise
         finally:
-            self._idle.set()
+            with self._changed:
+                desk.at_work -= 1
+                if desk.failed and self._is_free():
+                    self._close()
+                self._changed.notify_all()
+
+    def _is_free(self) -> bool:
+        return self._desk is None or not self._desk.at_work
 
     def _open(self, plain: dict[str, Any]) -> _Desk:
-        if self._desk is None or self._desk.plain != plain:
-            self._close()
-            job = replace(from_plain(plain), device=self._device)
-            ledger = Ledger(job.out, self._work.ledger)
-            items = Items(ledger, self._log, job.out, self._work.min_free, PAUSE_S, self._tell, self.tally)
-            room = Room({"reports": job.out, "state folder": home()}, self._work.min_free, self._log)
-            self._desk = _Desk(plain, Session(job, member=True), ledger, items, room)
-        return self._desk
+        job = replace(from_plain(plain), device=self._device)
+        ledger = Ledger(job.out, self._work.ledger)
+        items = Items(ledger, self._log, job.out, self._work.min_free, PAUSE_S, self._tell, self.tally)
+        room = Room({"reports": job.out, "state folder": home()}, self._work.min_free, self._log)
+        return _Desk(plain, Session(job, member=True), ledger, items, room)
 
     def _close(self) -> None:
         if self._desk is not None:
-            self._desk.session.__exit__(None, None, None)
-            self._desk.ledger.__exit__(None, None, None)
-        self._desk = None
+            desk, self._desk = self._desk, None
+            desk.close()
 
 
-async def _one_by_one(served: TaskWorker, url: str) -> None:
-    """Take each batch from the server when the former is done.
+async def _take_from(url: str, served: TaskWorker, at_once: int) -> None:
+    """Take so many batches from the server at a time, and one more whenever one is done.
 
-    `TaskWorker.start` takes one more as soon as it works on one; when it is killed, that one is lost. Here the server
-    sends it as early, but has no receipt for it, and gives it to another worker when this one is gone.
+    `TaskWorker.start` takes a further one before there is a place for it; when it is killed, that one is lost. Here the
+    server sends it as early, but has no receipt for it, and gives it to another worker when this one is gone.
     """
     keys = [TASKS[lane].task_key for lane in LANES]  # the server looks for work in this order
+    running: set[asyncio.Task[None]] = set()
     async with served:
         async for each in Subscription(TaskRun, "/task_runs/subscriptions/scheduled", keys, served.client_id, url):
-            await served.execute_task_run(each)
+            running.add(asyncio.create_task(served.execute_task_run(each)))
+            if len(running) == at_once:
+                _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
 
 
 _worker: Worker | None = None  # of this process

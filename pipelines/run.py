@@ -459,7 +459,8 @@ class Session:
 
     def refresh(self) -> None:
         """Take note of what other sessions have written into the output folder."""
-        self._folder.refresh()
+        with self._changed:
+            self._folder.refresh()
 
     def prepare(self, unit: ingest.Unit) -> Prepared:
         """Decode a unit and its golden sample, unless its report is there: that is known from the bytes alone.

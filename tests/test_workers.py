@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,7 @@ from flows.seeing.log import EventLog, Fact
 from pipelines.ingest import Unit, plan
 from pipelines.reading import DeviceLostError
 from pipelines.run import Heard, Job, Session, device_key
-from pipelines.run_folder import IndexEntry
+from pipelines.run_folder import IndexEntry, OutputError
 from pipelines.store import ModelError
 from pipelines.study import Rejection
 from tests.test_cli import run
@@ -422,6 +423,164 @@ def test_a_worker_says_what_fails_and_leaves_a_lost_gpu_to_another_process(
     assert (row.state, row.attempts) == ("waiting", 0)
     assert heard == [("broken", code)]
     assert worker._stopping.is_set() == (code == "device-lost")
+
+
+class Beside:
+    """In place of `Session.process`: keeps what it is told to until it is let go, and notes what it is at together."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *kept: Unit) -> None:
+        self._process, self._kept, self._lock = Session.process, set(kept), threading.Lock()
+        self._at_work: list[str] = []
+        self.together: list[list[str]] = []  # the names of what was at work whenever more came
+        self.let_go = threading.Event()
+        monkeypatch.setattr(Session, "process", lambda session, units, heard=None: self(session, units, heard))
+
+    def __call__(self, session: Session, units: list[Unit], heard: Heard | None) -> None:
+        names = [unit.files[0].path.stem for unit in units]
+        with self._lock:
+            self._at_work += names
+            self.together.append(sorted(self._at_work))
+        if self._kept & set(units):
+            assert self.let_go.wait(30)
+        self._process(session, units, heard)
+        with self._lock:
+            self._at_work = [name for name in self._at_work if name not in names]
+
+
+def test_what_may_end_the_process_is_tried_while_no_other_batch_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TinyReader().install(monkeypatch)
+    job, clock = Job((tmp_path / "in",), tmp_path / "out"), Clock()
+    first, later, suspect = plan(
+        [picture(tmp_path / "in" / f"{name}.png", seed=seed) for seed, name in enumerate(("first", "later", "suspect"))]
+    ).units
+    beside = Beside(monkeypatch, first)
+    with (
+        Ledger(job.out, f"sqlite:///{tmp_path / 'ledger.db'}", clock=clock) as ledger,
+        Session(job, member=True) as session,
+        ThreadPoolExecutor() as pool,
+    ):
+        items = Items(ledger, EventLog(silent=True), job.out, 0, 1.0)
+
+        def settle(unit: Unit) -> Future[None]:
+            batch = [(session.request(unit), [str(unit.files[0].path)], unit)]
+            return pool.submit(items.settle_together, session, batch)
+
+        ledger.add([(session.request(suspect), [str(suspect.files[0].path)])])
+        assert ledger.claim(request=session.request(suspect))  # by whom died at it
+        clock.now += ledger.lease_s + 1
+        batches = [settle(first)]
+        until(lambda: len(beside.together) == 1)
+        batches.append(settle(suspect))
+        until(lambda: bool(items._turns._waiting))
+        batches.append(settle(later))  # does not keep the suspect from its turn
+        time.sleep(0.2)
+        assert len(beside.together) == 1
+        [row] = [row for row in ledger.rows() if row.request == session.request(suspect)]
+        assert (row.state, row.attempts) == ("waiting", 1)  # what ends the process meanwhile costs it no try
+        beside.let_go.set()
+        for each in batches:
+            each.result(30)
+        assert ledger.counts()["done"] == 3
+    assert beside.together == [["first"], ["suspect"], ["later"]]
+    assert items.tally.reported == 3
+
+
+def test_batches_of_one_job_are_at_work_together_and_those_of_another_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCANSCRIBE_HOME", str(tmp_path / "home"))
+    TinyReader().install(monkeypatch)
+    import_prefect()
+    from flows.worker import Work, Worker
+
+    monkeypatch.setattr("flows.worker.PAUSE_S", 0.0)
+    names = ("broken", "kept", "other", "second")
+    units = plan([picture(tmp_path / "in" / f"{name}.png", seed=seed) for seed, name in enumerate(names)]).units
+    unit_of = dict(zip(names, units, strict=True))
+    beside = Beside(monkeypatch, unit_of["kept"])
+    jobs = [Job((tmp_path / "in",), tmp_path / f"out-{number}", device="cpu") for number in range(2)]
+    heard: list[str] = []
+    worker = Worker(Work("cpu"), EventLog(silent=True, hearers=(lambda event, facts: heard.append(event),)))
+    worker._device = "cpu"
+    with Session(jobs[0]) as session, Session(jobs[1]) as another, ThreadPoolExecutor() as pool:
+
+        def take(name: str, session: Session = session) -> Future[None]:
+            unit = unit_of[name]
+            handed = Handed(session.request(unit), (str(unit.files[0].path),), unit)
+            return pool.submit(worker.take, as_plain(session.job), [handed])
+
+        kept = take("kept")
+        until(lambda: len(beside.together) == 1)
+        take("second").result(30)
+        other = take("other", another)
+        time.sleep(0.2)
+        assert not other.done() and beside.together == [["kept"], ["kept", "second"]]
+        beside.let_go.set()
+        other.result(30)
+        kept.result(30)
+        assert beside.together[2:] == [["other"]]
+
+        # What breaks off one batch leaves the others to go on; the next begins anew.
+        beside.let_go.clear()
+        kept_desk = take("kept", another)
+        until(lambda: len(beside.together) == 4)
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "refresh", lambda session: (_ for _ in ()).throw(OutputError("the disk is full")))
+            with pytest.raises(OutputError):
+                take("broken", another).result(30)
+        again = take("broken", another)
+        time.sleep(0.2)
+        assert not again.done()
+        beside.let_go.set()
+        kept_desk.result(30)
+        again.result(30)
+        assert not worker._stopping.is_set()
+        worker.stop()
+        take("second", another).result(30)  # not any more
+        assert len(beside.together) == 5
+    assert heard.count("reported") == worker.tally.reported == 5 and heard.count("broken") == 1
+
+
+@pytest.mark.parametrize(("gpu", "at_once"), [(True, 3), (False, 1)])
+def test_a_worker_takes_as_many_batches_at_a_time_as_its_device_is_worth(
+    tmp_path: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch, gpu: bool, at_once: int
+) -> None:
+    here(monkeypatch, tmp_path, shared)
+    TinyReader().install(monkeypatch)
+    import_prefect()
+    from flows import worker
+
+    at_work, taken, lock = 0, list[int](), threading.Lock()
+
+    def take(self: worker.Worker, plain: object, batch: object) -> None:
+        nonlocal at_work
+        with lock:
+            at_work += 1
+            taken.append(at_work)
+        time.sleep(0.5)
+        with lock:
+            at_work -= 1
+
+    monkeypatch.setattr(worker.Worker, "take", take)
+    monkeypatch.setattr(worker, "may_be_gpu", lambda device: gpu)
+    job, count = Job((tmp_path / "in",), tmp_path / "out"), 2 * at_once + 1
+    heard: list[str] = []
+    one = worker.Worker(worker.Work("cpu"), EventLog(silent=True, hearers=(lambda event, facts: heard.append(event),)))
+    thread = threading.Thread(target=one.run)
+    with LocalServer() as server, Ledger(job.out) as ledger:
+        thread.start()
+        try:
+            until(lambda: "serving" in heard, seconds=60)
+            crew = Crew(job, ledger, server, EventLog(silent=True))
+            for number in range(count):
+                crew.give([handed_unit(tmp_path / "in" / f"{number}.png", f"{number:064}")])
+            until(lambda: len(taken) == count, seconds=60)
+        finally:
+            one.stop()
+            thread.join(60)
+    assert not thread.is_alive() and max(taken) == at_once
 
 
 def test_a_gpu_is_known_by_itself_whatever_processes_call_it(monkeypatch: pytest.MonkeyPatch) -> None:

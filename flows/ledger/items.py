@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -64,7 +64,7 @@ class Tally:
 
 
 class Items:
-    """Settles the items of one output folder, one at a time."""
+    """Settles the items of one output folder: one at a time, or batches, of which several threads may each have one."""
 
     def __init__(
         self,
@@ -84,6 +84,10 @@ class Items:
         self._ledger, self._log, self._out, self._spare, self._interval = ledger, log, out, spare, interval
         self._tell = tell or (lambda event, **facts: None)
         self._kept: dict[str, Claim] = {}  # claims whose work the disk or the ledger broke off
+        self._turns = _Turns()
+        self._recording = threading.Lock()  # guards the tally and what follows
+        self._batches = 0  # that are at work
+        self._last = 0.0, 0.0  # when one of their items was done, and what the device had worked by then
         self.tally = tally or Tally()
 
     def settle(
@@ -143,24 +147,27 @@ class Items:
     def settle_together(self, session: Session, batch: Sequence[tuple[str, list[str], Unit]]) -> None:
         """Work on what of a batch (key, files, unit) is due: all of it together, then what had a try before by itself.
 
-        What is not on record when one of `TROUBLES` breaks it off, or the session is stopped, is given back as if it
-        had not been claimed, with the reason.  Raises `TROUBLES`.
+        For the latter the batches of other threads wait.  What is not on record when one of `TROUBLES` breaks it off,
+        or the session is stopped, is given back as if it had not been claimed, with the reason.  Raises `TROUBLES`.
         """
         together: list[tuple[Claim, list[str], Unit]] = []
         alone: list[tuple[int, str, list[str], Unit]] = []
-        for key, files, unit in batch:
-            claim = self._claim_untired(session, key, files)
-            if claim is None:
-                continue
-            if claim.attempt == 1:
-                together.append((claim, files, unit))
-            else:  # one that ends the process would cost the others a try each time: until its turn it is not ours
-                self._ledger.release(claim)
-                alone.append((claim.attempt, key, files, unit))
-        self._attempt_together(session, together)
+        with self._turns.beside():
+            for key, files, unit in batch:
+                claim = self._claim_untired(session, key, files)
+                if claim is None:
+                    continue
+                if claim.attempt == 1:
+                    together.append((claim, files, unit))
+                else:  # one that ends the process would cost the others a try each time: until its turn it is not ours
+                    self._ledger.release(claim)
+                    alone.append((claim.attempt, key, files, unit))
+            if together:
+                self._attempt_together(session, together)
         for _, key, files, unit in sorted(alone, key=lambda each: each[0]):  # the one that ends the process comes last
-            if claim := self._claim_untired(session, key, files):
-                self._attempt_together(session, [(claim, files, unit)])
+            with self._turns.alone():
+                if claim := self._claim_untired(session, key, files):
+                    self._attempt_together(session, [(claim, files, unit)])
 
     def _claim_untired(self, session: Session, key: str, files: list[str]) -> Claim | None:
         """The claim on an item if it is due; one whose tries are used up goes to quarantine instead."""
@@ -168,7 +175,8 @@ class Items:
         if isinstance(claim, float):
             return None
         if claim.exhausted:
-            self._give_up(session, claim, files)
+            with self._recording:
+                self._give_up(session, claim, files)
             return None
         return claim
 
@@ -184,19 +192,22 @@ class Items:
         """Work on claimed items, all of them together. As `settle_together`."""
         claims = {claim.request: (claim, files) for claim, files, _ in items}
         units = {unit: claim.request for claim, _, unit in items}
-        lock, last = threading.Lock(), [time.monotonic(), session.device_seconds]
+        with self._recording:
+            if not self._batches:
+                self._last = time.monotonic(), session.device_seconds
+            self._batches += 1
 
         def heard(unit: Unit, outcome: IndexEntry | Rejection) -> None:
-            with lock:
+            with self._recording:
                 key = units[unit]
                 claim, files = claims[key]
                 if isinstance(outcome, IndexEntry) and outcome.request != key:
                     outcome = Rejection(unit.path, "changed-meanwhile", _CHANGED, _SAME_EVERYWHERE)
                 # They overlap: what counts is the time since the last one was done.
-                spent = time.monotonic() - last[0], session.device_seconds - last[1]
-                last[:] = time.monotonic(), session.device_seconds
+                now, busy = time.monotonic(), session.device_seconds
+                (then, before), self._last = self._last, (now, busy)
                 try:
-                    self._record(claim, outcome, files, spent[1], spent[0])
+                    self._record(claim, outcome, files, busy - before, now - then)
                 except LeaseLostError:
                     self._log("lease-lost", item=key[:16])
                 del claims[key]
@@ -211,6 +222,8 @@ class Items:
             why = {"code": error.code, "reason": str(error)}
             raise
         finally:
+            with self._recording:
+                self._batches -= 1
             for claim, _ in claims.values():
                 with contextlib.suppress(LedgerError, LeaseLostError):
                     self._ledger.release(claim, **why)
@@ -278,7 +291,8 @@ class Items:
             session.conclude(
                 Rejection(files[0], row.code, row.reason or "", REMEDIES.get(row.code, process_died(files[0]).remedy))
             )
-        self.tally.known += 1
+        with self._recording:
+            self.tally.known += 1
         self._log("known", item=key[:16], state=row.state, report=row.report)
         return True
 
@@ -304,6 +318,43 @@ class Items:
         self.tally.refused += 1
         self._log("quarantined", item=item, code=why.code, attempts=claim.attempt, files=len(files))
         return None
+
+
+class _Turns:
+    """Batches are at work beside each other, an item that may end the process is at work alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards what follows
+        self._beside = self._waiting = 0
+        self._alone = False
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Waits until none is alone, nor waits to be."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone and not self._waiting)
+            self._beside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._beside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until nothing else is at work."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: not self._alone and not self._beside)
+            self._waiting -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = False
+                self._changed.notify_all()
 
 
 def refusal_key(why: Rejection, path: Path) -> str:
