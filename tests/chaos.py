@@ -214,7 +214,8 @@ class Chaos:
         crew: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        """With `crew` the watcher has workers read, too; a second one waits for the first one's device."""
+        """With `crew` the watcher has workers read, too, several batches at a time, as on a GPU; a second one waits for
+        the first one's device."""
         self.root, self.seed, self.inputs, self.kills, self.poll, self.say = root, seed, inputs, kills, poll, say
         self.crew = crew
         self.chance = random.Random(seed)
@@ -252,6 +253,7 @@ class Chaos:
             name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "SCANSCRIBE"))
         }
         environment |= {"SCANSCRIBE_HOME": str(home), "TINY_READER_SECONDS": "0.005"}
+        environment |= {"TINY_READER_GPU": "1"} if self.crew else {}
         half = self.inputs // 2
         dropping = Dropper(self.watched, random.Random(self.seed + 1), self.root / "away-1")
         filling = Dropper(self.batched, random.Random(self.seed + 2), self.root / "away-2")
