@@ -1,7 +1,8 @@
 """The batch flow: discover the inputs, read and report them batch by batch, export the index, leave a summary.
 
 A task is a batch of pictures, one study or, for a worker, several; never a slice. What Prefect stores (parameters,
-names, artifacts) holds hashes, counts and report ids only: file names can name a patient.
+names, artifacts) holds hashes, counts and report ids only: file names can name a patient. Links to reports are in the
+summary when the environment says under which address they are served.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import itertools
+import os
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +49,7 @@ MOST_TASKS: Final = 24  # at a time: a study is one, and its task takes a while 
 ROWS_SHOWN, PICTURES_SHOWN = 500, 12  # in the summary of a run
 HASHERS: Final = 4
 LOOK_S: Final = 0.2
+URL_VARIABLE: Final = "SCANSCRIBE_REPORTS_URL"  # under which the folder that the output folder lies in is served
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +242,15 @@ def group(units: Sequence[Unit], pictures: int = PICTURES_A_BATCH, studies: int 
 
 def summarise(summary: RunSummary) -> None:
     """Leave a table of the run with the flow run, without a file name."""
+    served = os.environ.get(URL_VARIABLE, "").rstrip("/")
+    place = f"{served}/{urllib.parse.quote(summary.out.name)}" if served else ""
+    index = f"[{summary.index.name}]({place}/{summary.index.name})" if place else summary.index.name
     lines = [
         f"{len(summary.reported)} reported, {len(summary.already_reported)} already there, "
         f"{len(summary.rejected)} refused, {summary.left} not got to, {summary.seconds:.1f} s.",
         "",
         *timing(summary),
-        "The reports are in the output folder: open its index.html.",
+        f"The reports are in the output folder: open its {index}.",
         "",
         "| report | kind | findings | disposition | confidence |",
         "|---|---|---|---|---|",
@@ -251,7 +258,9 @@ def summarise(summary: RunSummary) -> None:
     for entry in summary.reported[:ROWS_SHOWN]:
         confidence = "" if entry.confidence is None else f"{entry.confidence:.0%}"
         findings = entry.findings if entry.findings or entry.assessed else "not assessed"
-        lines.append(f"| {entry.id} | {entry.kind} | {findings} | {entry.disposition or ''} | {confidence} |")
+        page = entry.formats.get("html")
+        report = f"[{entry.id}]({place}/{page})" if place and page else entry.id
+        lines.append(f"| {report} | {entry.kind} | {findings} | {entry.disposition or ''} | {confidence} |")
     if (more := len(summary.reported) - ROWS_SHOWN) > 0:
         lines.append(f"| and {more} more | | | | |")
     pictures = [(entry.id, summary.out / entry.thumbnail) for entry in summary.reported if entry.thumbnail]

@@ -6,11 +6,14 @@ Importing this module does not import prefect.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import secrets
 from collections import Counter
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from pipelines import run
 from pipelines.ingest.identifiers import DEFAULT_PATTERNS
 from pipelines.run import Job, Listener, References, RunSummary, check_job
 from pipelines.store import is_folder
+from pipelines.study import Rejection
 from reports.files import atomic_write
 from reports.lot.sampling import LotPlan
 from reports.rules import DEFAULT_RULES
@@ -100,10 +104,8 @@ def run_batch(
                 regularly(server.keep, KEEP_S),
             ):
                 summary = batch(name) if flow_run is None else _as_run(flow_run, name)
-            if seen is not None and summary.rejected:
-                codes = Counter(each.code for each in summary.rejected).most_common()
-                words = ", ".join(f"{code} {count}" for code, count in codes)
-                seen.log("inputs-refused", count=len(summary.rejected), codes=words)
+            if seen is not None:
+                _say_refused(job, summary.rejected, seen)
             return summary
         except Exception as error:
             lost = lost_server(url, error) if isinstance(error, httpx.HTTPError) else None  # the client has given up
@@ -115,6 +117,26 @@ def run_batch(
         finally:
             EventsWorker.drain_all(timeout=10)  # what Prefect has yet to tell the server, before that stops
             _path(name).unlink(missing_ok=True)
+
+
+def _say_refused(job: Job, rejected: Sequence[Rejection], seen: Seeing) -> None:
+    """Log how many inputs a run refused, and notify of it unless the last run of this job refused the same."""
+    told = _path(f"{_digest(job)}-refused")
+    if not rejected:
+        told.unlink(missing_ok=True)
+        return
+    counts = Counter(each.code for each in rejected).most_common()
+    codes = ", ".join(f"{code} {count}" for code, count in counts)
+    now = {hashlib.sha256(os.fsencode(f"{each.code} {each.path}")).hexdigest()[:16] for each in rejected}
+    if seen.tell:
+        before: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(told.read_text())
+        if new := len(now.difference(before)):
+            seen.tell("inputs-refused", count=len(rejected), new=new, codes=codes)
+        with contextlib.suppress(OSError):  # a full disk: it is told once more
+            atomic_write(told, json.dumps(sorted(now)))
+    seen.log("inputs-refused", count=len(rejected), codes=codes)
 
 
 def _as_run(flow_run: UUID, name: str) -> RunSummary:
@@ -134,11 +156,14 @@ def save_job(job: Job, run: str = "") -> str:
 
     The name is a hash of the job, 16 hex digits, and the run: the same job has the same hash.
     """
-    text = json.dumps(as_plain(job), sort_keys=True)
-    name = "-".join(filter(None, (hashlib.sha256(text.encode()).hexdigest()[:16], run)))
+    name = f"{_digest(job)}-{run}" if run else _digest(job)
     _path(name).parent.mkdir(mode=0o700, exist_ok=True)
-    atomic_write(_path(name), text)
+    atomic_write(_path(name), json.dumps(as_plain(job), sort_keys=True))
     return name
+
+
+def _digest(job: Job) -> str:
+    return hashlib.sha256(json.dumps(as_plain(job), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_job(name: str) -> Job:

@@ -18,6 +18,9 @@ import pytest
 
 from flows.jobs import load_job, run_batch, save_job
 from flows.machine.server import LocalServer, ServerError, import_prefect
+from flows.seeing.log import EventLog, Fact
+from flows.seeing.metrics import Metrics
+from flows.seeing.seeing import Seeing
 from pipelines.ingest import FileRef, Unit
 from pipelines.run import Job, UsageError, execute
 from pipelines.run_folder import OutputError
@@ -71,6 +74,45 @@ def test_the_flow_gives_the_reports_of_a_one_off_run_and_tells_prefect_no_names(
     assert summary.reported[0].id in table and table.count("](data:image/jpeg;base64,") == 12
 
 
+def test_the_summary_links_to_reports_that_are_served(
+    tmp_path: Path, state_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TinyReader().install(monkeypatch)
+    monkeypatch.setenv("SCANSCRIBE_REPORTS_URL", "https://host.example/all/")
+    summary = run_batch(Job((picture(tmp_path / "Jane.png"),), tmp_path / "line 3 (b)"))
+    [entry] = summary.reported
+    with sqlite3.connect(state_folder / "prefect" / "prefect.db") as database:
+        [(table,)] = database.execute("select data from artifact order by created desc limit 1")
+    place = "https://host.example/all/line%203%20%28b%29"
+    assert f"open its [index.html]({place}/index.html)." in table
+    assert f"| [{entry.id}]({place}/{entry.formats['html']}) |" in table
+
+
+def test_what_every_run_of_a_job_refuses_is_notified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TinyReader().install(monkeypatch)
+    inputs, heard = tmp_path / "in", list[dict[str, Fact]]()
+    picture(inputs / "whole.png")
+    logged: list[str] = []
+    log = EventLog(silent=True, hearers=(lambda event, facts: logged.append(event),))
+    seen = Seeing(log, lambda event, **facts: heard.append({"event": event, **facts}), Metrics())
+
+    def told() -> list[dict[str, Fact]]:
+        heard.clear()
+        run_batch(Job((inputs,), tmp_path / "out"), seen=seen)
+        return [each for each in heard if each.pop("event") == "inputs-refused"]
+
+    (inputs / "one.png").touch()
+    assert told() == [{"count": 1, "new": 1, "codes": "empty-file 1"}]
+    assert told() == []
+    (inputs / "two.jpg").write_text("none")
+    assert told() == [{"count": 2, "new": 1, "codes": "empty-file 1, not-an-image 1"}]
+    (inputs / "one.png").unlink()
+    assert told() == []
+    (inputs / "one.png").touch()
+    assert told() == [{"count": 2, "new": 1, "codes": "empty-file 1, not-an-image 1"}]
+    assert logged.count("inputs-refused") == 5  # the log has it each time
+
+
 def test_a_flow_that_cannot_write_ends_with_the_run_s_own_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +139,7 @@ def test_a_flow_stops_before_the_disk_is_full_and_is_seen(
     assert not (tmp_path / "out" / "index.jsonl").exists()
     code, _, said = run(capfd, monkeypatch, *words, "--min-free", "0")
     events = {each["event"]: each for each in map(json.loads, said.splitlines())}
-    assert code == 1 and events.keys() == {"metrics", "reported", "refused"}
+    assert code == 1 and events.keys() == {"metrics", "reported", "refused", "inputs-refused"}
     assert events["refused"]["code"] == "empty-file" and events["reported"]["read"] <= events["reported"]["seconds"]
 
 

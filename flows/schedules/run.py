@@ -2,13 +2,14 @@
 
 Standard output has a JSON object a line: events of reports and refusals for the scheduler, which logs and counts them,
 and at the end what came of the run, in counts and codes. It ends, after the item at hand, on SIGTERM and when standard
-input closes: with the scheduler that started it. Critical findings are told to the URL that the scheduler notifies, by
-this process: before they are on record.
+input closes: with the scheduler that started it. Critical findings and refused inputs are told to the URL that the
+scheduler notifies, by this process: before they are on record.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -51,7 +52,7 @@ def main(name: str, flow_run: str) -> None:
         url = os.environ.get(URL_VARIABLE)
         with Notifier(url) if url else contextlib.nullcontext() as notifier:
             log = EventLog(silent=True, hearers=(relay,))
-            seen = Seeing(log, notifier.tell if notifier else None, Metrics())
+            seen = Seeing(log, functools.partial(notifier.tell, schedule=name) if notifier else None, Metrics())
             summary = run_batch(schedule.job, crewing=crewing, flow_run=UUID(flow_run), seen=seen)
     except KeyboardInterrupt:
         told: dict[str, str | int] = {"code": "interrupted"}

@@ -35,11 +35,12 @@ from reports.files import atomic_write
 SECRET_VARIABLE: Final = "SCANSCRIBE_NOTIFY_SECRET"
 URL_VARIABLE: Final = "SCANSCRIBE_NOTIFY"  # the default of --notify
 SIGNATURE: Final = "X-ScanScribe-Signature"
-# What is told when the log hears of it. Quarantine and critical findings are told before they are on record.
+# What is told when the log hears of it. What must be told before it is on record is told by who puts it there:
+# quarantine, critical findings, refused inputs.
 EVENTS: Final = frozenset(
     (
         *("run-failed", "disk-low", "disk-low-over", "disk-lost", "disk-lost-over", "broken", "broken-over"),
-        *("folder-lost", "folder-lost-over", "inputs-refused", "run-failed-over"),
+        *("folder-lost", "folder-lost-over", "run-failed-over"),
     )
 )
 # CT findings that call a radiologist at once; of defects, the rules say what is critical.
