@@ -39,7 +39,7 @@ from pipelines.store import home
 from reports.writing import fault
 
 PAUSE_S: Final = 2.0  # before another try when the server or the ledger fails
-BATCHES_ON_A_GPU: Final = 3  # at a time; on a CPU, where model and files share the cores, it is one
+BATCHES_ON_A_GPU: Final = 4  # at a time; on a CPU, where model and files share the cores, it is one
 
 _P = ParamSpec("_P")
 

@@ -543,7 +543,7 @@ def test_batches_of_one_job_are_at_work_together_and_those_of_another_wait(
     assert heard.count("reported") == worker.tally.reported == 5 and heard.count("broken") == 1
 
 
-@pytest.mark.parametrize(("gpu", "at_once"), [(True, 3), (False, 1)])
+@pytest.mark.parametrize(("gpu", "at_once"), [(True, 4), (False, 1)])
 def test_a_worker_takes_as_many_batches_at_a_time_as_its_device_is_worth(
     tmp_path: Path, shared: dict[str, str], monkeypatch: pytest.MonkeyPatch, gpu: bool, at_once: int
 ) -> None:
