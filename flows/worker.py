@@ -272,11 +272,16 @@ async def _take_from(url: str, served: TaskWorker, at_once: int) -> None:
     """
     keys = [TASKS[lane].task_key for lane in LANES]  # the server looks for work in this order
     running: set[asyncio.Task[None]] = set()
+    subscription = Subscription(TaskRun, "/task_runs/subscriptions/scheduled", keys, served.client_id, url)
     async with served:
-        async for each in Subscription(TaskRun, "/task_runs/subscriptions/scheduled", keys, served.client_id, url):
-            running.add(asyncio.create_task(served.execute_task_run(each)))
-            if len(running) == at_once:
-                _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            async for each in subscription:
+                running.add(asyncio.create_task(served.execute_task_run(each)))
+                if len(running) == at_once:
+                    _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # before the last are done: what the server has sent beyond them goes to another worker
+            with contextlib.suppress(RuntimeError):  # it is not connected
+                await subscription.websocket.close()
 
 
 _worker: Worker | None = None  # of this process
