@@ -54,7 +54,7 @@ demo: $(READY) ## read the sample inputs through the batch flow; two are refused
 	fi
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY) ## style and format
 	$(BIN)/ruff check .
