@@ -13,6 +13,7 @@ import fcntl
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, ParamSpec
@@ -73,10 +74,6 @@ class _Desk:
     at_work: int = 0  # batches
     failed: bool = False  # nothing new begins here
 
-    def serves(self, plain: dict[str, Any]) -> bool:
-        """Whether a batch of that job may begin here."""
-        return self.plain == plain and not self.failed
-
     def close(self) -> None:
         self.session.__exit__(None, None, None)
         self.ledger.__exit__(None, None, None)
@@ -90,8 +87,9 @@ class Worker:
         self._work, self._log, self._tell = work, log, tell
         self._device = ""
         self._stopping = threading.Event()
-        self._changed = threading.Condition()  # guards the desk
+        self._changed = threading.Condition()  # guards what follows
         self._desk: _Desk | None = None  # all batches at a time are of one job
+        self._coming: deque[object] = deque()  # batches that have no place yet, as they came
         self._server_lost = False
         self._lost: DeviceLostError | None = None
         self.tally = Tally()
@@ -224,17 +222,22 @@ class Worker:
     def _at_desk(self, plain: dict[str, Any]) -> Iterator[_Desk | None]:
         """The desk for a job, opened when batches of another job, or those of one that failed, are done.
 
-        None when the worker stops.
+        None when the worker stops.  Nobody overtakes one who waits for that: it may be more urgent.
         """
+        me = object()
         with self._changed:
-            self._changed.wait_for(lambda: self._is_free() or (self._desk is not None and self._desk.serves(plain)))
+            self._coming.append(me)
+            self._changed.wait_for(lambda: self._coming[0] is me and (self._is_free() or self._serves(plain)))
+            self._coming.popleft()
+            self._changed.notify_all()
             if self._stopping.is_set():
                 yield None
                 return
-            if self._desk is None or not self._desk.serves(plain):
+            if not self._serves(plain):
                 self._close()
                 self._desk = self._open(plain)
             desk = self._desk
+            assert desk is not None
             desk.at_work += 1
         try:
             yield desk
@@ -250,6 +253,10 @@ class Worker:
 
     def _is_free(self) -> bool:
         return self._desk is None or not self._desk.at_work
+
+    def _serves(self, plain: dict[str, Any]) -> bool:
+        """Whether a batch of that job may begin at the desk that is open."""
+        return self._desk is not None and self._desk.plain == plain and not self._desk.failed
 
     def _open(self, plain: dict[str, Any]) -> _Desk:
         job = replace(from_plain(plain), device=self._device)

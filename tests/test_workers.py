@@ -496,7 +496,7 @@ def test_batches_of_one_job_are_at_work_together_and_those_of_another_wait(
     from flows.worker import Work, Worker
 
     monkeypatch.setattr("flows.worker.PAUSE_S", 0.0)
-    names = ("broken", "kept", "other", "second")
+    names = ("broken", "kept", "late", "other", "second")
     units = plan([picture(tmp_path / "in" / f"{name}.png", seed=seed) for seed, name in enumerate(names)]).units
     unit_of = dict(zip(names, units, strict=True))
     beside = Beside(monkeypatch, unit_of["kept"])
@@ -515,17 +515,19 @@ def test_batches_of_one_job_are_at_work_together_and_those_of_another_wait(
         until(lambda: len(beside.together) == 1)
         take("second").result(30)
         other = take("other", another)
-        time.sleep(0.2)
-        assert not other.done() and beside.together == [["kept"], ["kept", "second"]]
+        until(lambda: len(worker._coming) == 1)
+        late = take("late")  # does not overtake the other
+        until(lambda: len(worker._coming) == 2)
+        assert beside.together == [["kept"], ["kept", "second"]]
         beside.let_go.set()
-        other.result(30)
-        kept.result(30)
-        assert beside.together[2:] == [["other"]]
+        for each in (kept, other, late):
+            each.result(30)
+        assert beside.together[2:] == [["other"], ["late"]]
 
         # What breaks off one batch leaves the others to go on; the next begins anew.
         beside.let_go.clear()
         kept_desk = take("kept", another)
-        until(lambda: len(beside.together) == 4)
+        until(lambda: len(beside.together) == 5)
         with monkeypatch.context() as patch:
             patch.setattr(Session, "refresh", lambda session: (_ for _ in ()).throw(OutputError("the disk is full")))
             with pytest.raises(OutputError):
@@ -539,8 +541,8 @@ def test_batches_of_one_job_are_at_work_together_and_those_of_another_wait(
         assert not worker._stopping.is_set()
         worker.stop()
         take("second", another).result(30)  # not any more
-        assert len(beside.together) == 5
-    assert heard.count("reported") == worker.tally.reported == 5 and heard.count("broken") == 1
+        assert len(beside.together) == 6
+    assert heard.count("reported") == worker.tally.reported == 6 and heard.count("broken") == 1
 
 
 @pytest.mark.parametrize(("gpu", "at_once"), [(True, 4), (False, 1)])
