@@ -25,7 +25,7 @@ from watchfiles import watch as watch_files
 from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed
 from flows.jobs import Lane
 from flows.ledger import OPEN, Ledger
-from flows.ledger.items import TROUBLES, Items, Tally, refusal_key
+from flows.ledger.items import CHANGED, TROUBLES, Items, Tally, refusal_key
 from flows.ledger.quarantine import leave_quarantine
 from flows.machine.mounts import network_type
 from flows.machine.server import LocalServer, check_server
@@ -410,12 +410,17 @@ class Watcher:
             session.refresh()
         for handed, row in settled:
             item = handed.request[:16]
+            replaced = row is not None and row.code == CHANGED and session.request(handed.unit) != handed.request
             for drop in self._at_work:
-                if handed.request in drop.requests and row is None:
+                if handed.request in drop.requests and (row is None or replaced):
                     drop.vanished.add(handed.request)
                 drop.requests.discard(handed.request)
             if row is None:
                 self._log("vanished", item=item)
+            elif replaced:  # what the files hold now is an item of its own
+                leave_quarantine(self._out, handed.request)
+                self._ledger.forget([handed.request])
+                self._log("replaced", item=item)
             elif row.state == "done":
                 self._items.tally.reported += 1
                 self._items.tally.lacking += session.reported(handed.request) is None

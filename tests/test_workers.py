@@ -25,9 +25,12 @@ import pytest
 from flows.crew import Crew, Handed
 from flows.jobs import as_plain
 from flows.ledger import Claim, Ledger, LedgerError
-from flows.ledger.items import Items
+from flows.ledger.items import CHANGED, Items
+from flows.ledger.quarantine import quarantine
 from flows.machine.server import LocalServer, import_prefect
 from flows.seeing.log import EventLog, Fact
+from flows.settle import Patience
+from flows.watch import Watcher, Watching
 from pipelines.ingest import Unit, plan
 from pipelines.reading import DeviceLostError
 from pipelines.run import Heard, Job, Session, device_key
@@ -668,6 +671,36 @@ def test_what_a_worker_gave_back_is_handed_out_again_whatever_else_moves(
         ledger.beat(at_work)
         assert crew.settled() == []
     assert sent == ["given back"]  # once, and what is still in the server's queue is not
+
+
+@pytest.mark.parametrize("other_model", [False, True])
+def test_what_is_replaced_while_workers_have_it_leaves_nothing_in_quarantine(
+    tmp_path: Path, alone: tuple[Crew, Ledger, list[str], Clock], other_model: bool
+) -> None:
+    crew, ledger, sent, _ = alone
+    job, log = Job((tmp_path / "in",), tmp_path / "out"), EventLog(silent=True)
+    file = picture(tmp_path / "in" / "a.png", seed=1)
+    watcher = Watcher(job, Watching(tmp_path / "in", Patience(interval=0.05, looks=2)), ledger, log, lane="normal")
+    watcher._crew = crew
+
+    def step_until(true: Callable[[], bool]) -> None:
+        until(lambda: (watcher._look(), watcher._work_with_crew(crew, session), time.sleep(0.05), true())[-1])
+
+    with Session(job, member=True) as session:
+        step_until(lambda: len(sent) == 1)
+        if not other_model:
+            picture(file, seed=2)
+        why = Rejection(str(file), CHANGED, "It is not what was planned.", "Run again.")
+        [claim] = ledger.claim(request=sent[0])
+        quarantine(tmp_path / "out", claim.request, [file], why, attempts=5, spare=0)
+        ledger.quarantined(claim, why.code, why.reason)
+        step_until(lambda: not crew if other_model else len(sent) == 2)
+    rows = {row.request: row.state for row in ledger.rows()}
+    kept = list((tmp_path / "out" / "quarantine").iterdir())
+    if other_model:  # of the worker: the file is what it was
+        assert rows == {sent[0]: "quarantined"} and len(kept) == 1 and watcher._items.tally.refused == 1
+    else:
+        assert rows == {sent[1]: "waiting"} and not kept and watcher._items.tally.refused == 0
 
 
 @pytest.mark.slow

@@ -42,11 +42,12 @@ TROUBLES: Final = (
     DeviceLostError,
 )
 PAUSE_S: Final = 2.0  # until an item is asked for again that somebody else had taken
+CHANGED: Final = "changed-meanwhile"
 # What may be otherwise at the next try. Whatever else is refused is refused for its content.
 PASSING: Final = frozenset(
     (
         *("model-failed", "out-of-memory", "unreadable", "not-found", "decoding-timed-out", "golden-sample-unreadable"),
-        "changed-meanwhile",
+        CHANGED,
     )
 )
 _CHANGED: Final = "It is not what was planned: the file has changed, or this worker has another model or other rules."
@@ -202,7 +203,7 @@ class Items:
                 key = units[unit]
                 claim, files = claims[key]
                 if isinstance(outcome, IndexEntry) and outcome.request != key:
-                    outcome = Rejection(unit.path, "changed-meanwhile", _CHANGED, _SAME_EVERYWHERE)
+                    outcome = Rejection(unit.path, CHANGED, _CHANGED, _SAME_EVERYWHERE)
                 # They overlap: what counts is the time since the last one was done.
                 now, busy = time.monotonic(), session.device_seconds
                 (then, before), self._last = self._last, (now, busy)
