@@ -123,7 +123,8 @@ def _say_refused(job: Job, rejected: Sequence[Rejection], seen: Seeing) -> None:
     """Log how many inputs a run refused, and notify of it unless the last run of this job refused the same."""
     told = _path(f"{_digest(job)}-refused")
     if not rejected:
-        told.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            told.unlink()
         return
     counts = Counter(each.code for each in rejected).most_common()
     codes = ", ".join(f"{code} {count}" for code, count in counts)
