@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Sequence
@@ -166,7 +167,12 @@ class Reader:
 
     def look_many(self, sights: Sequence[Sight]) -> list[Seen]:
         """What glance and detector see of studies; equal to looking at each alone, within rounding."""
-        return self._looker.look(sights)
+        with self._on_device():
+            return self._looker.look(sights)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        """Triton starts its kernels on the GPU that is current in a thread, wherever their tensors are."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     @torch.inference_mode()
     def write(self, seen: Sequence[Seen]) -> list[Reading | NotFiniteError]:
@@ -176,7 +182,8 @@ class Reader:
         adapter's line the decoder has no words.
         """
         own = [self.own is not None and each.line == self.own.line.name for each in seen]
-        decoded = iter(self._decode([each for each, of_own in zip(seen, own, strict=True) if not of_own]))
+        with self._on_device():
+            decoded = iter(self._decode([each for each, of_own in zip(seen, own, strict=True) if not of_own]))
         return [
             self._without_decoder(each) if of_own else next(decoded) for each, of_own in zip(seen, own, strict=True)
         ]

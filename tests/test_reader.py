@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -385,6 +386,35 @@ def test_a_gpu_that_fails_is_no_fault_of_a_study(reader: Reader, monkeypatch: py
     monkeypatch.setattr(reader, "look_many", fail)
     with pytest.raises(DeviceLostError, match=r"an illegal memory access was encountered\).*start the same command"):
         reader.read_many([sight(load("steel/patches.png"))] * 2)
+
+
+def test_kernels_start_on_the_gpu_that_the_model_is_on(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, current = reader.look(load("steel/patches.png")), list[torch.device]()
+    used: list[list[torch.device]] = []
+
+    @contextlib.contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        current.append(place)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(reader, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(reader._looker, "look", lambda sights: used.append([*current]) or [seen])
+    monkeypatch.setattr(reader, "_decode", lambda seen: used.append([*current]) or [])
+    reader.look_many([sight(load("steel/patches.png"))])
+    reader.write([])
+    assert used == [[torch.device("cuda:1")]] * 2 and not current
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_reads_what_the_first_reads() -> None:
+    sights = [sight(load(f"steel/{name}.png")) for name in ("patches", "scratches")]
+    first, second = (Reader.load(device=f"cuda:{number}").read_many(sights) for number in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert isinstance(one, Reading) and isinstance(other, Reading)
+        assert [each.type for each in one.findings] == [each.type for each in other.findings]
 
 
 def test_fewer_go_together_when_the_memory_does_not_suffice(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
