@@ -23,7 +23,7 @@ from reports.files import atomic_write
 from reports.images import BOX_COLOUR, Picture, ReportImages
 from reports.page import page_of
 from reports.pdf import FONTS, LONGEST_SIDE, render
-from reports.schema import Evidence, Finding, Report, Source, SourceInput
+from reports.schema import Evidence, Finding, Measurement, Report, Source, SourceInput
 from reports.taxonomy import CT_TYPES, DEFECT_TYPES
 from reports.texts import CATALOGUE, worded
 from reports.writing import render_json
@@ -43,6 +43,27 @@ def text_of(pdf: bytes) -> str:
 
 def squeezed(text: str) -> str:
     return re.sub(r"[\s-]+", "", text)
+
+
+def test_a_name_without_a_space_does_not_run_into_its_value() -> None:
+    finding = Finding(
+        id="F1",
+        type="scratches",
+        description="",
+        evidence=(Evidence(input_index=0, slice_index=0, bbox=(1, 1, 5, 5), localisation="box"),),
+        measurements=(Measurement(name="W" * 30, value=1.25, unit="mm", method="m"),),
+        confidence=0.9,
+    )
+    report = plain_report(findings=(finding,))
+    found = []
+    for page in opened(render(Bundle(report, images_for(report)))):
+        text = page.get_textpage()
+        boxes = [(text.get_text_range(n, 1), text.get_charbox(n)) for n in range(text.count_chars())]
+        said = "".join(letter for letter, _ in boxes)
+        if "WW" in said:
+            value = boxes[said.index("1.25")][1]
+            found += [box[2] < value[0] for letter, box in boxes if letter == "W" and abs(box[1] - value[1]) < 1]
+    assert found and all(found)
 
 
 # Not shrunk: each step sets pages.

@@ -256,11 +256,8 @@ LOTS = {"lot"}  # sums over reports: tests/test_lot.py
 
 
 def squeezed(text: str) -> str:
-    """Without white space, hyphens, and marks of direction and of line breaks: lines end where the paper does.
-
-    Nor with the boxes that stand for what is no character: who reads a PDF may find one a few places further on.
-    """
-    return re.sub(r"[\s\u2066-\u2069\u200b\u00ad\ufffe\x02\u25a1-]+", "", text)
+    """Without white space, hyphens, and marks of direction and of line breaks: lines end where the paper does."""
+    return re.sub(r"[\s\u2066-\u2069\u200b\u00ad\ufffe\x02-]+", "", text)
 
 
 def agrees(said: Statement, meant: Statement, *, rounded: bool = False, named: bool = True) -> None:

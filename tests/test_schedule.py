@@ -330,7 +330,7 @@ class Here:
     def quiet(self, event: str, count: int) -> None:
         """No more of them come, though the scheduler looks at its schedules and at Prefect's page."""
         self.clock.ahead += 6
-        time.sleep(0.8)
+        time.sleep(1.5)
         assert self.count(event) == count, self.said
 
 
