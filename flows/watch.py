@@ -417,10 +417,8 @@ class Watcher:
                 drop.requests.discard(handed.request)
             if row is None:
                 self._log("vanished", item=item)
-            elif replaced:  # what the files hold now is an item of its own
-                leave_quarantine(self._out, handed.request)
-                self._ledger.forget([handed.request])
-                self._log("replaced", item=item)
+            elif replaced:
+                self._let_go(handed.request)
             elif row.state == "done":
                 self._items.tally.reported += 1
                 self._items.tally.lacking += session.reported(handed.request) is None
@@ -535,9 +533,13 @@ class Watcher:
         for request in {each for path in paths for each in self._refused.get(path, ())}.difference(self._keys):
             former = self._ledger.get(request)
             if former and former.state == "quarantined" and not set(former.files).difference(paths):
-                leave_quarantine(self._out, request)
-                self._ledger.forget([request])
-                self._log("replaced", item=request[:16])
+                self._let_go(request)
+
+    def _let_go(self, request: str) -> None:
+        """Take an item off the record that was refused; what its files hold now is one of its own."""
+        leave_quarantine(self._out, request)
+        self._ledger.forget([request])
+        self._log("replaced", item=request[:16])
 
     def _prepare_for_crew(self, session: Session, unit: Unit, request: str, files: list[str]) -> float | None:
         """Have a unit handed out, if it opens; otherwise the time at which to come back to it."""
