@@ -557,13 +557,16 @@ def test_a_worker_takes_as_many_batches_at_a_time_as_its_device_is_worth(
     import_prefect()
     from flows import worker
 
-    at_work, taken, lock = 0, list[int](), threading.Lock()
+    at_work, taken, lock, full = 0, list[int](), threading.Lock(), threading.Event()
 
     def take(self: worker.Worker, plain: object, batch: object) -> None:
         nonlocal at_work
         with lock:
             at_work += 1
             taken.append(at_work)
+            if at_work == at_once:
+                full.set()
+        assert full.wait(60)  # all places are taken, however slowly batches come
         time.sleep(0.5)
         with lock:
             at_work -= 1
