@@ -82,6 +82,8 @@ class Runner:
         self._views: dict[tuple[int, int], tuple[Rows, Cache]] = {}
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        # Without one torch captures on a stream that all of the process shares, of the GPU that captured first.
+        self._capturing = torch.cuda.Stream(self.device) if self.graphs else None
         self._spare: list[Tensor] = []
 
     # Prompts
@@ -205,7 +207,7 @@ class Runner:
             graph = self._graphs[key]
             if graph is None:
                 graph = self._graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool):
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._capturing):
                     self._step(rows, cache, self.width)
             graph.replay()
         return self._record(rows)
