@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from reports.dicom_source import DicomSource, Instance
-from reports.files import all_or_none, atomic_write, plain
+from reports.files import atomic_write, plain
 from reports.images import Picture, ReportImages, encoded_png
 from reports.schema import Report
 
@@ -44,7 +44,7 @@ class BundleError(Exception):
 
 
 def save_parts(directory: Path, bundle: Bundle) -> None:
-    """Writes what belongs to the report into `directory/parts`, each file whole. Raises OSError."""
+    """Writes what belongs to the report into `directory/parts`. Raises OSError."""
     pictures = {f"slice-{index:04d}.png": picture for index, picture in bundle.images.slices.items()}
     if bundle.images.reference is not None:
         pictures["reference.png"] = bundle.images.reference
@@ -52,18 +52,17 @@ def save_parts(directory: Path, bundle: Bundle) -> None:
     shown = {
         name: {"shown_as": p.shown_as, "pixel_aspect": p.pixel_aspect, "part": p.part} for name, p in pictures.items()
     }
-    folder = directory / PARTS
-    folder.mkdir(parents=True, exist_ok=True)
-    with all_or_none(folder) as parts:
-        for name, picture in pictures.items():
-            (parts / name).write_bytes(encoded_png(Image.fromarray(picture.pixels)))
-        (parts / _PICTURES).write_text(json.dumps(shown, ensure_ascii=False), encoding="utf-8")
-        if bundle.dicom is not None:
-            (parts / _DICOM).write_text(json.dumps(bundle.dicom, default=plain), encoding="utf-8")
-        if bundle.segments:
-            arrays: dict[str, Any] = {name: np.packbits(mask) for name, mask in bundle.segments.items()}
-            arrays |= {f"{name}.shape": np.array(mask.shape) for name, mask in bundle.segments.items()}
-            np.savez_compressed(parts / _SEGMENTS, **arrays)
+    parts = directory / PARTS
+    parts.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        (parts / name).write_bytes(encoded_png(Image.fromarray(picture.pixels)))
+    (parts / _PICTURES).write_text(json.dumps(shown, ensure_ascii=False), encoding="utf-8")
+    if bundle.dicom is not None:
+        (parts / _DICOM).write_text(json.dumps(bundle.dicom, default=plain), encoding="utf-8")
+    if bundle.segments:
+        arrays: dict[str, Any] = {name: np.packbits(mask) for name, mask in bundle.segments.items()}
+        arrays |= {f"{name}.shape": np.array(mask.shape) for name, mask in bundle.segments.items()}
+        np.savez_compressed(parts / _SEGMENTS, **arrays)
 
 
 def load_report(directory: Path) -> Report:

@@ -6,12 +6,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
+SYNCED_AT_A_TIME: Final = 16
 _TEMPORARY: Final = re.compile(r"\.(.+\.)?\d+-[0-9a-f]+\.tmp")
 
 
@@ -35,12 +37,12 @@ def atomic_write(path: Path, data: bytes | str | Iterable[bytes]) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    _sync_one(path.parent)
 
 
 @contextmanager
 def all_or_none(directory: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside the others of `directory`; what was written into it moves there at the end.
+    """Gives a temporary folder in `directory`; what was written into it, in folders too, moves there at the end.
 
     No file is moved before all are on the disk; when the block raises, none is and the folder is gone.  Raises OSError.
     """
@@ -48,13 +50,13 @@ def all_or_none(directory: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        files = sorted(temporary.iterdir())
-        for file in files:
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        for file in files:
-            os.replace(file, directory / file.name)
-        _sync_folder(directory)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        _sync(files)
+        places = [directory / file.relative_to(temporary) for file in files]
+        for file, place in zip(files, places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+        _sync({directory, *(place.parent for place in places)})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -80,11 +82,26 @@ def plain(record: Any) -> dict[str, Any]:
     return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut, where the system can do that (Windows cannot open a folder)."""
-    with suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(paths: Collection[Path]) -> None:
+    """Waits until files, and the names in folders, would survive a power cut.
+
+    All at a time: the file system writes its journal once for what is asked of it meanwhile.
+    """
+    if len(paths) == 1:
+        _sync_one(*paths)
+    elif paths:
+        with ThreadPoolExecutor(min(len(paths), SYNCED_AT_A_TIME)) as together:
+            list(together.map(_sync_one, paths))
+
+
+def _sync_one(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows cannot open one
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

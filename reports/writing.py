@@ -8,8 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from reports.bundle import PARTS, REPORT, Bundle, BundleError, save_parts
-from reports.files import all_or_none, atomic_write, clear_leftovers
+from reports.bundle import REPORT, Bundle, BundleError, save_parts
+from reports.files import all_or_none, clear_leftovers
 from reports.formats import CannotCarryError, RunReports, check_formats, formats
 from reports.images import thumbnail
 
@@ -38,12 +38,13 @@ def write_report(directory: Path, bundle: Bundle, names: Collection[str] = ("jso
     """
     check_formats(names)
     directory.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(directory / PARTS)
-    save_parts(directory, bundle)
-    _write_thumbnail(directory, bundle)
-    if "json" not in names:
-        atomic_write(directory / REPORT, render_json(bundle))
-    return write_formats(directory, bundle, names)
+    clear_leftovers(directory)
+    with all_or_none(directory) as folder:
+        save_parts(folder, bundle)
+        _write_thumbnail(folder, bundle)
+        (folder / REPORT).write_bytes(render_json(bundle))
+        written, errors = _render(folder, bundle, names)
+    return _in_place(directory, written, errors)
 
 
 def write_formats(directory: Path, bundle: Bundle, names: Collection[str], *, tag: str = "") -> dict[str, Path]:
@@ -53,7 +54,16 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str], *, ta
     """
     check_formats(names)
     clear_leftovers(directory)
-    written: dict[str, Path] = {}
+    with all_or_none(directory) as folder:
+        written, errors = _render(folder, bundle, names, tag)
+    return _in_place(directory, written, errors)
+
+
+def _render(
+    folder: Path, bundle: Bundle, names: Collection[str], tag: str = ""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Writes formats into a folder: by format the name of its first file, and why those that failed did."""
+    written: dict[str, str] = {}
     errors: dict[str, str] = {}
     for name in report_formats(names):
         try:
@@ -64,13 +74,18 @@ def write_formats(directory: Path, bundle: Bundle, names: Collection[str], *, ta
         except Exception as error:  # a renderer's fault must not cost the person the other formats
             errors[name] = fault(error)
             continue
-        with all_or_none(directory) as folder:
-            for filename, data in files.items():
-                (folder / _tagged(filename, tag)).write_bytes(data)
-        written[name] = directory / _tagged(next(iter(files)), tag)
+        for filename, data in files.items():
+            (folder / _tagged(filename, tag)).write_bytes(data)
+        written[name] = _tagged(next(iter(files)), tag)
+    return written, errors
+
+
+def _in_place(directory: Path, written: dict[str, str], errors: dict[str, str]) -> dict[str, Path]:
+    """The first file of each format. Raises FormatError."""
+    files = {name: directory / filename for name, filename in written.items()}
     if errors:
-        raise FormatError(errors, written)
-    return written
+        raise FormatError(errors, files)
+    return files
 
 
 def fault(error: Exception) -> str:
@@ -132,4 +147,4 @@ def _write_thumbnail(directory: Path, bundle: Bundle) -> None:
     shown = next((e.slice_index for e in evidence if e.slice_index in slices), min(slices, default=None))
     if shown is not None:
         boxes = [e.bbox for e in evidence if e.slice_index == shown]
-        atomic_write(directory / THUMBNAIL, thumbnail(slices[shown], boxes))
+        (directory / THUMBNAIL).write_bytes(thumbnail(slices[shown], boxes))

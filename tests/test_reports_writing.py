@@ -105,6 +105,41 @@ def test_the_leftover_of_a_killed_run_is_cleared(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "report.json", "report.md"]
 
 
+def test_no_file_of_a_report_appears_before_all_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, Path]] = []
+    fsync, move = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def replace(source: Path, target: Path) -> None:
+        move(source, target)
+        done.append(("move", target))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_report(tmp_path, Bundle(plain_report(), images_for(plain_report())), ["json", "html"])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"report.json", "report.html", "thumb.jpg", "pictures.json"} < {path.name for path in files}
+    what = [kind for kind, _ in done]
+    assert what == ["sync"] * len(files) + ["move"] * len(files) + ["sync"] * 2
+    assert {path.name for _, path in done[: len(files)]} == {path.name for path in files}
+    assert {path for _, path in done[-2:]} == {tmp_path, tmp_path / "parts"}
+
+
+def test_a_full_disk_leaves_nothing_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(tmp_path, Bundle(plain_report(), images_for(plain_report())))
+    assert not list(tmp_path.iterdir())
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(report=reports())
 def test_a_report_folder_reads_back_as_it_was_written(tmp_path: Path, report: Report) -> None:
