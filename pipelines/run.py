@@ -553,9 +553,13 @@ class Session:
                 outcome = self._desk.report(opened, reading, model, version, seconds)
                 if isinstance(outcome, Rejection):
                     return outcome
+                added = None
                 with contextlib.suppress(OutdatedVersionError), self._changed:  # another came first: once more
                     if version == version_of(known_as, self._folder, opened.request, opened.subject):
-                        return self._folder.add(outcome)
+                        added = self._folder.add(outcome, sync=False)
+                if added:
+                    self._folder.sync()  # beside all others: they share what the disk takes for it
+                    return added
         finally:
             with self._changed:
                 self._subjects.discard(opened.subject)

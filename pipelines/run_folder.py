@@ -289,8 +289,10 @@ class RunFolder:
             rows = self._ask(f"select place from reports {question} order by number desc limit 1", key) if key else []
             return _entry_at(self._index.descriptor, rows[0][0]) if rows else None
 
-    def add(self, entry: IndexEntry) -> IndexEntry:
+    def add(self, entry: IndexEntry, *, sync: bool = True) -> IndexEntry:
         """Record a report; returns its line. Call it when all of its files are in place.
+
+        Without `sync`, which keeps others waiting for the disk, it is for good when the method of that name returned.
 
         What an earlier run wrote on the same request in other formats stays part of it.  A report that it supersedes is
         marked so, in its line and in its folder.  Raises OutdatedVersionError when it supersedes what is not current.
@@ -309,7 +311,20 @@ class RunFolder:
                 }
                 entry = replace(entry, formats=kept | dict(entry.formats), elsewhere=earlier.elsewhere)
             self._append_in_place_of(replaced, entry)
+            if sync:
+                self._index.sync()
         return entry
+
+    def sync(self) -> None:
+        """Wait until all that was added is on the disk; in any thread, beside other calls. Raises OutputError."""
+        with self._asking:
+            index = self._index.descriptor
+            copy = None if index is None else os.dup(index)  # it may be closed meanwhile
+        if copy is not None:
+            try:
+                _sync(copy)
+            finally:
+                os.close(copy)
 
     def _append_in_place_of(self, former: IndexEntry | None, entry: IndexEntry) -> None:
         """Append the line of a report, and that of the one that it supersedes, if that is current."""
@@ -337,6 +352,7 @@ class RunFolder:
             if len(others) < MOST_ELSEWHERE:
                 place = {"path": os.path.abspath(file.place), "member": file.member or "", "subject": subject}
                 self._append(replace(entry, elsewhere=(*others, place)))
+                self._index.sync()
 
     def follow(self, entry: IndexEntry) -> bool:
         """Let a report be about another file that holds its content still, as its own holds something else now.
@@ -359,6 +375,7 @@ class RunFolder:
                     latest, subject=other["subject"], inputs=inputs, elsewhere=latest.elsewhere[number + 1 :]
                 )
                 self._append_in_place_of(self.current(moved.subject), moved)
+                self._index.sync()
             return True
         return False
 
@@ -385,6 +402,7 @@ class RunFolder:
             if rejection not in self._rejections:
                 self._rejections[rejection] = None
                 self._refused.append(rejection)
+                self._refused.sync()
 
     def wrote(self, path: str | Path) -> bool:
         """Whether `path` is something that a run writes into this folder. Whatever else lies there is the user's."""
@@ -562,14 +580,16 @@ class _Lines:
         return iter(self._file)
 
     def append(self, record: IndexEntry | Rejection) -> int:
-        """Returns its place. Raises OutputError; the file is then as it was."""
+        """Returns its place; it outlives this process, and a power cut after `sync`.
+
+        Raises OutputError; the file is then as it was.
+        """
         place, data = self._read, f"{_line(record)}\n".encode()
         try:
             with self._path.open("ab", buffering=0) as file:
                 try:
                     if file.write(data) != len(data):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())
                 except OSError:
                     with contextlib.suppress(OSError):
                         os.ftruncate(file.fileno(), place)
@@ -580,6 +600,11 @@ class _Lines:
         except OSError as error:
             raise cannot_write(error) from None
         return place
+
+    def sync(self) -> None:
+        """Wait until all that was appended is on the disk. Raises OutputError."""
+        assert self._file is not None
+        _sync(self._file.fileno())
 
     def replace(self, records: Iterable[IndexEntry | Rejection]) -> None:
         """Raises OutputError."""
@@ -596,6 +621,13 @@ class _Lines:
     def _open(self) -> None:
         self.close()
         self._file = self._path.open("rb")
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise cannot_write(error) from None
 
 
 def _value(line: bytes) -> dict[str, Any] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -434,6 +437,64 @@ def test_a_full_disk_stops_the_run_with_a_sentence(
 
     monkeypatch.setattr("pipelines.desk.write_report", full)
     with pytest.raises(OutputError, match="No space left on device"):
+        execute(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
+
+
+def of_index(descriptor: int) -> bool:
+    return os.readlink(f"/proc/self/fd/{descriptor}").endswith("/index.jsonl")
+
+
+def test_reports_do_not_wait_for_each_other_until_a_slow_disk_has_their_lines(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, fsync = threading.Barrier(2, timeout=20), os.fsync
+
+    def slow(descriptor: int) -> None:
+        if of_index(descriptor):
+            together.wait()  # fails if one begins when the other is done
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    for seed in range(2):
+        picture(tmp_path / "in" / f"{seed}.png", seed)
+    with Session(Job((tmp_path / "in",), tmp_path / "out")) as session, ThreadPoolExecutor(2) as threads:
+        outcomes = list(threads.map(session.conclude, map(session.prepare, session.discover())))
+    assert [type(each) for each in outcomes] == [IndexEntry, IndexEntry]
+
+
+def test_a_report_is_told_when_its_line_is_on_the_disk(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    told: list[bool] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        if of_index(descriptor):
+            synced.update(each["id"] for each in lines(tmp_path / "out" / "index.jsonl"))
+
+    monkeypatch.setattr(os, "fsync", note)
+    for seed in range(3):
+        picture(tmp_path / "in" / f"{seed}.png", seed)
+    job = Job((tmp_path / "in",), tmp_path / "out")
+    with Session(job, told=lambda outcome: told.append(isinstance(outcome, IndexEntry) and outcome.id in synced)) as s:
+        s.process(s.discover())
+    assert told == [True] * 3
+
+
+def test_a_disk_that_fails_to_keep_a_line_stops_the_run(
+    tmp_path: Path, reader: TinyReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if of_index(descriptor):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match=r"cannot be written .Input/output error"):
         execute(Job((picture(tmp_path / "a.png"),), tmp_path / "out"))
 
 
