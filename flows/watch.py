@@ -236,6 +236,8 @@ class Watcher:
             elif stat.S_ISREG(info.st_mode):
                 self._see(path, info, now)
         except (FileNotFoundError, NotADirectoryError):
+            if not self._there():  # it was lost meanwhile, with all that it holds
+                return
             known = path in self._settling
             self._gone([path] if known else [each for each in self._settling.paths() if _within(each, path)])
         except OSError:  # the full look says so, if it lasts

@@ -577,6 +577,39 @@ def test_a_lost_folder_is_waited_for(tmp_path: Path) -> None:
     assert not running.heard("known")
 
 
+def test_a_folder_that_is_lost_before_late_news_of_a_file_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported, losing, ismount = threading.Event(), threading.Event(), os.path.ismount
+
+    def late_news(root: Path, **how: Any) -> Iterator[set[tuple[int, str]]]:
+        yield set()
+        if reported.wait(10):
+            reported.clear()
+            losing.set()
+            yield {(2, str(tmp_path / "in" / "a.png"))}
+
+    def lose(path: Path) -> bool:  # the last that is asked before a look
+        mounted = ismount(path)
+        if losing.is_set() and path == tmp_path / "in":
+            losing.clear()
+            path.rename(tmp_path / "gone")
+        return mounted
+
+    monkeypatch.setattr("flows.watch.watch_files", late_news)
+    picture(tmp_path / "in" / "a.png", 1)
+    with watching(tmp_path, rescan_s=600) as running:
+        until(lambda: running.heard("reported"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os.path, "ismount", lose)
+            reported.set()
+            until(lambda: running.heard("folder-lost"))
+        picture(tmp_path / "gone" / "b.png", 2)
+        (tmp_path / "gone").rename(running.inbox)
+        until(lambda: running.heard("folder-lost-over") and running.heard("reported", 2))
+    assert not running.heard("known")
+
+
 def test_a_share_that_goes_away_in_the_middle_of_its_backlog_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
