@@ -29,6 +29,8 @@ from prefect.utilities.annotations import quote
 from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
 from flows.ledger import OPEN, Ledger
+from flows.ledger.items import CHANGED
+from flows.ledger.quarantine import leave_quarantine
 from flows.machine.server import LocalServer
 from flows.machine.space import Room
 from flows.seeing.log import EventLog
@@ -140,43 +142,16 @@ def report_here(session: Session, batches: deque[Batch], min_free: int) -> None:
 def let_workers_report(session: Session, batches: deque[Batch], server: LocalServer, crewing: Crewing) -> None:
     """Each batch is a task of a worker; takes them out of `batches`. What a stopped flow leaves, the next takes up."""
     units: dict[str, list[tuple[int, Unit]]] = {}  # and their places; the same content may be there under several names
+    anew: set[int] = set()  # places of units that were replaced when workers had them
     with Ledger(session.job.out, crewing.ledger) as ledger, ThreadPoolExecutor(HASHERS) as hashers:
         crew = Crew(session.job, ledger, server, EventLog())
 
-        def hand_out(request: str, alike: list[tuple[int, Unit]]) -> None:
-            units[request] = alike
-            _, unit = alike[0]
-            crew.give([Handed(request, _files(unit), unit)], crewing.lane)
-
-        def look() -> None:
-            for handed, row in crew.settled():
-                session.refresh()
-                alike = units.pop(handed.request)
-                (place, first), *others = alike
-                if row is None:
-                    session.conclude(session.prepare(first), place)  # says what is wrong with it
-                    if others:
-                        hand_out(handed.request, others)
-                    continue
-                if row.state == "quarantined":
-                    remedy = REMEDIES.get(row.code or "", "")
-                    for _, unit in alike:
-                        session.refused(Rejection(unit.path, row.code or "", row.reason or "", remedy))
-                    continue
-                if not session.settled(first, row.request, place):  # it was removed meanwhile
-                    ledger.retry([row.request])
-                    hand_out(row.request, alike)
-                    continue
-                for place, unit in others:
-                    session.settled(unit, row.request, place, already=True)
-
-        while batches:
-            each = batches.popleft()
-            requests = list(hashers.map(session.request, each.units))
+        def hand_out(placed: Sequence[tuple[int, Unit]]) -> None:
+            requests = list(hashers.map(session.request, [unit for _, unit in placed]))
             session.refresh()  # workers go on with what a former flow gave them
             states = {row.request: row.state for row in ledger.some(filter(None, requests))}
             handed = []
-            for place, (unit, request) in enumerate(zip(each.units, requests, strict=True), each.place):
+            for (place, unit), request in zip(placed, requests, strict=True):
                 if not request:  # it cannot be read: that is said here
                     session.conclude(session.prepare(unit), place)
                 elif request in units:
@@ -190,6 +165,39 @@ def let_workers_report(session: Session, batches: deque[Batch], server: LocalSer
             ledger.retry(h.request for h in handed if states.get(h.request) in ("done", "quarantined"))
             if handed:
                 crew.give(handed, crewing.lane)
+
+        def were_replaced(request: str, alike: Sequence[tuple[int, Unit]]) -> bool:
+            """Once: what changes all the time is refused."""
+            first = not anew.intersection(place for place, _ in alike)
+            return first and any(session.request(unit) != request for _, unit in alike)
+
+        def look() -> None:
+            for handed, row in crew.settled():
+                session.refresh()
+                alike = units.pop(handed.request)
+                (place, first), *others = alike
+                if row is None:
+                    session.conclude(session.prepare(first), place)  # says what is wrong with it
+                    hand_out(others)
+                elif row.code == CHANGED and were_replaced(row.request, alike):
+                    anew.update(place for place, _ in alike)
+                    hand_out(alike)
+                    if row.request not in units:  # no file holds that any more
+                        leave_quarantine(session.job.out, row.request)
+                        ledger.forget([row.request])
+                elif row.state == "quarantined":
+                    remedy = REMEDIES.get(row.code or "", "")
+                    for _, unit in alike:
+                        session.refused(Rejection(unit.path, row.code or "", row.reason or "", remedy))
+                elif not session.settled(first, row.request, place):  # it was removed meanwhile
+                    hand_out(alike)
+                else:
+                    for place, unit in others:
+                        session.settled(unit, row.request, place, already=True)
+
+        while batches:
+            each = batches.popleft()
+            hand_out(tuple(enumerate(each.units, each.place)))
             while len(crew) > MOST_OUT:
                 look()
                 time.sleep(LOOK_S)

@@ -40,7 +40,7 @@ from pipelines.study import Rejection
 from tests.test_cli import run
 from tests.test_ledger import Clock
 from tests.test_run import lines, picture
-from tests.test_watch import until
+from tests.test_watch import names, until
 from tests.tiny_reader import TinyReader
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +146,36 @@ def test_two_workers_share_the_work_and_a_killed_one_hands_it_over_within_its_le
         assert max(after - before for before, after in pairwise(times)).total_seconds() < ledger.lease_s / 2
     workers[0].send_signal(signal.SIGTERM)
     assert workers[0].wait(60) == 0
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_what_is_replaced_after_a_flow_handed_it_out_is_reported_as_what_it_is_now(
+    tmp_path: Path, machines: tuple[Machine, Machine], postgres: str, replaced: bool
+) -> None:
+    out, (one, other) = tmp_path / "out", machines
+    file = picture(tmp_path / "in" / "a.png", seed=1)
+    shutil.copy(file, tmp_path / "in" / "b.png")
+    flow = one.start("batch", str(tmp_path / "in"), "--out", str(out), "--workers", "--ledger", postgres, "--json")
+    with Ledger(out, postgres) as ledger:
+        until(lambda: ledger.counts()["waiting"] == 1)
+        [claim] = ledger.claim()
+        if replaced:
+            picture(file, seed=2)
+        why = Rejection(str(file), CHANGED, "It is not what was planned.", "Run again.")
+        quarantine(out, claim.request, [file], why, attempts=5, spare=0)
+        ledger.quarantined(claim, why.code, why.reason)
+        worker = other.start("worker", "--ledger", postgres)
+        code = flow.wait(60)
+        states = sorted(row.state for row in ledger.rows())
+    summary = json.loads(flow.log.read_text().splitlines()[-1])  # type: ignore[attr-defined]
+    worker.terminate()
+    kept = len(list((out / "quarantine").iterdir()))
+    if replaced:
+        assert (code, names(out), states, kept) == (0, ["a.png", "b.png"], ["done", "done"], 0)
+        assert summary["rejected"] == []
+    else:  # the worker had another model
+        assert (code != 0, names(out), states, kept) == (True, [], ["quarantined"], 1)
+        assert [each["code"] for each in summary["rejected"]] == [CHANGED, CHANGED]
 
 
 def test_a_worker_takes_what_is_urgent_first_and_what_is_off_peak_last(
