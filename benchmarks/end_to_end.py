@@ -14,10 +14,13 @@ pydicom and pypdfium2, and prefect for the flow; for a compressed series in FOLD
 python-gdcm. For one without a network (Python 3.12), fetch them elsewhere into a folder that travels with the
 repository:
 
+    sed -E '/^ *--hash/d; s/ \\\\$//' requirements.lock | grep -E '^[a-z0-9]' > pack/versions.txt
     python3 -m pip download --dest pack/wheels --only-binary :all: --python-version 3.12 \\
-        $(grep -oE "^(prefect|pydantic|pydicom|pypdfium2)==[^ ;]+" requirements.lock)
+        --constraint pack/versions.txt prefect pydantic pydicom pypdfium2
     python3 -m pip install --no-index --find-links pack/wheels prefect pydantic pydicom pypdfium2 && \\
         PYTHONPATH=. python3 benchmarks/end_to_end.py --device cuda
+
+With later versions than those of what prefect itself needs, its server may not start.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ ROOT = Path(__file__).parents[1]
 SAMPLES = ("steel/scratches.png", "tile/crack.png", "board/board.png")
 SLICES = 64
 SERVE = """
-import signal, sys
+import os, signal, sys
+os.sched_setaffinity(0, map(int, sys.argv[2:]))
 from flows.machine.server import import_prefect
 import_prefect()
 from flows.seeing.log import EventLog
@@ -82,6 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few inputs, one run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--beside", help="another GPU: in the last runs by workers it has one, too; each on half the cores"
+    )
     parser.add_argument("--ct", type=Path, help="folder of a CT series with 64 slices or more")
     parser.add_argument("--photos", type=int, help="how many (default 1,536 on a GPU, 24 on a CPU)")
     parser.add_argument("--studies", type=int, help="how many (default 64 on a GPU, 3 on a CPU)")
@@ -140,13 +147,21 @@ def main() -> None:
                 ):
                     whole = [run(folder, place / "out", asked.device, run_batch) for _ in range(runs)]
                     tell(*rates(what, [many / each.seconds for each in whole], unit, whole, gpu))
-                with worker(asked.device) as by_worker:
-                    for what, folder, many, unit in (
-                        ("photos by a worker", place / "photos", count, "photos/s"),
-                        ("CT studies by a worker", place / "ct", 60 * studies, "studies/min"),
-                    ):
-                        whole = [run(folder, place / "out", asked.device, by_worker) for _ in range(runs)]
-                        tell(*rates(what, [many / each.seconds for each in whole], unit, whole, gpu))
+                crews = {"a worker": {asked.device: sorted(os.sched_getaffinity(0))}}
+                if asked.beside:
+                    half = len(crews["a worker"][asked.device]) // 2
+                    one, other = (crews["a worker"][asked.device][part] for part in (slice(half), slice(half, None)))
+                    crews |= {"one on half the cores": {asked.device: one}}
+                    crews |= {"two workers": {asked.device: one, asked.beside: other}}
+                for who, where in crews.items():
+                    with contextlib.ExitStack() as stack:
+                        by_worker, *_ = [stack.enter_context(worker(*each)) for each in where.items()]
+                        for what, folder, many, unit in (
+                            (f"photos by {who}", place / "photos", count, "photos/s"),
+                            (f"CT studies by {who}", place / "ct", 60 * studies, "studies/min"),
+                        ):
+                            whole = [run(folder, place / "out", asked.device, by_worker) for _ in range(runs)]
+                            tell(*rates(what, [many / each.seconds for each in whole], unit, whole, gpu))
         tell(*reading(photos[: 256 if gpu else 6], asked.device))
         seconds, _ = beside(made[0], new[times:], place / "out", asked.device)
         tell(claim("one CT study: processor time in the model's process beside it", seconds, unit="s"))
@@ -289,9 +304,11 @@ def serving(home: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def worker(device: str) -> Iterator[Callable[[Job], RunSummary]]:
-    """How jobs are run by a worker, a process of its own that serves for as long as the block runs. As in the summaries
-    of other runs, the device waits while nothing is read between the first reading and the last report.
+def worker(device: str, on: list[int]) -> Iterator[Callable[[Job], RunSummary]]:
+    """How jobs are run by a worker, a process of its own on those cores that serves for as long as the block runs.
+
+    As in the summaries of other runs, its device waits while nothing is read between its first reading and its last
+    report.
     """
     serving = threading.Event()
     busy: list[tuple[float, float]] = []  # when an item was done, and seconds of reading
@@ -311,11 +328,15 @@ def worker(device: str) -> Iterator[Callable[[Job], RunSummary]]:
     def by_worker(job: Job) -> RunSummary:
         busy.clear()
         summary = run_batch(job, crewing=Crewing())
+        if not busy:  # another worker was first
+            return summary
         (first, read), (last, _) = busy[0], busy[-1]
         waited = 1 - sum(each for _, each in busy) / (last - first + read)
         return replace(summary, device_wait=max(waited, 0.0))
 
-    process = subprocess.Popen([sys.executable, "-c", SERVE, device], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, device, *map(str, on)], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     listening = threading.Thread(target=listen)
     listening.start()
     try:
