@@ -179,13 +179,14 @@ def let_workers_report(session: Session, batches: deque[Batch], server: LocalSer
                 if row is None:
                     session.conclude(session.prepare(first), place)  # says what is wrong with it
                     hand_out(others)
-                elif row.code == CHANGED and were_replaced(row.request, alike):
-                    anew.update(place for place, _ in alike)
-                    hand_out(alike)
-                    if row.request not in units:  # no file holds that any more
-                        leave_quarantine(session.job.out, row.request)
-                        ledger.forget([row.request])
                 elif row.state == "quarantined":
+                    if row.code == CHANGED and were_replaced(row.request, alike):
+                        anew.update(place for place, _ in alike)
+                        hand_out(alike)
+                        if row.request not in units:  # no file holds that any more
+                            leave_quarantine(session.job.out, row.request)
+                            ledger.forget([row.request])
+                        continue
                     remedy = REMEDIES.get(row.code or "", "")
                     for _, unit in alike:
                         session.refused(Rejection(unit.path, row.code or "", row.reason or "", remedy))
