@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["end_to_end", "flow_overhead", "ledger", "watch_latency"])
+@pytest.mark.parametrize("name", ["end_to_end", "flow_overhead", "ledger", "slow_disk", "watch_latency"])
 def test_each_figure_meets_its_target(tmp_path: Path, name: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT", "SCANSCRIBE"))}
     ran = subprocess.run(
