@@ -64,10 +64,12 @@ def main() -> None:
             for _ in range(asked.repeats or (1 if asked.quick else 3)):
                 plain.append(measure(place, processes, 0.0))
                 slow.append(measure(place, processes, asked.sync_ms / 1000))
-            what = f"{processes} processes that write" if processes else "none"
+            what = f"{processes or 'no'} processes that write"
             print(f"{count} photos, {what}: {[f'{s:.1f} s' for s in plain]}, slowed {[f'{s:.1f} s' for s in slow]}")
             waited = (statistics.median(slow) - statistics.median(plain)) / count / (asked.sync_ms / 1000)
-            claims.append(claim(f"syncs that a report waits for, {what}", max(waited, 0.0), target, unit="", most=True))
+            claims.append(
+                claim(f"syncs that a report waits for, with {what}", max(waited, 0.0), target, unit="", most=True)
+            )
     for each in claims:
         print(f"{each['claim']}: {each['value']} (target: at most {each['target']})")
     print(json.dumps({"benchmark": "slow_disk", "machine": machine(["cpu"]), "claims": claims}))

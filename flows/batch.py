@@ -29,8 +29,7 @@ from prefect.utilities.annotations import quote
 from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed, workers
 from flows.jobs import ASKED, Crewing, load_job
 from flows.ledger import OPEN, Ledger
-from flows.ledger.items import CHANGED
-from flows.ledger.quarantine import leave_quarantine
+from flows.ledger.items import CHANGED, let_go
 from flows.machine.server import LocalServer
 from flows.machine.space import Room
 from flows.seeing.log import EventLog
@@ -144,7 +143,8 @@ def let_workers_report(session: Session, batches: deque[Batch], server: LocalSer
     units: dict[str, list[tuple[int, Unit]]] = {}  # and their places; the same content may be there under several names
     anew: set[int] = set()  # places of units that were replaced when workers had them
     with Ledger(session.job.out, crewing.ledger) as ledger, ThreadPoolExecutor(HASHERS) as hashers:
-        crew = Crew(session.job, ledger, server, EventLog())
+        log = EventLog()
+        crew = Crew(session.job, ledger, server, log)
 
         def hand_out(placed: Sequence[tuple[int, Unit]]) -> None:
             requests = list(hashers.map(session.request, [unit for _, unit in placed]))
@@ -184,8 +184,7 @@ def let_workers_report(session: Session, batches: deque[Batch], server: LocalSer
                         anew.update(place for place, _ in alike)
                         hand_out(alike)
                         if row.request not in units:  # no file holds that any more
-                            leave_quarantine(session.job.out, row.request)
-                            ledger.forget([row.request])
+                            let_go(ledger, log, session.job.out, row.request)
                         continue
                     remedy = REMEDIES.get(row.code or "", "")
                     for _, unit in alike:

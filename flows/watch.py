@@ -25,8 +25,7 @@ from watchfiles import watch as watch_files
 from flows.crew import LEAST_A_BATCH, MOST_OUT, Crew, Handed
 from flows.jobs import Lane
 from flows.ledger import OPEN, Ledger
-from flows.ledger.items import CHANGED, TROUBLES, Items, Tally, refusal_key
-from flows.ledger.quarantine import leave_quarantine
+from flows.ledger.items import CHANGED, TROUBLES, Items, Tally, let_go, refusal_key
 from flows.machine.mounts import network_type
 from flows.machine.server import LocalServer, check_server
 from flows.machine.space import MIN_FREE, Room
@@ -420,7 +419,7 @@ class Watcher:
             if row is None:
                 self._log("vanished", item=item)
             elif replaced:
-                self._let_go(handed.request)
+                let_go(self._ledger, self._log, self._out, handed.request)
             elif row.state == "done":
                 self._items.tally.reported += 1
                 self._items.tally.lacking += session.reported(handed.request) is None
@@ -535,13 +534,7 @@ class Watcher:
         for request in {each for path in paths for each in self._refused.get(path, ())}.difference(self._keys):
             former = self._ledger.get(request)
             if former and former.state == "quarantined" and not set(former.files).difference(paths):
-                self._let_go(request)
-
-    def _let_go(self, request: str) -> None:
-        """Take an item off the record that was refused; what its files hold now is one of its own."""
-        leave_quarantine(self._out, request)
-        self._ledger.forget([request])
-        self._log("replaced", item=request[:16])
+                let_go(self._ledger, self._log, self._out, request)
 
     def _prepare_for_crew(self, session: Session, unit: Unit, request: str, files: list[str]) -> float | None:
         """Have a unit handed out, if it opens; otherwise the time at which to come back to it."""

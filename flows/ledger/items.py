@@ -358,6 +358,13 @@ class _Turns:
                 self._changed.notify_all()
 
 
+def let_go(ledger: Ledger, log: EventLog, out: Path, request: str) -> None:
+    """Take an item off the record that was refused; what its files hold now is one of its own. Raises LedgerError."""
+    leave_quarantine(out, request)
+    ledger.forget([request])
+    log("replaced", item=request[:16])
+
+
 def refusal_key(why: Rejection, path: Path) -> str:
     """The hash of what is refused before it has a request: its content, and why."""
     try:
